@@ -1,0 +1,1 @@
+"""The idioms the house is built from. Knows nothing of clouds."""
