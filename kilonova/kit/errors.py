@@ -9,11 +9,14 @@ import msgspec
 
 
 class Trouble(Exception):
-    """`said` is for the caller; `why` is for the log and never leaves the process."""
+    """`said` is for the caller; `why` is for the log and never leaves the process.
 
-    def __init__(self, said: str, *, why: str = "") -> None:
+    `code` is a stable name for programs, where a dialect has such names (Neutron's type, Placement's code).
+    """
+
+    def __init__(self, said: str, *, why: str = "", code: str = "") -> None:
         super().__init__(said)
-        self.said, self.why = said, why
+        self.said, self.why, self.code = said, why, code
 
 
 # ---- what a caller can meet
@@ -78,10 +81,11 @@ class Fault(msgspec.Struct, frozen=True):
 
     kind: str
     said: str
+    code: str = ""
 
     @classmethod
     def of(cls, trouble: Trouble) -> "Fault":
-        return cls(type(trouble).__name__, trouble.said)
+        return cls(type(trouble).__name__, trouble.said, trouble.code)
 
     def trouble(self) -> Trouble:
-        return KINDS.get(self.kind, Trouble)(self.said)
+        return KINDS.get(self.kind, Trouble)(self.said, code=self.code)

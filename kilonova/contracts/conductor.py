@@ -1,0 +1,43 @@
+"""What hosts say to conductors, unasked. (Answers and wake-ups are the bus's own: `kit/bus.py`.)"""
+
+import msgspec
+
+from kilonova.kit.bus import Contract
+
+conductor = Contract("conductor")
+
+
+class HeldHere(msgspec.Struct, frozen=True):
+    """A machine on the host: its power in the Compute API's numbers, and the epoch it was made with."""
+
+    server: str
+    power_state: int
+    epoch: int = 0
+
+
+@conductor
+class Report(msgspec.Struct, frozen=True):
+    """What a host says of itself every few seconds: that it lives, and all that it holds.
+
+    All: an undo is not sent to a host that is gone, so whatever an act can leave behind must be in here.
+    `born` tells one life of its process from the next; `speaks` are the messages it knows.
+    """
+
+    host: str
+    at: float
+    born: float
+    holds: list[HeldHere]
+    busy: list[str] = []  # servers that a handler is at work on just now: what is held of them may change
+    speaks: list[str] = []
+    facts: msgspec.Raw | None = None  # virt.driver.HostFacts as JSON; with the first report, and when they change
+    version: str = ""
+
+
+@conductor
+class PowerChanged(msgspec.Struct, frozen=True):
+    """A guest turned itself off, crashed, or was touched behind our back."""
+
+    host: str
+    server: str
+    power_state: int
+    at: float

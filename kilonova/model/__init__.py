@@ -1,0 +1,1 @@
+"""The nouns of a cloud: pure, no I/O, no clock."""

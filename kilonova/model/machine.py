@@ -1,0 +1,144 @@
+"""The machine is decided before a hypervisor is asked: all that a host must know to make it, and nothing else.
+
+A `Machine` travels whole from the conductor to the host and lies there beside its disks: a host that restarts
+reads it again and needs nobody.  `virt/*/xml.py` turns it into its hypervisor's words, purely.
+"""
+
+from typing import Literal
+
+import msgspec
+
+Bus = Literal["virtio", "scsi", "ide", "sata", "usb"]
+
+
+class ImageSource(msgspec.Struct, frozen=True, tag="image"):
+    """The bytes of an image; the host keeps one shared copy and lays an overlay on it."""
+
+    image_id: str
+    disk_format: Literal["raw", "qcow2", "iso", "vmdk", "vhd", "vhdx", "vdi", "ploop", "ami", "ari", "aki"]
+    size_bytes: int
+    hash_algo: str = ""  # e.g. "sha512"; with hash_value what the bytes must have, "" where the service has none
+    hash_value: str = ""
+    virtual_size_bytes: int = 0
+
+
+class BlankSource(msgspec.Struct, frozen=True, tag="blank"):
+    """Nothing on it; `format` is a file system to be made there, or "swap", or ""."""
+
+    format: str = ""
+
+
+class VolumeSource(msgspec.Struct, frozen=True, tag="volume"):
+    """A volume, as its service says how to connect (block storage API, attachments, connection_info)."""
+
+    volume_id: str
+    connection_info: dict[str, msgspec.Raw] | None = None
+
+
+class Disk(msgspec.Struct, frozen=True):
+    """`device` is the name in the guest's view (vda); `size_bytes` what the guest sees, 0: as the source."""
+
+    device: str
+    source: ImageSource | BlankSource | VolumeSource
+    size_bytes: int = 0
+    bus: Bus = "virtio"
+    kind: Literal["disk", "cdrom"] = "disk"
+    boot_index: int | None = None
+    serial: str = ""
+    tag: str = ""
+    delete_on_termination: bool = True
+
+
+class FixedIp(msgspec.Struct, frozen=True):
+    """An address with what a guest must know of its subnet, enough for network_data.json."""
+
+    address: str
+    version: Literal[4, 6] = 4
+    prefix: int = 24
+    gateway: str | None = None
+    dns: list[str] = []
+    dhcp: bool = True
+    routes: list[tuple[str, str]] = []  # (destination CIDR, next hop)
+    floating: list[str] = []
+
+
+class Nic(msgspec.Struct, frozen=True):
+    """A port of the network service, bound to this host: how to plug it, and what the guest is told.
+
+    `vif_type` and `details` are the service's words (port binding); `device` is the tap's name on the host.
+    """
+
+    port_id: str
+    network_id: str
+    mac: str
+    device: str
+    vif_type: str = "bridge"  # bridge, ovs, tap, user, unbound
+    bridge: str = ""
+    details: dict[str, str | int | bool] = {}
+    network_name: str = ""
+    mtu: int = 1500
+    model: str = "virtio"
+    ips: list[FixedIp] = []
+    tag: str = ""
+
+
+class Keypair(msgspec.Struct, frozen=True):
+    """As guests are told of it."""
+
+    name: str
+    public_key: str
+    type: str = "ssh"
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What a server is told of itself, through the metadata service and on its config drive.
+
+    `metadata/documents.py` makes the trees of it. `user_data` is base64, as the API was given it.
+    """
+
+    uuid: str
+    name: str
+    hostname: str
+    project_id: str
+    availability_zone: str = ""
+    launch_index: int = 0
+    meta: dict[str, str] = {}
+    keypair: Keypair | None = None
+    user_data: str | None = None
+    reservation_id: str = ""
+    instance_type: str = ""
+    security_groups: list[str] = []
+    ec2_id: int = 0  # i-xxxxxxxx
+    image_ec2_id: int = 0  # ami-xxxxxxxx
+    files: list[tuple[str, str]] = []  # (path, base64), to 2.56
+    nics: list[Nic] = []
+    disks: list[Disk] = []
+    dedicated_cpus: list[int] = []
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """One server as a host must make it. Sizes in the units of their names."""
+
+    id: str  # the server's UUID
+    name: str  # the hypervisor's name for it: instance-0000002a
+    vcpus: int
+    memory_mb: int
+    disks: list[Disk]
+    nics: list[Nic]
+    identity: Identity
+    config_drive: bool = False
+    admin_password: str = ""  # shown on the config drive only; never logged
+    architecture: str = "x86_64"
+    machine_type: str = ""  # q35, pc; "": the host's usual one
+    firmware: Literal["bios", "uefi"] = "bios"
+    cpu_sockets: int = 0  # 0: as the host likes
+    cpu_cores: int = 0
+    cpu_threads: int = 0
+    video_model: str = "virtio"
+    rng: bool = True
+    watchdog: str = ""
+    properties: dict[str, str] = {}  # the image's hw_* and os_*, for drivers that know more
+    extra_specs: dict[str, str] = {}  # the flavor's
+    flavor_name: str = ""
+    owner_name: str = ""
+    epoch: int = 0  # rises when the server moves: a host with an older one is no longer its owner

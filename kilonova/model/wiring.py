@@ -1,0 +1,85 @@
+"""What one host's network must look like: the whole of it, declared. `companions/wires` makes it so.
+
+The network companion computes a `Wiring` from its tables and hands it to the wires, which compare it with
+what is there and mend the difference; so a restart, a crash half-way and a change are the same act.
+"""
+
+from typing import Literal
+
+import msgspec
+
+
+class SubnetWire(msgspec.Struct, frozen=True):
+    """`allocation` are the addresses DHCP knows of by port; no dynamic ranges are handed out."""
+
+    id: str
+    cidr: str
+    version: Literal[4, 6] = 4
+    gateway: str | None = None
+    dns: list[str] = []
+    routes: list[tuple[str, str]] = []  # (destination CIDR, next hop)
+    dhcp: bool = True
+    dhcp_address: str | None = None  # where DHCP and metadata answer on this subnet
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """A security group's rule with its remote group already turned into addresses (CIDRs)."""
+
+    direction: Literal["ingress", "egress"]
+    version: Literal[4, 6] = 4
+    protocol: str | None = None  # tcp, udp, icmp, icmpv6, or a number as text; None: any
+    port_min: int | None = None  # for icmp: the type
+    port_max: int | None = None  # for icmp: the code
+    remotes: list[str] = ["0.0.0.0/0"]
+
+
+class PortWire(msgspec.Struct, frozen=True):
+    """A guest's port that is bound to this host. `device` is its tap. DHCP answers `mac` with the addresses."""
+
+    id: str
+    network_id: str
+    mac: str
+    device: str
+    addresses: list[tuple[str, str]] = []  # (subnet id, address)
+    hostname: str = ""
+    server_id: str = ""
+    project_id: str = ""
+    up: bool = True
+    secured: bool = True  # port_security_enabled: rules and anti-spoofing hold
+    allowed_pairs: list[tuple[str, str]] = []  # (MAC, address or CIDR)
+    rules: list[Rule] = []
+
+
+class NetworkWire(msgspec.Struct, frozen=True):
+    """A layer-2 network: a bridge on this host. An external one is the way out, through the host."""
+
+    id: str
+    bridge: str
+    mtu: int = 1500
+    external: bool = False
+    subnets: list[SubnetWire] = []
+
+
+class FloatingWire(msgspec.Struct, frozen=True):
+    address: str
+    fixed: str
+
+
+class RouterWire(msgspec.Struct, frozen=True):
+    """Legs are (network id, the router's address with prefix, MAC); with an outside leg it translates."""
+
+    id: str
+    legs: list[tuple[str, str, str]] = []
+    outside: tuple[str, str, str] | None = None
+    outside_gateway: str | None = None
+    snat: bool = True
+    floating: list[FloatingWire] = []
+    routes: list[tuple[str, str]] = []
+
+
+class Wiring(msgspec.Struct, frozen=True):
+    """All of one host."""
+
+    networks: list[NetworkWire] = []
+    ports: list[PortWire] = []
+    routers: list[RouterWire] = []

@@ -1,0 +1,105 @@
+"""What a hypervisor must be able to do, and what it may. Traits follow from the protocols a driver has.
+
+Every act is safe to do twice: a host may be asked again after it died half-way.  Refusals are `Trouble`s:
+`Refused` when this host cannot do it, `Unavailable` when it may be asked again (libvirtd is away),
+`NotFound` when there is no such machine.
+"""
+
+from collections.abc import Callable
+from typing import Literal, Protocol, runtime_checkable
+
+import msgspec
+
+from kilonova.model.machine import Machine
+
+Power = Literal["nostate", "running", "paused", "shutdown", "crashed", "suspended"]
+POWER_NUMBERS: dict[str, int] = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
+
+
+class HostFacts(msgspec.Struct, frozen=True):
+    """What a host has, before anything is reserved. `cpu_info` as the hypervisors API shows it."""
+
+    vcpus: int
+    memory_mb: int
+    disk_gb: int
+    disk_free_gb: int
+    hypervisor_type: str  # QEMU, KVM, fake
+    hypervisor_version: int  # 7002022 is 7.2.22
+    hypervisor_hostname: str
+    cpu_info: dict[str, object] = {}
+    traits: list[str] = []
+    virt_type: str = ""  # kvm, qemu; with the reason in `virt_why`
+    virt_why: str = ""
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A machine that this host has, whoever made it."""
+
+    id: str
+    power: Power
+    epoch: int = 0
+
+
+Progress = Callable[[str], None]
+
+
+@runtime_checkable
+class Driver(Protocol):
+    """What every hypervisor can do. Machines are named by their server's UUID."""
+
+    def host(self) -> HostFacts: ...
+
+    def machines(self) -> list[Held]:
+        """All that this host holds, also leftovers on its disk: what an act may leave behind must be in here."""
+        ...
+
+    def power(self, id: str) -> Power:
+        """Raises NotFound where there is no such machine."""
+        ...
+
+    def spawn(self, machine: Machine, progress: Progress) -> None:
+        """Make disks, define and start it. Doing it again where it runs already changes nothing."""
+        ...
+
+    def destroy(self, id: str) -> None:
+        """End it and remove all it had here. Nothing there: nothing to do."""
+        ...
+
+    def start(self, id: str) -> None: ...
+
+    def stop(self, id: str, timeout_s: float, retry_s: float = 10) -> None:
+        """Ask the guest, again every `retry_s`; after `timeout_s` (0: at once) turn it off."""
+        ...
+
+    def reboot(self, id: str, hard: bool, timeout_s: float) -> None:
+        """Soft: with the guest's help, and hard when it does not help in time. Hard: made anew from its Machine."""
+        ...
+
+    def pause(self, id: str) -> None: ...
+
+    def unpause(self, id: str) -> None: ...
+
+    def suspend(self, id: str) -> None:
+        """Memory to disk; takes no memory of the host afterwards."""
+        ...
+
+    def resume(self, id: str) -> None: ...
+
+    def console_log(self, id: str) -> bytes:
+        """The end of what the guest wrote on its serial console, bounded by the host's option."""
+        ...
+
+    def listen(self, changed: Callable[[str, Power], None]) -> None:
+        """From now on say when a machine's power changed, asked or not. Called from the driver's own thread."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the hypervisor; machines go on."""
+        ...
+
+
+@runtime_checkable
+class Fetches(Protocol):
+    """Where a driver gets an image's bytes: `compute/` hands it over, so that virt knows no service."""
+
+    def fetch(self, image_id: str, write: Callable[[bytes], object]) -> None: ...
