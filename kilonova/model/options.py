@@ -1,0 +1,359 @@
+"""Everything an operator can choose, with its default. `kit/config.py` reads it; `docs/how/an-option.md` adds to it.
+
+A default is what suits one machine and somebody who has read nothing.  `None` means that the value follows from
+something else, and the description says from what.
+"""
+
+from pathlib import Path
+from typing import Annotated as A
+from typing import Literal
+
+from msgspec import Struct
+
+from kilonova.kit.config import Meta, Secret
+
+Port = A[int, Meta(ge=0, le=65535)]
+
+
+class Api(Struct, frozen=True):
+    """The one door of the cloud: compute under `/compute`, its companions beside it."""
+
+    host: A[str, Meta(description="Address to listen on. Others than loopback let the network in.")] = "127.0.0.1"
+    port: A[Port, Meta(description="TCP port to listen on; 0 takes one that is free.")] = 8774
+    threads: A[int, Meta(description="Requests answered at the same time by a process.", ge=1, le=1024)] = 8
+    public_url: A[
+        str | None,
+        Meta(
+            description="What clients call this cloud, as it stands in the catalog; unset, it follows from host and port.",
+            examples=["https://cloud.example.org"],
+        ),
+    ] = None
+    compute_link_prefix: A[
+        str | None,
+        Meta(
+            description="Begins the links in answers of the Compute API, when a proxy changes them; unset, the request's own.",
+            examples=["https://cloud.example.org/compute"],
+        ),
+    ] = None
+    image_link_prefix: A[
+        str | None,
+        Meta(description="The same for links to images.", examples=["https://cloud.example.org/image"]),
+    ] = None
+    max_limit: A[int, Meta(description="The most rows in a page of a list.", ge=1)] = 1000
+    max_request_body_bytes: A[
+        int, Meta(description="A longer request is refused with 413. Image uploads have their own limit.", ge=1024)
+    ] = 114_688
+    enable_instance_password: A[
+        bool, Meta(description="Show the generated admin password in the answer to create, rebuild, rescue, evacuate.")
+    ] = True
+    password_length: A[int, Meta(description="Letters in a generated admin password.", ge=8, le=128)] = 12
+    default_availability_zone: A[str, Meta(description="The zone of hosts in no aggregate with one.")] = "nova"
+    internal_availability_zone: A[str, Meta(description="The zone shown for services that are no hosts.")] = "internal"
+    default_schedule_zone: A[
+        str | None, Meta(description="The zone for servers that ask for none; unset, any.", examples=["nova"])
+    ] = None
+    hide_server_address_states: A[
+        tuple[str, ...], Meta(description="States (`building`) in which a server's addresses are not shown.")
+    ] = ()
+
+
+class Database(Struct, frozen=True):
+    """Where the truth lies."""
+
+    url: A[
+        Secret,
+        Meta(
+            description="`postgresql+psycopg://user:password@host/name`, `mysql+pymysql://…` or `sqlite:////path`; "
+            "unset, a SQLite file in the state directory.",
+            examples=["postgresql+psycopg://kilonova:password@db.example.org/kilonova"],
+        ),
+    ] = Secret()
+    connections: A[int, Meta(description="The most connections a process keeps open.", ge=2)] = 16
+
+
+class State(Struct, frozen=True):
+    """What this machine keeps on its own disk: disks of servers, images, keys, the SQLite file."""
+
+    directory: A[
+        Path | None,
+        Meta(
+            description="Unset, `kilonova` in the user's state home (`$XDG_STATE_HOME`, `~/.local/state`).",
+            examples=["/var/lib/kilonova"],
+        ),
+    ] = None
+
+
+class Quota(Struct, frozen=True):
+    """What a project may have when neither it nor the class `default` has limits of its own; -1 is no limit."""
+
+    instances: A[int, Meta(description="Servers of a project.", ge=-1)] = 10
+    cores: A[int, Meta(description="Virtual CPUs of a project's servers together.", ge=-1)] = 20
+    ram: A[int, Meta(description="Memory of a project's servers together, in MB.", ge=-1)] = 51_200
+    key_pairs: A[int, Meta(description="Key pairs of a user.", ge=-1)] = 100
+    metadata_items: A[int, Meta(description="Metadata of one server.", ge=-1)] = 128
+    server_groups: A[int, Meta(description="Server groups of a project.", ge=-1)] = 10
+    server_group_members: A[int, Meta(description="Servers of one group.", ge=-1)] = 10
+    injected_files: A[int, Meta(description="Files given with one request (until 2.56).", ge=-1)] = 5
+    injected_file_content_bytes: A[int, Meta(description="Length of one such file.", ge=-1)] = 10_240
+    injected_file_path_length: A[int, Meta(description="Length of its path.", ge=-1)] = 255
+
+
+class Compute(Struct, frozen=True):
+    """A host that runs servers."""
+
+    host: A[str | None, Meta(description="Its name in the cloud; unset, the machine's own.", examples=["host-1"])] = (
+        None
+    )
+    driver: A[
+        Literal["libvirt", "sim"], Meta(description="What runs the servers: QEMU/KVM by libvirt, or only make-believe.")
+    ] = "libvirt"
+    reserved_cpus: A[int, Meta(description="CPUs kept for the host itself.", ge=0)] = 0
+    reserved_memory_mb: A[int, Meta(description="Memory kept for the host itself.", ge=0)] = 512
+    reserved_disk_mb: A[int, Meta(description="Disk kept for the host itself.", ge=0)] = 0
+    cpu_allocation_ratio: A[float, Meta(description="Virtual CPUs given out for each real one.", gt=0)] = 4.0
+    memory_allocation_ratio: A[float, Meta(description="Memory given out for each MB there is.", gt=0)] = 1.0
+    disk_allocation_ratio: A[float, Meta(description="Disk given out for each GB there is.", gt=0)] = 1.0
+    shutdown_timeout_s: A[
+        int, Meta(description="How long a guest may take to end itself before it is switched off.", ge=0)
+    ] = 60
+    console_log_max_bytes: A[
+        int, Meta(description="How much of a server's console is kept; the oldest goes first.", ge=4096)
+    ] = 1_048_576
+    image_cache_max_age_s: A[
+        int, Meta(description="An image no server uses is kept so long on a host; -1 keeps it for ever.", ge=-1)
+    ] = 86_400
+    report_interval_s: A[float, Meta(description="How often a host says what it has and runs.", gt=0)] = 10.0
+    host_down_after_s: A[float, Meta(description="A host that has said nothing for so long is down.", gt=0)] = 60.0
+    power_sync_interval_s: A[
+        float, Meta(description="How often the real power state of all servers is compared with what is written.", gt=0)
+    ] = 60.0
+    resume_servers_on_start: A[
+        bool, Meta(description="After a reboot of the host, start the servers that were running.")
+    ] = True
+    build_failures_max: A[
+        int, Meta(description="Builds that may fail one after another before other hosts are preferred; 0 never.", ge=0)
+    ] = 10
+    max_concurrent_builds: A[int, Meta(description="Servers a host builds at the same time; 0 is no limit.", ge=0)] = 10
+    force_config_drive: A[bool, Meta(description="Give every server a config drive.")] = False
+    config_drive_format: A[Literal["iso9660", "vfat"], Meta(description="The file system of config drives.")] = (
+        "iso9660"
+    )
+    reclaim_interval_s: A[
+        int, Meta(description="Deleted servers can be restored for so long; 0 deletes at once.", ge=0)
+    ] = 0
+    lost_server: A[
+        Literal["log", "stop", "destroy"],
+        Meta(description="What is done with a machine on a host that no server owns."),
+    ] = "destroy"
+
+
+class Libvirt(Struct, frozen=True):
+    """How a host uses QEMU."""
+
+    uri: A[
+        str | None,
+        Meta(
+            description="A libvirtd that runs; unset, one of our own is started.",
+            examples=["qemu:///system"],
+        ),
+    ] = None
+    virt_type: A[
+        Literal["auto", "kvm", "qemu"],
+        Meta(description="`auto` proves KVM with a probe guest and else emulates (`qemu`), which is slower."),
+    ] = "auto"
+    cpu_mode: A[
+        Literal["auto", "host-model", "host-passthrough", "maximum", "custom", "none"],
+        Meta(description="The CPU a guest sees; `auto` is host-model with KVM and maximum without."),
+    ] = "auto"
+    cpu_models: A[
+        tuple[str, ...], Meta(description="With `custom`: models, the first that the host can is taken.")
+    ] = ()
+    machine_type: A[str, Meta(description="QEMU's machine where the image asks for none.")] = "q35"
+    disk_cache: A[
+        Literal["none", "writeback", "writethrough", "directsync", "unsafe"],
+        Meta(description="How the host caches servers' disks."),
+    ] = "writeback"
+    hotplug_slots: A[int, Meta(description="PCIe slots kept for what is attached later.", ge=0, le=28)] = 8
+    tcg_cache_mb: A[int, Meta(description="Memory for translated code of an emulated guest.", ge=16)] = 64
+    call_timeout_s: A[float, Meta(description="A call to libvirt that takes longer counts as lost.", gt=0)] = 60.0
+
+
+class Sim(Struct, frozen=True):
+    """Hosts that only exist in memory."""
+
+    seed: A[int, Meta(description="The dice they are thrown with.", ge=0)] = 1
+    hosts: A[int, Meta(description="How many.", ge=1)] = 1
+    cpus: A[int, Meta(description="CPUs of each.", ge=1)] = 64
+    memory_mb: A[int, Meta(description="Memory of each.", ge=1)] = 262_144
+    disk_gb: A[int, Meta(description="Disk of each.", ge=1)] = 4096
+    latency_s: A[float, Meta(description="How long an act takes, on the average.", ge=0)] = 0.0
+    boot_s: A[float, Meta(description="How long a guest takes to boot, on the average.", ge=0)] = 0.0
+    failure_rate: A[float, Meta(description="How many acts of a thousand fail, as a fraction.", ge=0, le=1)] = 0.0
+
+
+class Scheduler(Struct, frozen=True):
+    """Which host a server gets."""
+
+    rules: A[
+        tuple[str, ...] | None,
+        Meta(description="The rules asked, by name; unset, those that are standard.", examples=[[]]),
+    ] = None
+    tastes: A[
+        dict[str, float], Meta(description="Weights by name (`ram`, `cpu`, `disk`, …); others keep their standard.")
+    ] = {}
+    attempts: A[int, Meta(description="Hosts tried for one server before it is in error.", ge=1)] = 3
+    choices_max: A[int, Meta(description="Hosts that are weighed for one request, at most.", ge=1)] = 1000
+    shuffle_best: A[int, Meta(description="Chooses by lot among so many of the best hosts.", ge=1)] = 1
+    max_instances_per_host: A[int, Meta(description="Servers on a host, at most; 0 is no limit.", ge=0)] = 0
+
+
+class Workers(Struct, frozen=True):
+    """The engine that carries runs on."""
+
+    threads: A[int, Meta(description="Runs that move at the same time in a process.", ge=1, le=256)] = 4
+    host_threads: A[int, Meta(description="Commands a host carries out at the same time.", ge=1, le=256)] = 8
+    lease_s: A[float, Meta(description="A run whose worker is silent for so long is taken over.", gt=1)] = 30.0
+    sweep_s: A[float, Meta(description="How often forgotten runs are looked for.", gt=0)] = 1.0
+    command_timeout_s: A[float, Meta(description="How long a host may take for one command.", gt=0)] = 600.0
+    build_timeout_s: A[
+        float, Meta(description="How long a server may take to be built; then it is in error.", gt=0)
+    ] = 1800.0
+    keep_runs_s: A[float, Meta(description="A journal that ended is kept so long beyond its server.", ge=0)] = 604_800.0
+
+
+class Metadata(Struct, frozen=True):
+    """What guests can ask about themselves, at 169.254.169.254 and on the config drive."""
+
+    port: A[Port, Meta(description="TCP port for proxies of a network service; 0 takes one that is free.")] = 0
+    shared_secret: A[
+        Secret, Meta(description="Signs the id of a server on its way from a proxy; unset, a random one.")
+    ] = Secret()
+    cache_s: A[float, Meta(description="Documents are made anew when so old; 0 each time.", ge=0)] = 15.0
+    dhcp_domain: A[str, Meta(description="Follows a server's name in its host name; empty for none.")] = "novalocal"
+    vendordata_file: A[
+        Path | None, Meta(description="A JSON file that every guest can read.", examples=["/etc/kilonova/vendor.json"])
+    ] = None
+    vendordata_targets: A[
+        dict[str, str], Meta(description='Services asked for more, by name: `{name = "https://…"}`.')
+    ] = {}
+    vendordata_timeout_s: A[float, Meta(description="How long such a service may take.", gt=0)] = 5.0
+    vendordata_failure_fatal: A[bool, Meta(description="No answer from one of them is an error.")] = False
+
+
+class Identity(Struct, frozen=True):
+    """Who may come in: the identity companion, or a real Keystone."""
+
+    url: A[
+        str | None,
+        Meta(description="A real identity service; unset, our own.", examples=["https://keystone.example.org/v3"]),
+    ] = None
+    username: A[str, Meta(description="Our own account at a real identity service.")] = "nova"
+    password: A[Secret, Meta(description="Its password.")] = Secret()
+    project_name: A[str, Meta(description="Its project.")] = "service"
+    domain_name: A[str, Meta(description="The domain of both.")] = "Default"
+    region: A[str, Meta(description="The region in the catalog.")] = "RegionOne"
+    admin_password: A[
+        Secret, Meta(description="Of the first user, `admin`; unset, a random one that `up` writes to clouds.yaml.")
+    ] = Secret()
+    token_lifetime_s: A[int, Meta(description="How long a token is good.", ge=60)] = 3600
+    token_cache_s: A[float, Meta(description="A token is looked at again when so much time has passed.", ge=0)] = 5.0
+    fernet_rotation_s: A[int, Meta(description="How often tokens get a new key.", ge=60)] = 86_400
+    fernet_keys_max: A[int, Meta(description="Keys kept for tokens that are still good.", ge=3)] = 3
+    password_hash_cost: A[
+        int, Meta(description="Cost of guessing a password: scrypt's N is 2 to this power.", ge=10, le=20)
+    ] = 14
+
+
+class Image(Struct, frozen=True):
+    """The image companion, or a real Glance."""
+
+    url: A[
+        str | None, Meta(description="A real image service; unset, our own.", examples=["https://glance.example.org"])
+    ] = None
+    directory: A[
+        Path | None,
+        Meta(description="Where images lie; unset, `images` in the state directory.", examples=["/srv/images"]),
+    ] = None
+    max_size_bytes: A[int, Meta(description="A longer upload is refused with 413.", ge=1)] = 1_099_511_627_776
+    formats: A[tuple[str, ...], Meta(description="Disk formats that may be uploaded; each is looked into.")] = (
+        "raw",
+        "qcow2",
+        "vmdk",
+        "vdi",
+        "vhd",
+        "vhdx",
+        "iso",
+        "ami",
+        "ari",
+        "aki",
+    )
+
+
+class Network(Struct, frozen=True):
+    """The network companion, or a real Neutron."""
+
+    url: A[
+        str | None,
+        Meta(description="A real network service; unset, our own.", examples=["https://neutron.example.org"]),
+    ] = None
+    plane: A[
+        Literal["auto", "root", "user", "slirp", "none"],
+        Meta(
+            description="How networks are made real: in this machine (`root`), in a user namespace of our own (`user`), "
+            "by QEMU alone (`slirp`), or not at all; `auto` takes the first that can be had."
+        ),
+    ] = "auto"
+    namespace_prefix: A[str, Meta(description="Begins the names of network namespaces, bridges and taps.")] = "kn"
+    public_cidr: A[str, Meta(description="Addresses that the outside can reach: floating IPs.")] = "172.24.4.0/24"
+    private_cidr: A[str, Meta(description="Addresses of the first project's first network.")] = "10.0.0.0/24"
+    dns_servers: A[tuple[str, ...], Meta(description="Told to guests; empty, those of this machine.")] = ()
+    mtu: A[int, Meta(description="Of networks that ask for none.", ge=576, le=9216)] = 1500
+    dhcp_lease_s: A[int, Meta(description="How long a guest may keep an address unasked.", ge=120)] = 86_400
+
+
+class Volume(Struct, frozen=True):
+    """The block-storage service."""
+
+    url: A[
+        str | None, Meta(description="A real block-storage service.", examples=["https://cinder.example.org/v3"])
+    ] = None
+
+
+class Log(Struct, frozen=True):
+    """What is said while it works."""
+
+    level: A[Literal["debug", "info", "warning", "error"], Meta(description="From which weight on.")] = "info"
+    format: A[Literal["plain", "json"], Meta(description="For people, or one JSON object a line.")] = "plain"
+    file: A[Path | None, Meta(description="Unset, standard error.", examples=["/var/log/kilonova/kilonova.log"])] = None
+    access: A[bool, Meta(description="A line for each request.")] = False
+    levels: A[dict[str, str], Meta(description='Other levels for single loggers: `{keystoneauth = "debug"}`.')] = {}
+
+
+class Policy(Struct, frozen=True):
+    """Who may do what."""
+
+    file: A[
+        Path | None,
+        Meta(description="Rules that differ from ours, as `policy.yaml`.", examples=["/etc/kilonova/policy.yaml"]),
+    ] = None
+
+
+class Config(Struct, frozen=True):
+    """The whole tree."""
+
+    api: Api = Api()
+    database: Database = Database()
+    state: State = State()
+    quota: Quota = Quota()
+    compute: Compute = Compute()
+    libvirt: Libvirt = Libvirt()
+    sim: Sim = Sim()
+    scheduler: Scheduler = Scheduler()
+    workers: Workers = Workers()
+    metadata: Metadata = Metadata()
+    identity: Identity = Identity()
+    image: Image = Image()
+    network: Network = Network()
+    volume: Volume = Volume()
+    log: Log = Log()
+    policy: Policy = Policy()
