@@ -73,7 +73,8 @@ class Aborted(Trouble):
     """Somebody changed his mind."""
 
 
-KINDS: dict[str, type[Trouble]] = {c.__name__: c for c in (Trouble, *Trouble.__subclasses__())}
+_kinds: list[type[Trouble]] = [Trouble, *Trouble.__subclasses__()]
+KINDS: dict[str, type[Trouble]] = {c.__name__: c for c in _kinds}
 
 
 class Fault(msgspec.Struct, frozen=True):

@@ -1,0 +1,101 @@
+"""Who may what: oslo.policy's language and files, so that operators' `policy.yaml` works unchanged.
+
+Rules are declared as data (name, check string, description), the defaults of the spec.  A judgement depends only
+on the credentials and the target, so it is remembered; editing the file empties the memory.
+"""
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from oslo_config import cfg
+from oslo_policy import policy as oslo
+
+from kilonova.kit.routes import Context
+
+REMEMBERED = 50_000  # judgements
+NO_FILE = "/nonexistent/policy.yaml"  # else oslo.policy would go and look for one of its own
+
+
+class Rule(NamedTuple):
+    """`check` is oslo.policy's check string; `scopes` the token scopes it is meant for."""
+
+    name: str
+    check: str
+    description: str = ""
+    scopes: tuple[str, ...] = ("project",)
+
+
+class Policy:
+    """The judge of one service. `file` is an operator's YAML or JSON of overrides; it need not exist."""
+
+    def __init__(self, rules: Iterable[Rule], file: Path | None = None) -> None:
+        self.rules = list(rules)
+        conf = cfg.ConfigOpts()
+        conf([], project="kilonova", default_config_files=[], default_config_dirs=[])
+        self.enforcer = oslo.Enforcer(conf, policy_file=str(file or NO_FILE))
+        self.enforcer.suppress_deprecation_warnings = True
+        self.enforcer.suppress_default_change_warnings = True
+        for r in self.rules:
+            self.enforcer.register_default(oslo.RuleDefault(r.name, r.check, r.description))
+        self.file, self.lock = file, threading.Lock()
+        self.names = {r.name for r in self.rules}
+        self.memory: dict[tuple[Any, ...], bool] = {}
+        self.enforcer.load_rules()
+        self.stamp = self._stamp()
+
+    def allows(self, context: Context, rule: str, target: dict[str, Any]) -> bool:
+        """A rule nobody declared allows nothing."""
+        key = (
+            rule,
+            context.user_id,
+            context.project_id,
+            context.roles,
+            context.system,
+            context.domain_id,
+            *target.values(),
+        )
+        known = self.memory.get(key)
+        if known is None:
+            known = self._judge(context, rule, target)
+            if len(self.memory) > REMEMBERED:
+                self.memory.clear()
+            self.memory[key] = known
+        return known
+
+    def refresh(self) -> None:
+        """Look whether the operator changed the file; called by a reconciler, not by requests."""
+        if (now := self._stamp()) != self.stamp:
+            with self.lock:
+                self.enforcer.load_rules(force_reload=True)
+            self.stamp = now
+            self.memory.clear()
+
+    def _judge(self, context: Context, rule: str, target: dict[str, Any]) -> bool:
+        if rule not in self.names and rule not in self.enforcer.rules:
+            return False
+        who = {
+            "user_id": context.user_id,
+            "project_id": context.project_id,
+            "tenant_id": context.project_id,
+            "tenant": context.project_id,
+            "domain_id": context.domain_id,
+            "user_domain_id": context.user_domain_id,
+            "project_domain_id": context.project_domain_id,
+            "roles": sorted(context.roles),
+            "system_scope": context.system,
+            "is_admin": context.is_admin,
+            "is_admin_project": True,
+        }
+        about = {**target, "tenant_id": target.get("project_id"), "tenant": target.get("project_id")}
+        with self.lock:
+            return bool(self.enforcer.enforce(rule, about, who))
+
+    def _stamp(self) -> float:
+        return self.file.stat().st_mtime if self.file and self.file.exists() else 0.0
+
+
+def sample(rules: Iterable[Rule]) -> str:
+    """A `policy.yaml` that says what holds anyhow, every line commented out."""
+    return "\n".join(f'# {r.description or r.name}\n#"{r.name}": "{r.check}"\n' for r in rules)
