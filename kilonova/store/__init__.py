@@ -1,0 +1,1 @@
+"""SQL: a file is its tables and what is asked of them. The transaction comes first."""
