@@ -55,7 +55,7 @@ def ready(venv: Path, extra: str = "") -> None:
         if not (stamp.is_file() and stamp.read_text() == digest and os.access(venv / "bin/python", os.X_OK)):
             if not extra:
                 _create(venv)
-            _install(venv, _requirements(extra), f"{'for ' * bool(extra)}{extra}")
+            _install(venv, _requirements(extra), f"{' for ' * bool(extra)}{extra}")
             stamp.write_text(digest)
         with contextlib.suppress(PermissionError):  # somebody else's: it fits, only the launcher's short way is lost
             os.utime(stamp)
@@ -80,6 +80,10 @@ def doing(what: str) -> Iterator[None]:
         print("failed", file=sys.stderr, flush=True)
         raise
     print(f"{time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+
+
+def count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 # ---- what is asked for
@@ -154,7 +158,7 @@ def _install(venv: Path, requirements: list[str], why: str) -> None:
         *(["--constraint", str(LOCK)] if LOCK.exists() else []),
     ]
     log = venv / "kilonova-pip.log"
-    with doing(f"Installing {len(requirements)} Python packages {why}".rstrip()):
+    with doing(f"Installing {count(len(requirements), 'Python package')}{why} and what they need"):
         for how in locked, ["--prefer-binary"]:
             with log.open("w") as out:
                 command = [*pip, *always, *how, *requirements]

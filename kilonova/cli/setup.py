@@ -107,7 +107,7 @@ def install(packages: list[str], *, say: Callable[[str], None], ask: Callable[[s
         raise Forbidden(f"Nothing was installed. To do it yourself:\n  {command}")
 
     descriptor, log = tempfile.mkstemp(prefix="kilonova-apt-", suffix=".log")
-    with open(descriptor, "wb") as out, prepare.doing(f"Installing {len(packages)} Debian packages"):  # noqa: PTH123
+    with open(descriptor, "wb") as out, prepare.doing(f"Installing {prepare.count(len(packages), 'Debian package')}"):  # noqa: PTH123
         done = (_lists_are_fresh() or _apt("update", out=out)) and _apt("install", *packages, out=out)
         done = done or (
             _apt("update", out=out) and _apt("install", *packages, out=out)

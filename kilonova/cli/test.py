@@ -19,15 +19,15 @@ from typing import NamedTuple
 from kilonova.cli import prepare, setup
 from kilonova.kit.errors import Trouble
 
-FAST = ("tests/tidy", "tests/pure", "tests/store")
+FAST = [prepare.ROOT / "tests" / room for room in ("tidy", "pure", "store")]
 FEATURES = ("libvirt", "network", "userns", "guest", "test")
 
 # fmt: off
 CHECKS = {
-    "style":   ("ruff", "check", "--quiet"),
+    "style":   ("ruff", "check", "--quiet", "--output-format=concise"),
     "format":  ("ruff", "format", "--check", "--quiet"),
     "types":   ("mypy", "--no-error-summary"),
-    "imports": ("lint-imports",),
+    "imports": ("lint-imports", "--no-logo"),
 }
 # fmt: on
 
@@ -47,7 +47,9 @@ def main() -> int:
     parser.add_argument("--yes", action="store_true", help="install Debian packages without asking")
     own, more = _split(sys.argv[1:])
     chosen = parser.parse_args(own)
-    parts = [p for part in chosen.part for p in (FAST if part == "FAST" else (part,))]
+    parts = [p for part in chosen.part for p in (map(str, FAST) if part == "FAST" else (part,))]
+    if absent := [p for p in parts if not Path(p.split("::")[0]).exists()]:
+        parser.error(f"there is no {absent[0]}")
     begun = time.monotonic()
     try:
         prepare.ready(Path(sys.prefix), "test")
@@ -58,9 +60,7 @@ def main() -> int:
         return 1
 
     failed = _check() if not chosen.part or "FAST" in chosen.part else []
-    outcome = _pytest(
-        [p for p in parts if "FAST" not in chosen.part or (prepare.ROOT / p.split("::")[0]).exists()], more
-    )
+    outcome = _pytest(parts, more)
     failed += outcome.failed
     for reason, times in outcome.reasons.most_common():
         _say(f"skipped {times}: {reason}")
@@ -122,7 +122,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _is_fast(part: str) -> bool:
     path = Path(part.split("::")[0]).resolve()
-    return any(path.is_relative_to(prepare.ROOT / fast) for fast in FAST)
+    return any(path.is_relative_to(room) for room in FAST)
 
 
 def _say(line: str) -> None:
