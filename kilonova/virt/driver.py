@@ -10,26 +10,11 @@ from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from kilonova.model.host import HostFacts as HostFacts
 from kilonova.model.machine import Machine
 
 Power = Literal["nostate", "running", "paused", "shutdown", "crashed", "suspended"]
 POWER_NUMBERS: dict[str, int] = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
-
-
-class HostFacts(msgspec.Struct, frozen=True):
-    """What a host has, before anything is reserved. `cpu_info` as the hypervisors API shows it."""
-
-    vcpus: int
-    memory_mb: int
-    disk_gb: int
-    disk_free_gb: int
-    hypervisor_type: str  # QEMU, KVM, fake
-    hypervisor_version: int  # 7002022 is 7.2.22
-    hypervisor_hostname: str
-    cpu_info: dict[str, object] = {}
-    traits: list[str] = []
-    virt_type: str = ""  # kvm, qemu; with the reason in `virt_why`
-    virt_why: str = ""
 
 
 class Held(msgspec.Struct, frozen=True):

@@ -1,0 +1,40 @@
+"""A host, as it describes itself: what it has, and what of it may be given out."""
+
+import msgspec
+
+
+class HostFacts(msgspec.Struct, frozen=True):
+    """What a host has, before anything is reserved. `cpu_info` as the hypervisors API shows it."""
+
+    vcpus: int
+    memory_mb: int
+    disk_gb: int
+    disk_free_gb: int
+    hypervisor_type: str  # QEMU, KVM, fake
+    hypervisor_version: int  # 7002022 is 7.2.22
+    hypervisor_hostname: str
+    cpu_info: dict[str, object] = {}
+    traits: list[str] = []
+    virt_type: str = ""  # kvm, qemu; with the reason in `virt_why`
+    virt_why: str = ""
+
+
+class Stock(msgspec.Struct, frozen=True):
+    """An inventory of one resource class (Placement API): (total - reserved) * allocation_ratio can be claimed."""
+
+    resource_class: str
+    total: int
+    reserved: int = 0
+    min_unit: int = 1
+    max_unit: int = 2**31 - 1
+    step_size: int = 1
+    allocation_ratio: float = 1.0
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a server can be: a host of the compute service, its hypervisor, and the provider to claim from."""
+
+    host: str
+    node: str
+    provider: str
+    zone: str = ""
