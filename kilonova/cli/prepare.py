@@ -158,7 +158,7 @@ def _install(venv: Path, requirements: list[str], why: str) -> None:
         *(["--constraint", str(LOCK)] if LOCK.exists() else []),
     ]
     log = venv / "kilonova-pip.log"
-    with doing(f"Installing {count(len(requirements), 'Python package')}{why} and what they need"):
+    with doing(f"Installing {count(len(requirements), 'Python package')}{why}"):
         for how in locked, ["--prefer-binary"]:
             with log.open("w") as out:
                 command = [*pip, *always, *how, *requirements]

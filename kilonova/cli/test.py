@@ -52,9 +52,9 @@ def main() -> int:
         parser.error(f"there is no {absent[0]}")
     begun = time.monotonic()
     try:
-        prepare.ready(Path(sys.prefix), "test")
         if not parts or any(not _is_fast(part) for part in parts):
             setup.ensure(FEATURES, say=_say, ask=(lambda _: True) if chosen.yes else setup.agree)
+        prepare.ready(Path(sys.prefix), "test")
     except (prepare.Failed, Trouble) as trouble:
         _say(f"kilonova test: not begun. {trouble}")
         return 1

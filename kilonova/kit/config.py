@@ -27,7 +27,7 @@ from msgspec.structs import FieldInfo
 from kilonova.kit import log
 from kilonova.kit.errors import Invalid
 
-__all__ = ["Meta", "Secret", "load", "reference", "sample"]
+__all__ = ["Meta", "Secret", "load", "reference", "sample", "written"]
 
 PREFIX = "KILONOVA_"
 
@@ -117,9 +117,22 @@ def sample(tree: type[Struct]) -> str:
             default = _default(field)
             if default is None or default == Secret():
                 example = meta.examples[0] if meta.examples else ""
-                lines += [f"# not set unless you do:\n#{field.name} = {toml(example)}", ""]
+                lines += [f"# not set unless you do:\n#{field.encode_name} = {toml(example)}", ""]
             else:
-                lines += [f"#{field.name} = {toml(default)}", ""]
+                lines += [f"#{field.encode_name} = {toml(default)}", ""]
+    return "\n".join(lines).strip() + "\n"
+
+
+def written(tree: Struct) -> str:
+    """The choices of a tree as TOML, without those that are unset; secrets are `***`."""
+    lines: list[str] = []
+    for section, struct in _sections(type(tree)):
+        values: Any = tree
+        for part in section.split("."):
+            values = getattr(values, part)
+        lines += ["", f"[{section}]"]
+        chosen = [(f.encode_name, getattr(values, f.name)) for f in _leaves(struct)]
+        lines += [f"{name} = {toml(value)}" for name, value in chosen if value is not None and value != Secret()]
     return "\n".join(lines).strip() + "\n"
 
 
@@ -145,7 +158,7 @@ def reference(tree: type[Struct]) -> str:
             default = _default(field)
             shown = "" if default is None or default == Secret() else f"`{toml(default)}`"
             said = (_meta(field).description or "").replace("\n", " ")
-            cells = f"`{field.name}`", spelled(field.type), shown, said
+            cells = f"`{field.encode_name}`", spelled(field.type), shown, said
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kilonova.kit import log
-from kilonova.kit.config import Meta, Secret, load, reference, sample, spelled, toml
+from kilonova.kit.config import Meta, Secret, load, reference, sample, spelled, toml, written
 from kilonova.kit.errors import Invalid
 from kilonova.model.options import Config
 
@@ -44,7 +44,7 @@ class House(msgspec.Struct, frozen=True):
     yard: Yard = Yard()
 
 
-def written(directory: Path, text: str, name: str = "house.toml") -> Path:
+def lay(directory: Path, text: str, name: str = "house.toml") -> Path:
     path = directory / name
     path.write_text(text)
     return path
@@ -62,8 +62,8 @@ def test_nothing_written_is_the_defaults() -> None:
 
 
 def test_later_wins_option_by_option(tmp_path: Path) -> None:
-    one = written(tmp_path, '[door]\nport = 1\nnames = ["a", "b"]\nkind = "wood"\n', "one.toml")
-    two = written(tmp_path, "[door]\nport = 2\nwidth_m = 3\n[yard.gate]\nopen = true\n", "two.toml")
+    one = lay(tmp_path, '[door]\nport = 1\nnames = ["a", "b"]\nkind = "wood"\n', "one.toml")
+    two = lay(tmp_path, "[door]\nport = 2\nwidth_m = 3\n[yard.gate]\nopen = true\n", "two.toml")
     house = load([one, two], {"KILONOVA_YARD__WIDTH_M": "2.5", "HOME": "/"}, House, {"door.kind": "steel"})
     assert house == House(
         door=Door(port=2, names=("a", "b"), kind="steel", width_m=3.0),
@@ -107,7 +107,7 @@ def test_the_environment_is_typed(name: str, text: str, value: dict[str, object]
     ],
 )
 def test_a_mistake_in_a_file_is_told_by_name(tmp_path: Path, text: str, said: str) -> None:
-    path = written(tmp_path, text)
+    path = lay(tmp_path, text)
     assert said in refusal([path])
     assert str(path) in refusal([path])
 
@@ -133,12 +133,12 @@ def test_other_variables_of_ours_are_left_alone() -> None:
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    path = written(tmp_path, "[door]\nprot = 1\nopen = 7\n")
+    path = lay(tmp_path, "[door]\nprot = 1\nopen = 7\n")
     assert len(refusal([path], {"KILONOVA_DOOR__PORT": "x"}, **{"door.ketchup": 1}).splitlines()) == 4
 
 
 def test_a_secret_is_not_seen(tmp_path: Path) -> None:
-    path = written(tmp_path, '[door]\nkey = "opensesame"')
+    path = lay(tmp_path, '[door]\nkey = "opensesame"')
     house = load([path], {}, House)
     assert house.door.key.reveal() == "opensesame"
     assert "opensesame" not in f"{house} {house!r} {house.door.key} {pickle.dumps(house.door.key)!r}"
@@ -151,20 +151,20 @@ def test_a_secret_is_not_seen(tmp_path: Path) -> None:
 
 def test_a_secret_may_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("from a file\n")
-    path = written(tmp_path, '[door]\nkey = {file = "key"}')
+    path = lay(tmp_path, '[door]\nkey = {file = "key"}')
     assert load([path], {}, House).door.key.reveal() == "from a file"
     assert load([], {"KILONOVA_DOOR__KEY__FILE": str(tmp_path / "key")}, House).door.key.reveal() == "from a file"
-    gone = written(tmp_path, '[door]\nkey = {file = "gone"}')
+    gone = lay(tmp_path, '[door]\nkey = {file = "gone"}')
     assert refusal([gone]).endswith(f"door.key: cannot read {tmp_path / 'gone'}: No such file or directory.")
 
 
 def test_a_wrong_secret_is_not_repeated(tmp_path: Path) -> None:
-    path = written(tmp_path, '[door]\nkey = ["opensesame"]')
+    path = lay(tmp_path, '[door]\nkey = ["opensesame"]')
     assert refusal([path]).endswith('door.key: must be text or {file = "path"}.')
 
 
 def test_a_relative_path_begins_at_its_file(tmp_path: Path) -> None:
-    path = written(tmp_path, '[door]\nbell = "ring.wav"')
+    path = lay(tmp_path, '[door]\nbell = "ring.wav"')
     assert load([path], {}, House).door.bell == tmp_path / "ring.wav"
     assert load([path], {"KILONOVA_DOOR__BELL": "ring.wav"}, House).door.bell == Path("ring.wav")
 
@@ -192,12 +192,20 @@ def test_the_sample_uncommented_is_the_defaults(tmp_path: Path) -> None:
             option = re.fullmatch(r"#(\w+ = .*)", line)
             kept += [option[1] if option else line] if not (option and skip) else []
             skip = line == "# not set unless you do:"
-        path = written(tmp_path, "\n".join(kept))
+        path = lay(tmp_path, "\n".join(kept))
         assert load([path], {}, tree) == tree()
 
 
 def test_the_sample_as_it_stands_is_the_defaults_too(tmp_path: Path) -> None:
-    assert load([written(tmp_path, sample(Config))], {}, Config) == Config()
+    assert load([lay(tmp_path, sample(Config))], {}, Config) == Config()
+
+
+def test_what_holds_now_is_written_as_it_would_be_read(tmp_path: Path) -> None:
+    config = load([], {}, Config, {"api.port": 0, "network.dns_servers": "9.9.9.9", "identity.password": "opensesame"})
+    text = written(config)
+    assert "port = 0" in text
+    assert 'password = "***"' in text
+    assert load([lay(tmp_path, text)], {}, Config, {"identity.password": "opensesame"}) == config
 
 
 def test_every_option_says_what_it_is_for() -> None:
