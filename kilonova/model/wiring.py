@@ -10,7 +10,7 @@ import msgspec
 
 
 class SubnetWire(msgspec.Struct, frozen=True):
-    """`allocation` are the addresses DHCP knows of by port; no dynamic ranges are handed out."""
+    """DHCP knows each port's addresses; no dynamic ranges are handed out. The modes are the network API's, version 6."""
 
     id: str
     cidr: str
@@ -20,17 +20,24 @@ class SubnetWire(msgspec.Struct, frozen=True):
     routes: list[tuple[str, str]] = []  # (destination CIDR, next hop)
     dhcp: bool = True
     dhcp_address: str | None = None  # where DHCP and metadata answer on this subnet
+    ra_mode: Literal["", "slaac", "dhcpv6-stateless", "dhcpv6-stateful"] = ""
+    address_mode: Literal["", "slaac", "dhcpv6-stateless", "dhcpv6-stateful"] = ""
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """A security group's rule with its remote group already turned into addresses (CIDRs)."""
+    """A security group's rule with its remote group already turned into addresses (CIDRs). No remotes: nobody.
+
+    `remote_group` names where `remotes` came from. All rules of one group and version share one set in the kernel
+    then, so that a new member costs one element and not one rule in each port of the group.
+    """
 
     direction: Literal["ingress", "egress"]
     version: Literal[4, 6] = 4
     protocol: str | None = None  # tcp, udp, icmp, icmpv6, or a number as text; None: any
     port_min: int | None = None  # for icmp: the type
     port_max: int | None = None  # for icmp: the code
-    remotes: list[str] = ["0.0.0.0/0"]
+    remotes: list[str] = ["0.0.0.0/0"]  # any of ::/0 and 0.0.0.0/0 is everybody of the rule's version
+    remote_group: str = ""
 
 
 class PortWire(msgspec.Struct, frozen=True):
@@ -51,7 +58,10 @@ class PortWire(msgspec.Struct, frozen=True):
 
 
 class NetworkWire(msgspec.Struct, frozen=True):
-    """A layer-2 network: a bridge on this host. An external one is the way out, through the host."""
+    """A layer-2 network: a bridge on this host. An external one is the way out, through the host.
+
+    On a bridge that is not external only declared ports may speak.
+    """
 
     id: str
     bridge: str
@@ -66,7 +76,10 @@ class FloatingWire(msgspec.Struct, frozen=True):
 
 
 class RouterWire(msgspec.Struct, frozen=True):
-    """Legs are (network id, the router's address with prefix, MAC); with an outside leg it translates."""
+    """Legs are (network id, the router's address with prefix, MAC); with an outside leg it translates.
+
+    `routes` are (destination CIDR, next hop). With `snat`, what comes from outside reaches floating addresses only.
+    """
 
     id: str
     legs: list[tuple[str, str, str]] = []
@@ -78,8 +91,10 @@ class RouterWire(msgspec.Struct, frozen=True):
 
 
 class Wiring(msgspec.Struct, frozen=True):
-    """All of one host."""
+    """All of one host. `domain` follows the host names that DHCP tells; `lease_s` is how long its answers hold."""
 
     networks: list[NetworkWire] = []
     ports: list[PortWire] = []
     routers: list[RouterWire] = []
+    domain: str = "novalocal"
+    lease_s: int = 86_400
