@@ -315,13 +315,17 @@ class Service:
             raise Invalid("Query string is not UTF-8 encoded") from None
         if "\x00" in text:
             raise Invalid("Query string has a null character")
-        if route.query is None:
-            return None
         said: dict[str, list[str]] = {}
         for name, value in urllib.parse.parse_qsl(req.query_string, keep_blank_values=True):
             said.setdefault(name, []).append(value)
+        if route.query is None:
+            if said and version >= route.strict:
+                raise Invalid(f"Additional properties are not allowed ('{_plain(next(iter(said)))}' was unexpected)")
+            return None
         model = at(route.query, version)
         kinds = {f.encode_name: f.type for f in msgspec.structs.fields(model)}
+        if version >= route.strict and (unknown := said.keys() - kinds.keys()):
+            raise Invalid(f"Additional properties are not allowed ('{_plain(min(unknown))}' was unexpected)")
         flat: dict[str, Any] = {}
         for name, values in said.items():
             if _is_list(kinds.get(name)):

@@ -16,8 +16,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from kilonova.kit.errors import Forbidden
-from kilonova.kit.versions import NEWEST, Span, span
-
+from kilonova.kit.versions import NEWEST, Span, minor, span
 
 EVER = Span(0, NEWEST)
 
@@ -115,6 +114,7 @@ class Route:
     raw: bool = False
     gone: bool = False
     outside: int = 404  # what is answered in other versions
+    strict: int = NEWEST  # from this version on, unknown names in the query are refused
 
     def status(self, version: int) -> int:
         return self.ok if isinstance(self.ok, int) else self.ok(version)
@@ -123,8 +123,9 @@ class Route:
 class Routes:
     """The registry of one service. Order does not matter; two routes of one place may share it by version."""
 
-    def __init__(self, service: str) -> None:
-        self.service = service
+    def __init__(self, service: str, *, strict: str | None = None) -> None:
+        """`strict`: the version from which GETs refuse unknown names in the query, where a route says no other."""
+        self.service, self.strict = service, NEWEST if strict is None else minor(strict)
         self.all: list[Route] = []
 
     def __iter__(self) -> Iterator[Route]:
@@ -132,7 +133,8 @@ class Routes:
 
     def add(self, method: str, path: str, **how: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """As `get`, `post` and so on; `versions` is written "2.1-2.36"; several spans are several routes."""
-        spans = how.pop("versions", None)
+        spans, strict = how.pop("versions", None), how.pop("strict", None)
+        how["strict"] = minor(strict) if strict else self.strict if method == "GET" else NEWEST
 
         def keep(do: Callable[..., Any]) -> Callable[..., Any]:
             for s in [spans] if spans is None or isinstance(spans, str) else spans:

@@ -176,6 +176,13 @@ def change(tx: Tx, id: str, now: float | None, **facts: Any) -> None:
         raise NotFound(f"Instance {id} could not be found.")
 
 
+def reset(tx: Tx, id: str, to: VM, now: float) -> None:
+    """Declare the server idle in state `to`; the generation moves, so whoever was at it no longer owns it."""
+    idle = {"vm_state": str(to), "task_state": None, "generation": T.c.generation + 1, "updated_at": now}
+    if not tx.execute(sa.update(T).where(T.c.id == id, T.c.deleted_at.is_(None)).values(idle)).rowcount:
+        raise NotFound(f"Instance {id} could not be found.")
+
+
 def of(found: Any) -> Server:
     """A row of T as a Server."""
     m = found._mapping

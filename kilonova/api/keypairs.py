@@ -1,0 +1,154 @@
+"""Key pairs: a user's own, imported or made here. A private half made here is shown once and forgotten."""
+
+import base64
+import binascii
+import hashlib
+from typing import Annotated, Any, Literal
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from msgspec import Meta
+
+from kilonova.api.registry import R, next_link, page_limit
+from kilonova.kit.clock import iso_us
+from kilonova.kit.db import Tx
+from kilonova.kit.errors import Invalid, OverQuota
+from kilonova.kit.routes import Call
+from kilonova.kit.versions import required, since, was
+from kilonova.store import catalog, quotas
+
+OldName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\s)[_\- a-zA-Z0-9]+(?<!\s)\Z")]
+NewName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\s)[_\-@. a-zA-Z0-9]+(?<!\s)\Z")]
+
+
+class NewKey(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[NewName, was(OldName, until="2.91")]
+    public_key: Annotated[str | None, was(str | None, until="2.91"), required(since="2.92")] = None
+    type: Annotated[Literal["ssh", "x509"], since("2.2")] = "ssh"
+    user_id: Annotated[str | None, since("2.10")] = None
+
+
+class NewBody(msgspec.Struct, forbid_unknown_fields=True):
+    keypair: NewKey
+
+
+class User(msgspec.Struct):
+    user_id: Annotated[list[str], since("2.10")] = []
+
+
+class Query(msgspec.Struct):
+    user_id: Annotated[list[str], since("2.10")] = []
+    limit: Annotated[list[str], since("2.35")] = []
+    marker: Annotated[list[str], since("2.35")] = []
+
+
+@R.get("/v2.1/os-keypairs", query=Query, strict="2.75", policy="os_compute_api:os-keypairs:index", late=True)
+def index(call: Call) -> dict[str, Any]:
+    q: Query = call.query
+    user = _whose(call, q.user_id)
+    limit = page_limit(call, q.limit[-1] if q.limit else None)
+    with call.world.db.read() as tx:
+        found = catalog.keypairs(tx, user, limit=limit, marker=q.marker[-1] if q.marker else None)
+    body: dict[str, Any] = {"keypairs": [{"keypair": _short(call, k)} for k in found]}
+    if call.version >= 35 and found and len(found) == limit:
+        body["keypairs_links"] = next_link(call, found[-1].name, "os-keypairs")
+    return body
+
+
+@R.get("/v2.1/os-keypairs/{id}", query=User, strict="2.75", policy="os_compute_api:os-keypairs:show", late=True)
+def show(call: Call, id: str) -> dict[str, Any]:
+    user = _whose(call, call.query.user_id)
+    with call.world.db.read() as tx:
+        k = catalog.stored_keypair(tx, user, id)
+    rest = {
+        "id": k.id,
+        "user_id": k.user_id,
+        "created_at": iso_us(k.created_at),
+        "updated_at": None,
+        "deleted": False,
+        "deleted_at": None,
+    }
+    return {"keypair": _short(call, k) | rest}
+
+
+@R.post(
+    "/v2.1/os-keypairs",
+    body=NewBody,
+    ok=lambda v: 201 if v >= 2 else 200,
+    policy="os_compute_api:os-keypairs:create",
+    late=True,
+)
+def create(call: Call) -> dict[str, Any]:
+    wish: NewKey = call.body.keypair
+    user = _whose(call, [wish.user_id] if wish.user_id else [])
+    if wish.public_key is None:
+        private, public = _made(wish.type, call.context.user_id)
+    else:
+        private, public = None, wish.public_key
+    print_ = fingerprint(public, wish.type)
+    key = catalog.Stored(0, user, wish.name, wish.type, print_, public, call.world.clock.now())
+
+    def record(tx: Tx) -> None:
+        allowed = quotas.limits(tx, call.world.config.quota, call.context.project_id or "", user)["key_pairs"]
+        if 0 <= allowed <= catalog.count_keypairs(tx, user):
+            raise OverQuota("Quota exceeded, too many key pairs.")
+        catalog.add_keypair(tx, key)
+
+    call.world.db.run(record)
+    shown = _short(call, key) | {"user_id": user}
+    return {"keypair": shown | ({"private_key": private} if private else {})}
+
+
+@R.delete("/v2.1/os-keypairs/{id}", query=User, strict="2.75", ok=lambda v: 204 if v >= 2 else 202,
+          policy="os_compute_api:os-keypairs:delete", late=True)  # fmt: skip
+def delete(call: Call, id: str) -> None:
+    user = _whose(call, call.query.user_id)
+    call.world.db.run(catalog.remove_keypair, user, id)
+
+
+def _whose(call: Call, said: list[str]) -> str:
+    user = said[-1] if said else call.context.user_id
+    call.check({"user_id": user})
+    return user
+
+
+def _short(call: Call, k: catalog.Stored) -> dict[str, Any]:
+    shown = {"name": k.name, "public_key": k.public_key, "fingerprint": k.fingerprint}
+    return shown | {"type": k.type} if call.version >= 2 else shown
+
+
+def _made(kind: str, user: str) -> tuple[str, str]:
+    """(private half, public half). RSA, 2048 bits, as clients expect of this call."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    ).decode()
+    if kind == "x509":
+        raise Invalid("Key pairs of type x509 must be imported: give public_key.")
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    return private, f"{public} Generated-by-Kilonova"
+
+
+def fingerprint(public: str, kind: str) -> str:
+    """MD5 of an ssh key, as 16 pairs of hex digits (RFC 4716); SHA-1 of a certificate. Raises Invalid."""
+    if kind == "x509":
+        try:
+            digest = x509.load_pem_x509_certificate(public.encode()).fingerprint(hashes.SHA1())  # noqa: S303
+        except ValueError:
+            raise Invalid("Keypair data is invalid: failed to generate fingerprint") from None
+        return ":".join(f"{b:02x}" for b in digest)
+    try:
+        name, data = public.split(maxsplit=2)[:2]
+        raw = base64.b64decode(data, validate=True)
+        serialization.load_ssh_public_key(f"{name} {data}".encode())
+    except (ValueError, binascii.Error, UnicodeEncodeError):
+        raise Invalid("Keypair data is invalid: failed to generate fingerprint") from None
+    except Exception:  # unknown algorithms (sk-ssh-ed25519@openssh.com) are still keys
+        if not raw.startswith(len(name).to_bytes(4, "big") + name.encode()):
+            raise Invalid("Keypair data is invalid: failed to generate fingerprint") from None
+    if "\n" in public.strip():
+        raise Invalid("Keypair data is invalid: failed to generate fingerprint")
+    return ":".join(f"{b:02x}" for b in hashlib.md5(raw, usedforsecurity=False).digest())

@@ -1,0 +1,101 @@
+"""The simple verbs: one claim, one run, 202. What each may is a row of `model/states.py`."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from kilonova.api.registry import R, World, cause, the_server, unlocked
+from kilonova.contracts.jobs import Act
+from kilonova.kit.db import Tx
+from kilonova.kit.routes import Call
+from kilonova.kit.workflow import start
+from kilonova.model.states import VERBS
+from kilonova.store import servers
+
+
+def act(call: Call, id: str, verb: str) -> None:
+    """Lock, then state (states.md, section 3), then the claim and the run in one transaction."""
+    world: World = call.world
+
+    def record(tx: Tx) -> str:
+        before = the_server(call, tx, id)
+        unlocked(call, before)
+        now = world.clock.now()
+        server = servers.begin(tx, id, VERBS[verb], now)
+        job = Act(server, verb, was=str(before.vm_state))
+        return start(tx, "act", job, id=world.ids.uuid(), subject=id, now=now, cause=cause(call, VERBS[verb].action))
+
+    world.wake(world.db.run(record))
+
+
+class Reboot(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["HARD", "Hard", "hard", "SOFT", "Soft", "soft"]
+
+
+@R.post(
+    "/v2.1/servers/{id}/action", action="reboot", ok=202, body=Reboot, policy="os_compute_api:servers:reboot", late=True
+)
+def reboot(call: Call, id: str) -> None:
+    act(call, id, "hard_reboot" if call.body.type.upper() == "HARD" else "reboot")
+
+
+@R.post(
+    "/v2.1/servers/{id}/action", action="os-start", ok=202, body=Any, policy="os_compute_api:servers:start", late=True
+)
+def start_(call: Call, id: str) -> None:
+    act(call, id, "start")
+
+
+@R.post(
+    "/v2.1/servers/{id}/action", action="os-stop", ok=202, body=Any, policy="os_compute_api:servers:stop", late=True
+)
+def stop(call: Call, id: str) -> None:
+    act(call, id, "stop")
+
+
+@R.post(
+    "/v2.1/servers/{id}/action",
+    action="pause",
+    ok=202,
+    body=Any,
+    policy="os_compute_api:os-pause-server:pause",
+    late=True,
+)
+def pause(call: Call, id: str) -> None:
+    act(call, id, "pause")
+
+
+@R.post(
+    "/v2.1/servers/{id}/action",
+    action="unpause",
+    ok=202,
+    body=Any,
+    policy="os_compute_api:os-pause-server:unpause",
+    late=True,
+)
+def unpause(call: Call, id: str) -> None:
+    act(call, id, "unpause")
+
+
+@R.post(
+    "/v2.1/servers/{id}/action",
+    action="suspend",
+    ok=202,
+    body=Any,
+    policy="os_compute_api:os-suspend-server:suspend",
+    late=True,
+)
+def suspend(call: Call, id: str) -> None:
+    act(call, id, "suspend")
+
+
+@R.post(
+    "/v2.1/servers/{id}/action",
+    action="resume",
+    ok=202,
+    body=Any,
+    policy="os_compute_api:os-suspend-server:resume",
+    late=True,
+)
+def resume(call: Call, id: str) -> None:
+    act(call, id, "resume")

@@ -1,0 +1,242 @@
+"""What servers are made of: flavors and who may use them, and users' key pairs."""
+
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from kilonova.kit.db import Tx, meta
+from kilonova.kit.errors import Conflict, Invalid, NotFound
+from kilonova.model.flavor import Flavor
+from kilonova.model.machine import Keypair
+
+FLAVORS = sa.Table(
+    "flavors",
+    meta,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(255), nullable=False, unique=True),
+    sa.Column("name", sa.String(255), nullable=False, unique=True),
+    sa.Column("vcpus", sa.Integer, nullable=False),
+    sa.Column("memory_mb", sa.Integer, nullable=False),
+    sa.Column("disk_gb", sa.Integer, nullable=False),
+    sa.Column("ephemeral_gb", sa.Integer, nullable=False),
+    sa.Column("swap_mb", sa.Integer, nullable=False),
+    sa.Column("rxtx_factor", sa.Double, nullable=False),
+    sa.Column("is_public", sa.Boolean, nullable=False),
+    sa.Column("disabled", sa.Boolean, nullable=False),
+    sa.Column("description", sa.Text),
+    sa.Column("extra_specs", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double),
+)
+ACCESS = sa.Table(
+    "flavor_projects",
+    meta,
+    sa.Column("flavor", sa.String(255), primary_key=True),
+    sa.Column("project_id", sa.String(255), primary_key=True),
+)
+KEYPAIRS = sa.Table(
+    "keypairs",
+    meta,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("user_id", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("type", sa.String(8), nullable=False),
+    sa.Column("fingerprint", sa.String(255), nullable=False),
+    sa.Column("public_key", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("user_id", "name", name="one_keypair_of_a_name"),
+)
+
+
+# ---- flavors
+
+
+def add_flavor(tx: Tx, flavor: Flavor, now: float) -> None:
+    """Raises Conflict where the id or the name is taken."""
+    taken = tx.execute(
+        sa.select(FLAVORS.c.id, FLAVORS.c.name).where((FLAVORS.c.id == flavor.id) | (FLAVORS.c.name == flavor.name))
+    ).first()
+    if taken is not None:
+        said = (
+            f"Flavor with ID {flavor.id} already exists."
+            if taken.id == flavor.id
+            else f"Flavor with name {flavor.name} already exists."
+        )
+        raise Conflict(said)
+    values = msgspec.structs.asdict(flavor) | {"extra_specs": _text(flavor.extra_specs), "created_at": now}
+    tx.execute(sa.insert(FLAVORS), values)
+
+
+def flavor(tx: Tx, id: str) -> Flavor:
+    """Raises NotFound."""
+    row = tx.execute(sa.select(FLAVORS).where(FLAVORS.c.id == id)).first()
+    if row is None:
+        raise NotFound(f"Flavor {id} could not be found.")
+    return _flavor(row)
+
+
+SORTS = {
+    "created_at": FLAVORS.c.created_at,
+    "description": FLAVORS.c.description,
+    "ephemeral_gb": FLAVORS.c.ephemeral_gb,
+    "flavorid": FLAVORS.c.id,
+    "id": FLAVORS.c.number,
+    "is_public": FLAVORS.c.is_public,
+    "memory_mb": FLAVORS.c.memory_mb,
+    "name": FLAVORS.c.name,
+    "root_gb": FLAVORS.c.disk_gb,
+    "swap": FLAVORS.c.swap_mb,
+    "updated_at": FLAVORS.c.updated_at,
+    "vcpus": FLAVORS.c.vcpus,
+    "rxtx_factor": FLAVORS.c.rxtx_factor,
+    "disabled": FLAVORS.c.disabled,
+}
+
+
+def flavors(
+    tx: Tx,
+    *,
+    project_id: str | None,
+    public: bool | None = None,
+    disabled: bool | None = None,
+    min_memory_mb: int = 0,
+    min_disk_gb: int = 0,
+    name: str | None = None,
+    sort: str = "flavorid",
+    desc: bool = False,
+    limit: int = 1000,
+    marker: str | None = None,
+) -> list[Flavor]:
+    """A page. `project_id` sees public flavors and those it was given; None sees all. Raises Invalid: no such marker."""
+    f, where = FLAVORS.c, []
+    if project_id is not None:
+        mine = sa.select(ACCESS.c.flavor).where(ACCESS.c.project_id == project_id)
+        where.append(
+            f.is_public
+            if public
+            else ~f.is_public & f.id.in_(mine)
+            if public is False
+            else f.is_public | f.id.in_(mine)
+        )
+    elif public is not None:
+        where.append(f.is_public == public)
+    if disabled is not None:
+        where.append(f.disabled == disabled)
+    where += [f.memory_mb >= min_memory_mb, f.disk_gb >= min_disk_gb]
+    if name is not None:
+        where.append(f.name.contains(name, autoescape=True))
+    column = SORTS[sort]
+    key: Any = sa.func.coalesce(column, 0 if sort == "updated_at" else "") if column.nullable else column
+    if marker is not None:
+        at = tx.execute(sa.select(key, f.number).where(f.id == marker)).first()
+        if at is None:
+            raise Invalid(f"marker [{marker}] not found")
+        value, number = at
+        where.append((key < value if desc else key > value) | ((key == value) & (f.number > number)))
+    order = [key.desc() if desc else key.asc(), f.number]
+    return [_flavor(r) for r in tx.execute(sa.select(FLAVORS).where(*where).order_by(*order).limit(limit))]
+
+
+def change_flavor(tx: Tx, id: str, now: float, **facts: Any) -> Flavor:
+    """`description`, `extra_specs`. Raises NotFound."""
+    if "extra_specs" in facts:
+        facts["extra_specs"] = _text(facts["extra_specs"])
+    if not tx.execute(sa.update(FLAVORS).where(FLAVORS.c.id == id).values(**facts, updated_at=now)).rowcount:
+        raise NotFound(f"Flavor {id} could not be found.")
+    return flavor(tx, id)
+
+
+def remove_flavor(tx: Tx, id: str) -> None:
+    """Raises NotFound. Servers keep the flavor they were made with."""
+    if not tx.execute(sa.delete(FLAVORS).where(FLAVORS.c.id == id)).rowcount:
+        raise NotFound(f"Flavor {id} could not be found.")
+    tx.execute(sa.delete(ACCESS).where(ACCESS.c.flavor == id))
+
+
+def flavor_projects(tx: Tx, id: str) -> list[str]:
+    return list(
+        tx.execute(sa.select(ACCESS.c.project_id).where(ACCESS.c.flavor == id).order_by(ACCESS.c.project_id)).scalars()
+    )
+
+
+def allow_flavor(tx: Tx, id: str, project_id: str) -> None:
+    """Raises Conflict where it was allowed already."""
+    if project_id in flavor_projects(tx, id):
+        raise Conflict(f"Flavor access already exists for flavor {id} and project {project_id} combination.")
+    tx.execute(sa.insert(ACCESS), {"flavor": id, "project_id": project_id})
+
+
+def refuse_flavor(tx: Tx, id: str, project_id: str) -> None:
+    """Raises NotFound where it was not allowed."""
+    gone = sa.delete(ACCESS).where(ACCESS.c.flavor == id, ACCESS.c.project_id == project_id)
+    if not tx.execute(gone).rowcount:
+        raise NotFound(f"Flavor access not found for {id} / {project_id} combination.")
+
+
+def _flavor(row: Any) -> Flavor:
+    m = row._mapping
+    values = {f: m[f] for f in Flavor.__struct_fields__ if f != "extra_specs"}
+    return Flavor(**values, extra_specs=msgspec.json.decode(m["extra_specs"]))
+
+
+def _text(specs: dict[str, str]) -> str:
+    return msgspec.json.encode(specs).decode()
+
+
+# ---- key pairs
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A key pair as the API shows it. The private half is never kept."""
+
+    id: int
+    user_id: str
+    name: str
+    type: str
+    fingerprint: str
+    public_key: str
+    created_at: float
+
+
+def keypair(tx: Tx, user_id: str, name: str) -> Keypair:
+    """As a server is given it. Raises NotFound."""
+    k = stored_keypair(tx, user_id, name)
+    return Keypair(k.name, k.public_key, k.type)
+
+
+def stored_keypair(tx: Tx, user_id: str, name: str) -> Stored:
+    row = tx.execute(sa.select(KEYPAIRS).where(KEYPAIRS.c.user_id == user_id, KEYPAIRS.c.name == name)).first()
+    if row is None:
+        raise NotFound(f"Keypair {name} not found for user {user_id}")
+    return Stored(**row._mapping)
+
+
+def keypairs(tx: Tx, user_id: str, *, limit: int = 1000, marker: str | None = None) -> list[Stored]:
+    """By name. Raises Invalid: no such marker."""
+    where = [KEYPAIRS.c.user_id == user_id]
+    if marker is not None:
+        if tx.execute(sa.select(KEYPAIRS.c.id).where(*where, KEYPAIRS.c.name == marker)).first() is None:
+            raise Invalid(f"marker [{marker}] not found")
+        where.append(KEYPAIRS.c.name > marker)
+    query = sa.select(KEYPAIRS).where(*where).order_by(KEYPAIRS.c.name).limit(limit)
+    return [Stored(**r._mapping) for r in tx.execute(query)]
+
+
+def count_keypairs(tx: Tx, user_id: str) -> int:
+    return tx.execute(sa.select(sa.func.count()).where(KEYPAIRS.c.user_id == user_id)).scalar_one()
+
+
+def add_keypair(tx: Tx, key: Stored) -> None:
+    """`key.id` is given by the database. Raises Conflict where the user has one of this name."""
+    try:
+        with tx.begin_nested():
+            tx.execute(sa.insert(KEYPAIRS), {k: v for k, v in msgspec.structs.asdict(key).items() if k != "id"})
+    except sa.exc.IntegrityError:
+        raise Conflict(f"Key pair '{key.name}' already exists.") from None
+
+
+def remove_keypair(tx: Tx, user_id: str, name: str) -> None:
+    """Raises NotFound."""
+    if not tx.execute(sa.delete(KEYPAIRS).where(KEYPAIRS.c.user_id == user_id, KEYPAIRS.c.name == name)).rowcount:
+        raise NotFound(f"Keypair {name} not found for user {user_id}")

@@ -1,0 +1,148 @@
+"""Who may have how much. Usage is counted where it lies, in the rows themselves; nothing keeps a second book.
+
+The claim: a row of the project is locked by one UPDATE (on SQLite the one writer does that), then the living
+servers are counted and the new ones written in the same transaction; so two callers cannot both take the last.
+"""
+
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from kilonova.kit.db import Tx, meta
+from kilonova.kit.errors import OverQuota
+from kilonova.model import options
+from kilonova.model.states import VM
+from kilonova.store import servers
+
+LIMITS = sa.Table(
+    "quota_limits",
+    meta,
+    sa.Column("owner", sa.String(64), primary_key=True),  # project, or "class:NAME"
+    sa.Column("user_id", sa.String(64), primary_key=True, server_default=""),  # "": the whole project
+    sa.Column("resource", sa.String(64), primary_key=True),
+    sa.Column("hard_limit", sa.Integer, nullable=False),
+)
+LOCKS = sa.Table(
+    "quota_locks",
+    meta,
+    sa.Column("project_id", sa.String(64), primary_key=True),
+    sa.Column("n", sa.Integer, nullable=False),
+)
+DEFAULT_CLASS = "class:default"
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Of a project, or of one of its users. `ram` in MiB."""
+
+    instances: int = 0
+    cores: int = 0
+    ram: int = 0
+
+
+def usage(tx: Tx, project_id: str, user_id: str | None = None) -> Usage:
+    """SELECT count(*), sum(vcpus), sum(memory_mb) FROM servers WHERE project_id = … AND deleted_at IS NULL AND …"""
+    t = servers.T.c
+    where = [t.project_id == project_id, t.deleted_at.is_(None), t.vm_state != str(VM.soft_deleted)]
+    if user_id is not None:
+        where.append(t.user_id == user_id)
+    n, cores, ram = tx.execute(
+        sa.select(sa.func.count(), sa.func.sum(t.vcpus), sa.func.sum(t.memory_mb)).where(*where)
+    ).one()
+    return Usage(n, int(cores or 0), int(ram or 0))
+
+
+def limits(tx: Tx, defaults: options.Quota, project_id: str, user_id: str | None = None) -> dict[str, int]:
+    """What holds: user's, else project's, else class default's, else the configuration's. -1 is no limit."""
+    owners = [(DEFAULT_CLASS, ""), (project_id, "")] + ([(project_id, user_id)] if user_id else [])
+    said: dict[tuple[str, str], dict[str, int]] = {}
+    for r in tx.execute(sa.select(LIMITS).where(LIMITS.c.owner.in_([DEFAULT_CLASS, project_id]))):
+        said.setdefault((r.owner, r.user_id), {})[r.resource] = r.hard_limit
+    found = {f: getattr(defaults, f) for f in options.Quota.__struct_fields__}
+    for who in owners:
+        found |= {k: v for k, v in said.get(who, {}).items() if k in found}
+    return found
+
+
+def set_limits(tx: Tx, owner: str, wanted: dict[str, int], user_id: str = "") -> None:
+    """`owner` is a project or "class:NAME"."""
+    for resource, n in wanted.items():
+        where = (LIMITS.c.owner == owner) & (LIMITS.c.user_id == user_id) & (LIMITS.c.resource == resource)
+        if not tx.execute(sa.update(LIMITS).where(where).values(hard_limit=n)).rowcount:
+            known = tx.execute(
+                sa.select(LIMITS.c.hard_limit).where(where)
+            ).first()  # MariaDB counts no row that was so already
+            if known is None:
+                tx.execute(
+                    sa.insert(LIMITS), {"owner": owner, "user_id": user_id, "resource": resource, "hard_limit": n}
+                )
+
+
+def own_limits(tx: Tx, owner: str, user_id: str = "") -> dict[str, int]:
+    """What was set for just this owner."""
+    rows = tx.execute(
+        sa.select(LIMITS.c.resource, LIMITS.c.hard_limit).where(LIMITS.c.owner == owner, LIMITS.c.user_id == user_id)
+    )
+    return {r.resource: r.hard_limit for r in rows}
+
+
+def users_limits(tx: Tx, project_id: str) -> list[tuple[str, str, int]]:
+    """(user, resource, limit) of all users of a project that have limits of their own."""
+    rows = tx.execute(sa.select(LIMITS).where(LIMITS.c.owner == project_id, LIMITS.c.user_id != ""))
+    return [(r.user_id, r.resource, r.hard_limit) for r in rows]
+
+
+def forget_limits(tx: Tx, owner: str, user_id: str | None = None) -> None:
+    """Back to what holds otherwise; of a project: its users' limits too."""
+    where = [LIMITS.c.owner == owner] + ([LIMITS.c.user_id == user_id] if user_id is not None else [])
+    tx.execute(sa.delete(LIMITS).where(*where))
+
+
+def claim(
+    tx: Tx, defaults: options.Quota, project_id: str, user_id: str, cores: int, ram_mb: int, least: int, most: int
+) -> int:
+    """How many servers of this size may be made now: at most `most`, at least `least`. Raises OverQuota.
+
+    Holds the project's lock until the transaction ends.
+    """
+    _lock(tx, project_id)
+    fits = most
+    for who in (None, user_id):
+        own = own_limits(tx, project_id, user_id) if who else None
+        if who and not own:
+            continue
+        allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)
+        fits = min(fits, *_rooms(allowed, used, cores, ram_mb))
+        if fits < least:
+            raise _over(allowed, used, cores, ram_mb, most)
+    return fits
+
+
+def _rooms(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int) -> list[int]:
+    rooms = []
+    for resource, each in (("instances", 1), ("cores", cores), ("ram", ram_mb)):
+        if allowed[resource] >= 0 and each:
+            rooms.append(max(0, (allowed[resource] - getattr(used, resource)) // each))
+    return rooms or [10**9]
+
+
+def _over(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int, n: int) -> OverQuota:
+    wanted = {"cores": cores * n, "instances": n, "ram": ram_mb * n}
+    over = [r for r, w in wanted.items() if 0 <= allowed[r] < getattr(used, r) + w]
+    join: Any = lambda f: ", ".join(str(f(r)) for r in over)
+    return OverQuota(
+        f"Quota exceeded for {join(str)}: Requested {join(wanted.get)}, but already used {join(lambda r: getattr(used, r))} of {join(allowed.get)} {join(str)}"
+    )
+
+
+def _lock(tx: Tx, project_id: str) -> None:
+    """UPDATE quota_locks SET n = n + 1 WHERE project_id = … : whoever comes second waits for the first's end."""
+    if tx.dialect.name == "sqlite":
+        return  # one writer
+    bump = sa.update(LOCKS).where(LOCKS.c.project_id == project_id).values(n=LOCKS.c.n + 1)
+    if not tx.execute(bump).rowcount:
+        try:
+            with tx.begin_nested():
+                tx.execute(sa.insert(LOCKS), {"project_id": project_id, "n": 0})
+        except sa.exc.IntegrityError:
+            tx.execute(bump)
