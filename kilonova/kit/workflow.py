@@ -64,6 +64,7 @@ FOREVER = 1e9  # seconds: all the patience in the world
 RESEND_S = 10.0  # until a letter is sent again; doubled each time, to a minute
 RETRY_S = 0.5  # until a step that was Unavailable is tried again; the same
 LOOK_S = 600.0  # the longest that nobody looks at an open run
+RECORDS = 20  # in one transaction: it keeps others waiting
 TRIES = 5  # of a transaction that the database refuses
 
 ILL = sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError  # of the database, not of the run
@@ -338,7 +339,7 @@ class Engine:
         while True:
             try:
                 with Unit(self.db) as unit:
-                    run = (run and self._retaken(unit, run)) or take(unit, id)
+                    run = take(unit, id) or (run and self._retaken(unit, run))
                     if run is None:
                         return []
                     if run.play():
@@ -485,6 +486,7 @@ class Run:
         self.stack: list[tuple[Past | None, Step[Any, Any], tuple[Any, ...], dict[str, Any]]] = []  # to be undone
         self.dirty: dict[int, Past] = {}  # rows to be written
         self.outbox: list[tuple[str, bytes]] = []  # letters to be sent after that
+        self.records = 0  # in the transaction that we are in
         self.due = float("inf")
         self.final = self.unwinding = False
         self.others: list[str] = []  # who may go on when this one has ended
@@ -500,6 +502,11 @@ class Run:
         if r.action is None:
             return None
         return Cause(action=r.action, request_id=r.request_id, user_id=r.user_id, project_id=r.project_id)
+
+    @property
+    def now(self) -> float:
+        """What time it is, for a record to write down. It is another at each replay: nothing may branch on it."""
+        return self.engine.clock.now()
 
     def __call__(self, step: Step[P, R], *args: P.args, **more: P.kwargs) -> R:
         """Do this step, or be told what came of it. Raises the Trouble that it ended with."""
@@ -577,7 +584,7 @@ class Run:
     def _try(self, past: Past, step: Step[Any, Any], args: Any, more: dict[str, Any], of: Past | None) -> None:
         if self.engine.watch:
             self.engine.watch(self.row.workflow, step.name)
-        at_it = step.kind == "command" and past.stored  # a host is: its answer decides
+        at_it = past.host is not None  # a host is: its answer decides
         if "abort" in self.called and not (at_it or self.unwinding or self.final):
             self._heed(past, "abort")
             past.close(self.engine.clock.now(), fault=Aborted("The action was aborted."))
@@ -591,7 +598,10 @@ class Run:
 
     def _record(self, past: Past, step: Step[Any, Any], args: Any, more: dict[str, Any]) -> None:
         """In the transaction that we are in; its refusal takes back its own changes and no other's."""
+        if self.records == RECORDS:
+            self._commit(self.held_until)
         tx = self._held()
+        self.records += 1
         self.dirty[past.n] = past
         with _ills():
             tx.exec_driver_sql("SAVEPOINT step")
@@ -602,7 +612,6 @@ class Run:
             except Exception as e:
                 tx.exec_driver_sql("ROLLBACK TO SAVEPOINT step")
                 self._failed(past, e)
-            tx.exec_driver_sql("RELEASE SAVEPOINT step")
 
     def _effect(self, past: Past, step: Step[Any, Any], args: Any, more: dict[str, Any], of: Past | None) -> None:
         """Its row is written with the next commit: should we die before, it happens twice, as it may.
@@ -622,10 +631,15 @@ class Run:
 
     def _command(self, past: Past, step: Step[Any, Any], args: Any, more: dict[str, Any], of: Past | None) -> None:
         """Sent after its row is committed, again when due, and judged when patience or the host is gone."""
-        now, gone = self.engine.clock.now(), self.engine.gone
-        to: To[Any] = step.do(*args, **more)
+        now = self.engine.clock.now()
+        try:
+            to: To[Any] = step.do(*args, **more)
+        except Exception as e:
+            self._failed(past, e)
+            self.dirty[past.n] = past
+            return
         news = sorted(self.called & step.signals.keys())
-        if gone is not None and self._asks(gone, to.host):
+        if self._gone(to.host):
             past.close(now, fault=HostGone(f"{to.host} is gone."))
         elif past.stored and now >= past.until:
             past.close(now, fault=Refused(f"{to.host} did not answer in time."))
@@ -638,9 +652,12 @@ class Run:
             return
         self.dirty[past.n] = past
 
-    def _asks(self, gone: Callable[[Tx, str], bool], host: str) -> bool:
+    def _gone(self, host: str) -> bool:
+        if self.engine.gone is None:
+            return False
+        tx = self._held()
         with _ills():
-            return gone(self._held(), host)
+            return self.engine.gone(tx, host)
 
     def _post(self, past: Past, step: Step[Any, Any], args: Any, more: Any, of: Past | None, to: To[Any]) -> None:
         now = self.engine.clock.now()
@@ -785,19 +802,23 @@ class Run:
                 if p.stored and not tx.execute(UPDATE, _changes(p)).rowcount:
                     raise Overtaken
             self.unit.commit()
-        self.held_until, self.committed = held_until, self.epoch
+        self.held_until, self.committed, self.records = held_until, self.epoch, 0
         for p in self.dirty.values():
             p.stored = True
         self.dirty.clear()
 
 
-@contextmanager
-def _ills() -> Iterator[None]:
-    """The database's failures are no business of the workflow's: carry them past it."""
-    try:
-        yield
-    except ILL as e:
-        raise Ill from e
+class _ills:
+    """The database's failures are no business of the workflow's: carry them past it.
+
+    Not made with `contextmanager`: it is on the way of every statement.
+    """
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, e: BaseException | None, trace: Any) -> None:
+        if isinstance(e, ILL):
+            raise Ill from e
 
 
 def _backed_off(first_s: float, times: int) -> float:
