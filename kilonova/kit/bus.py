@@ -96,11 +96,12 @@ def opened(raw: bytes) -> Letter | None:
     """The envelope. None, and a line in the log, for what is no letter: such bytes are no better the next time."""
     try:
         return _LETTER.decode(raw)
-    except msgspec.MsgspecError as e:
+    except MALFORMED as e:
         log.warning("%d bytes that are no letter were dropped: %s", len(raw), e)
         return None
 
 
+MALFORMED = msgspec.MsgspecError, UnicodeDecodeError, RecursionError  # msgspec lets the others through
 _PACK = msgspec.msgpack.Encoder()
 _LETTER = msgspec.msgpack.Decoder(Letter)
 
@@ -143,7 +144,7 @@ class Door:
         decoder, do = self.ways[m.name]
         try:
             message = decoder.decode(m.body)
-        except msgspec.MsgspecError as e:
+        except MALFORMED as e:
             log.warning("a letter with a malformed %s was dropped: %s", m.name, e)
             return
         do(message)
@@ -287,7 +288,7 @@ class Agent:
         try:
             decoder, handler = self.handlers[m.name]
             call = decoder.decode(m.body)
-        except (KeyError, msgspec.MsgspecError):  # not remembered: after an update we may well understand it
+        except (KeyError, *MALFORMED):  # not remembered: after an update we may well understand it
             return letter(Answered(m.key, fault=Fault("Unsupported", f"This host does not understand {m.name}.")))
         try:
             done = Answered(m.key, answer=msgspec.json.encode(handler(self.host, call)).decode())
