@@ -29,7 +29,8 @@ BASE = [
 ]
 
 # fmt: off
-RULES = BASE + [
+RULES = [
+    *BASE,
     Rule("compute:aggregates:images", ADMIN),
     Rule("compute:server:topology:host:index", ADMIN),
     Rule("compute:server:topology:index", READER),
