@@ -1,0 +1,1 @@
+"""Small, real, replaceable neighbours: identity, images, networks, behind their standard APIs."""
