@@ -259,6 +259,10 @@ class Identity(Struct, frozen=True):
     token_cache_s: A[float, Meta(description="A token is looked at again when so much time has passed.", ge=0)] = 5.0
     fernet_rotation_s: A[int, Meta(description="How often tokens get a new key.", ge=60)] = 86_400
     fernet_keys_max: A[int, Meta(description="Keys kept for tokens that are still good.", ge=3)] = 3
+    lockout_failures: A[
+        int, Meta(description="Wrong passwords in a row after which a user has to wait; 0 never.", ge=0)
+    ] = 8
+    lockout_s: A[float, Meta(description="How long he waits.", ge=0)] = 15.0
     password_hash_cost: A[
         int, Meta(description="Cost of guessing a password: scrypt's N is 2 to this power.", ge=10, le=20)
     ] = 14
