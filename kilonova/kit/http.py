@@ -363,7 +363,7 @@ class Service:
         if reply.stream is not None:
             resp.content_type = reply.content_type or "application/octet-stream"
             if reply.length is not None:
-                resp.set_stream(reply.stream, reply.length)  # type: ignore[arg-type]
+                resp.set_stream(reply.stream, reply.length)
             else:
                 resp.stream = reply.stream
         elif isinstance(reply.body, bytes | str):
