@@ -27,9 +27,13 @@ class Spawn(Call[Done], frozen=True):
 
 @compute
 class Destroy(Call[Done], frozen=True):
-    """Remove it with all it had on this host. Nothing there: done."""
+    """Remove it with all it had on this host. Nothing there: done.
+
+    `epoch`: only what is not newer than this; a machine that has come back since is none of the sender's business.
+    """
 
     server: str
+    epoch: int | None = None
 
 
 @compute
@@ -40,6 +44,28 @@ class Power(Call[Done], frozen=True):
     to: Literal["start", "stop", "reboot", "hard_reboot", "pause", "unpause", "suspend", "resume"]
     timeout_s: float = 60
     machine: Machine | None = None  # for start and hard reboot: what it should be, made anew
+
+
+@compute
+class Abandon(Call[Done], frozen=True):
+    """What is being done for this server is no longer wanted: end it soon. Told beside the act, not behind it."""
+
+    server: str
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What a host has of a server, just now."""
+
+    there: bool
+    power_state: int = 0
+    epoch: int = 0
+
+
+@compute
+class Look(Call[Seen], frozen=True):
+    """Is it there, and how is it? Answered behind whatever is being done to it."""
+
+    server: str
 
 
 class Text(msgspec.Struct, frozen=True):

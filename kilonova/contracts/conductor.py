@@ -3,6 +3,7 @@
 import msgspec
 
 from kilonova.kit.bus import Contract
+from kilonova.model.host import HostFacts, Stock
 
 conductor = Contract("conductor")
 
@@ -29,8 +30,10 @@ class Report(msgspec.Struct, frozen=True):
     holds: list[HeldHere]
     busy: list[str] = []  # servers that a handler is at work on just now: what is held of them may change
     speaks: list[str] = []
-    facts: msgspec.Raw | None = None  # virt.driver.HostFacts as JSON; with the first report, and when they change
+    facts: HostFacts | None = None  # with the first reports, when they change, and now and then: letters get lost
+    stocks: list[Stock] = []  # with the facts: what of them may be given out
     version: str = ""
+    host_ip: str = ""
 
 
 @conductor

@@ -1,0 +1,26 @@
+"""What a scheduler may be asked: where could this server live? A question, never journaled by who answers it."""
+
+import msgspec
+
+from kilonova.kit.bus import Call, Contract
+from kilonova.model.ask import Ask
+from kilonova.model.host import Place
+
+scheduler = Contract("scheduler")
+
+
+class Chosen(msgspec.Struct, frozen=True):
+    """The best first, then alternates. Empty: nowhere, and `why` says how many hosts each rule turned away."""
+
+    places: list[Place] = []
+    why: dict[str, int] = {}
+    hosts: int = 0  # how many there are to choose from
+
+
+@scheduler
+class Choose(Call[Chosen], frozen=True):
+    """Where could it live? At most so many places."""
+
+    server: str
+    ask: Ask
+    most: int = 3

@@ -1,0 +1,199 @@
+"""Rules say no, tastes say how much. Each is a function of the columns and of what is asked.
+
+A rule answers a mask of the rows that it lets through, or `...` when it has nothing to say about this ask; how
+many each turned away is the answer to "why not?".  A taste answers a number a row, the more the better; it is
+scaled to 0…1 over the rows that are left, then weighed.
+"""
+
+from collections.abc import Callable
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+
+from kilonova.model import fit
+from kilonova.model.ask import Ask
+from kilonova.scheduler.hosts import Bools, Floats, Hosts
+
+Rule = Callable[[Hosts, Ask, "View"], Bools | EllipsisType]
+Taste = Callable[[Hosts, Ask], Any]
+
+
+class View:
+    """What a rule must know besides: what time it is, and how long a host may be silent."""
+
+    def __init__(self, now: float, down_after_s: float) -> None:
+        self.now, self.down_after_s = now, down_after_s
+
+
+RULES: dict[str, tuple[Rule, bool]] = {}
+TASTES: dict[str, tuple[Taste, float]] = {}
+
+
+def rule(*, standard: bool = True) -> Callable[[Rule], Rule]:
+    """`standard`: asked where the configuration names no rules."""
+
+    def declared(do: Rule) -> Rule:
+        RULES[do.__name__] = do, standard
+        return do
+
+    return declared
+
+
+def taste(weight: float) -> Callable[[Taste], Taste]:
+    """`weight`: where the configuration names none."""
+
+    def declared(do: Taste) -> Taste:
+        TASTES[do.__name__] = do, weight
+        return do
+
+    return declared
+
+
+# ---- rules, the cheap ones first
+
+
+@rule()
+def enabled(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    return ~hosts.disabled
+
+
+@rule()
+def up(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    return ~hosts.forced_down & (hosts.seen >= view.now - view.down_after_s)
+
+
+@rule()
+def named(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """The host, or the hypervisor, that somebody asked for."""
+    if ask.host is None and ask.node is None:
+        return ...
+    return _rows(hosts, lambda p: ask.host in (None, p.host) and ask.node in (None, p.node))
+
+
+@rule()
+def not_avoided(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    if not ask.avoid:
+        return ...
+    avoid = set(ask.avoid)
+    return _rows(hosts, lambda p: p.host not in avoid)
+
+
+@rule()
+def zone(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    if ask.zone is None:
+        return ...
+    return np.asarray(hosts.zone == hosts.zones.get(ask.zone, -1))
+
+
+@rule()
+def room(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    fits = np.ones(hosts.n, bool)
+    for name, n in ask.amounts.items():
+        i = hosts.column(name)
+        if i is None:
+            return np.zeros(hosts.n, bool)
+        fits &= hosts.used[:, i] + hosts.pending[:, i] + n <= hosts.capacity[:, i]
+        fits &= (n >= hosts.min_unit[:, i]) & (n <= hosts.max_unit[:, i]) & (n % hosts.step[:, i] == 0)
+    return fits
+
+
+@rule()
+def traits(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    if not (ask.required or ask.forbidden):
+        return ...
+    fits = hosts.having(ask.required)
+    for t in ask.forbidden:
+        fits &= ~hosts.with_trait(t)
+    return fits
+
+
+@rule()
+def image(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Architecture, hypervisor type and the like, as the image wants them."""
+    if not any(k in ask.properties for k in IMAGE_WANTS):
+        return ...
+    return _kinds(hosts, [fit.runs(facts, ask.properties) for facts in hosts.kinds])
+
+
+@rule()
+def capabilities(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """`capabilities:path` of the flavor against what the hypervisor says of itself."""
+    wanted = {
+        k.removeprefix("capabilities:").split(":")[0]: v
+        for k, v in ask.extra_specs.items()
+        if k.startswith("capabilities:")
+    }
+    if not wanted:
+        return ...
+    said = [{f: getattr(facts, f) for f in facts.__struct_fields__} | facts.cpu_info for facts in hosts.kinds]
+    return _kinds(hosts, [all(k in s and fit.matches(str(s[k]), v) for k, v in wanted.items()) for s in said])
+
+
+@rule()
+def tenants(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Aggregates with `filter_tenant_id` admit their own projects only."""
+    if not any(k.startswith("filter_tenant_id") for g in hosts.groups for k in g):
+        return ...
+    return _groups(hosts, [fit.tenant_fits(ask.project_id, g) for g in hosts.groups])
+
+
+@rule(standard=False)
+def aggregate_extra_specs(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """The flavor's extra specs against what the host's aggregates say."""
+    if not ask.extra_specs:
+        return ...
+    return _groups(hosts, [fit.aggregate_fits(ask.extra_specs, g) for g in hosts.groups])
+
+
+FORCED = frozenset({"named", "not_avoided", "room"})  # all that is asked for a forced host
+IMAGE_WANTS = ("hw_architecture", "architecture", "img_hv_type", "hypervisor_type", "hw_vm_mode", "vm_mode")
+
+
+# ---- tastes
+
+
+@taste(1.0)
+def ram(hosts: Hosts, ask: Ask) -> Floats:
+    return hosts.free_of("MEMORY_MB")
+
+
+@taste(1.0)
+def cpu(hosts: Hosts, ask: Ask) -> Floats:
+    return hosts.free_of("VCPU")
+
+
+@taste(1.0)
+def disk(hosts: Hosts, ask: Ask) -> Floats:
+    return hosts.free_of("DISK_GB")
+
+
+@taste(-1.0)
+def io_ops(hosts: Hosts, ask: Ask) -> Any:
+    """Builds under way, as far as this scheduler chose them."""
+    return hosts.busy
+
+
+@taste(1.0)
+def hypervisor_version(hosts: Hosts, ask: Ask) -> Floats:
+    return hosts.version
+
+
+@taste(-1_000_000.0)
+def build_failures(hosts: Hosts, ask: Ask) -> Any:
+    return hosts.failures
+
+
+# ---- how rules look at less than each row
+
+
+def _rows(hosts: Hosts, lets: Callable[[Any], bool]) -> Bools:
+    return np.fromiter((lets(p) for p in hosts.places), bool, hosts.n)
+
+
+def _kinds(hosts: Hosts, lets: list[bool]) -> Bools:
+    return np.asarray(lets, bool)[hosts.kind] if lets else np.zeros(hosts.n, bool)
+
+
+def _groups(hosts: Hosts, lets: list[bool]) -> Bools:
+    return np.asarray(lets, bool)[hosts.group]

@@ -1,0 +1,204 @@
+"""Where could these servers live? Those who ask at the same time are answered in one pass over the columns.
+
+There is no thread in here: of those who wait, one answers for all.  In one process a conductor calls `choose`; a
+scheduler of its own is asked the same over the bus (`serve`), and nobody can tell the difference.
+"""
+
+import logging
+import random
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import EllipsisType
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from kilonova.contracts.scheduler import Choose, Chosen, scheduler
+from kilonova.kit.ask import Answerer, Bus
+from kilonova.kit.clock import Clock
+from kilonova.kit.db import Tx
+from kilonova.kit.errors import Invalid
+from kilonova.model.ask import Ask
+from kilonova.model.options import Scheduler as Options
+from kilonova.scheduler.hosts import Floats, Hosts, Ints
+from kilonova.scheduler.rules import FORCED, RULES, TASTES, Rule, Taste, View
+
+log = logging.getLogger(__name__)
+
+
+class Reads(Protocol):
+    """A `Db`, as far as a scheduler needs one."""
+
+    def read(self) -> AbstractContextManager[Tx]: ...
+
+
+class Scheduler:
+    """Any number of threads may ask. `down_after_s`: a host that was silent for longer is down.
+
+    Raises Invalid for a rule or taste in `options` that nobody knows.
+    """
+
+    def __init__(
+        self,
+        db: Reads,
+        *,
+        clock: Clock,
+        dice: random.Random,
+        options: Options | None = None,
+        down_after_s: float = 60.0,
+        default_zone: str = "nova",
+    ) -> None:
+        self.db, self.clock, self.down_after_s = db, clock, down_after_s
+        self.options = options or Options()
+        self.rules, self.tastes = _rules(self.options), _tastes(self.options)
+        self.dice = np.random.default_rng(dice.getrandbits(64))
+        self.hosts = Hosts(default_zone)
+        self.guard, self.turn = threading.Lock(), threading.Lock()
+        self.waiting: list[_Waiting] = []
+
+    def choose(self, m: Choose) -> Chosen:
+        """The best places for this server; none, with the reasons, where there are none."""
+        mine = _Waiting(m)
+        with self.guard:
+            self.waiting.append(mine)
+        with self.turn:
+            if mine.answer is None:
+                with self.guard:
+                    all, self.waiting = self.waiting, []
+                self._answer(all)
+        assert mine.answer is not None
+        return mine.answer
+
+    def serve(self, bus: Bus, address: str = "scheduler", threads: int = 4) -> None:
+        """Answer those who ask over the bus."""
+
+        def choose(me: Scheduler, m: Choose) -> Chosen:
+            return me.choose(m)
+
+        bus.serve(address, Answerer(scheduler, [choose], self, bus.send).receive, threads)
+
+    # -- a pass
+
+    def _answer(self, all: "list[_Waiting]") -> None:
+        """A no is only said after a look at everything: what we know may be old, what we chose may not be claimed."""
+        try:
+            now = self.clock.now()
+            with self.db.read() as tx:
+                self.hosts.refresh(tx, now)
+                left = self._place(all, now)
+                if left:
+                    self.hosts.load(tx, now)
+            for w in self._place(left, now):
+                w.answer = self._nowhere(w.m.ask, now)
+        except BaseException:
+            with self.guard:  # they will ask for themselves
+                self.waiting += [w for w in all if w.answer is None]
+            raise
+
+    def _place(self, all: "list[_Waiting]", now: float) -> "list[_Waiting]":
+        """Answer who can be; who cannot is returned."""
+        left: list[_Waiting] = []
+        for same in _alike(all):
+            left += self._place_alike(same, now)
+        return left
+
+    def _place_alike(self, same: "list[_Waiting]", now: float) -> "list[_Waiting]":
+        """Requests that ask the same: one pass gives a host at most one of them, so that a burst spreads."""
+        ask, todo = same[0].m.ask, same
+        amounts = self._amounts(ask)
+        while todo and amounts is not None:
+            rows = self._candidates(ask, now)[0]
+            if not len(rows):
+                break
+            most = max(w.m.most for w in todo)
+            best = self._best(rows, ask, min(len(rows), len(todo) + most - 1))
+            for j, w in enumerate(todo[: len(best)]):
+                order = [int(best[(j + k) % len(best)]) for k in range(min(w.m.most, len(best)))]
+                self.hosts.take(order[0], amounts, now)
+                w.answer = Chosen([self.hosts.places[i] for i in order], hosts=self.hosts.n)
+            todo = todo[len(best) :]
+        return todo
+
+    def _candidates(self, ask: Ask, now: float) -> tuple[Ints, dict[str, int]]:
+        """The rows that no rule refuses, and how many each rule turned away."""
+        view, fit, why = View(now, self.down_after_s), np.ones(self.hosts.n, bool), dict[str, int]()
+        for name, lets in self.rules.items():
+            if ask.forced and name not in FORCED:
+                continue
+            mask = lets(self.hosts, ask, view)
+            if isinstance(mask, EllipsisType):
+                continue
+            before = int(np.count_nonzero(fit))
+            fit &= mask
+            why[name] = before - int(np.count_nonzero(fit))
+        return np.flatnonzero(fit), why
+
+    def _best(self, rows: Ints, ask: Ask, k: int) -> Ints:
+        """The k best of these rows, the best first. Equals are told apart by dice: schedulers must not agree."""
+        score = self.dice.random(len(rows)) * 1e-6
+        if len(rows) > 1:
+            for tells, weight in self.tastes:
+                score += weight * _scaled(np.asarray(tells(self.hosts, ask), float)[rows])
+        if k < len(rows):
+            part = np.argpartition(-score, k - 1)[:k]
+            rows, score = rows[part], score[part]
+        best = rows[np.argsort(-score)]
+        if (among := min(self.options.shuffle_best, len(best))) > 1:
+            best[:among] = self.dice.permutation(best[:among])
+        return np.asarray(best)
+
+    def _amounts(self, ask: Ask) -> Floats | None:
+        """As a row of the columns; None: nobody has that class."""
+        row = np.zeros(len(self.hosts.classes))
+        for name, n in ask.amounts.items():
+            i = self.hosts.column(name)
+            if i is None:
+                return None
+            row[i] = n
+        return row
+
+    def _nowhere(self, ask: Ask, now: float) -> Chosen:
+        why = {name: n for name, n in self._candidates(ask, now)[1].items() if n}
+        log.info("no valid host: of %d hosts %s", self.hosts.n, why)
+        return Chosen(why=why, hosts=self.hosts.n)
+
+
+class _Waiting:
+    __slots__ = ("answer", "m")
+
+    def __init__(self, m: Choose) -> None:
+        self.m = m
+        self.answer: Chosen | None = None
+
+
+def _alike(all: "Sequence[_Waiting]") -> "list[list[_Waiting]]":
+    if len(all) == 1:
+        return [list(all)]
+    groups: dict[bytes, list[_Waiting]] = {}
+    for w in all:
+        groups.setdefault(msgspec.json.encode(w.m.ask), []).append(w)
+    return list(groups.values())
+
+
+def _scaled(values: Floats) -> Floats:
+    """To 0…1; all the same: nothing to say. The lower bound is 0 where no value is below it."""
+    low, high = min(0.0, float(values.min())), float(values.max())
+    if high == low or high == float(values.min()):
+        return np.zeros(len(values))
+    return (values - low) / (high - low)
+
+
+def _rules(options: Options) -> dict[str, Rule]:
+    wanted = options.rules if options.rules is not None else [n for n, (_, standard) in RULES.items() if standard]
+    if unknown := [n for n in wanted if n not in RULES]:
+        raise Invalid(f"scheduler.rules: there is no rule {', '.join(unknown)}; there are {', '.join(RULES)}.")
+    return {name: RULES[name][0] for name in wanted}
+
+
+def _tastes(options: Options) -> list[tuple[Taste, float]]:
+    if unknown := [n for n in options.tastes if n not in TASTES]:
+        raise Invalid(f"scheduler.tastes: there is no taste {', '.join(unknown)}; there are {', '.join(TASTES)}.")
+    weighed = [(do, options.tastes.get(name, weight)) for name, (do, weight) in TASTES.items()]
+    return [(do, weight) for do, weight in weighed if weight]
