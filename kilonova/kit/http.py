@@ -70,7 +70,7 @@ class Versioned:
             return self.default
         if said.lower() == "latest":
             return self.newest
-        if not re.fullmatch(r"[1-9]\d*\.(0|[1-9]\d*)", said):
+        if not re.fullmatch(r"[1-9][0-9]*\.(0|[1-9][0-9]*)", said):
             raise Ended(
                 400,
                 f"API Version String {_plain(said)} is of invalid format. Must be of format MajorNum.MinorNum.",
