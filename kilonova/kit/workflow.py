@@ -46,11 +46,29 @@ from kilonova.kit.bus import Answered, Door, Send, To, Wake, letter
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Aborted, Fault, HostGone, Refused, Trouble, Unavailable
-from kilonova.kit.journal import RUNS, STEPS, Cause, noted, open_runs, signal, wake_host
+from kilonova.kit.journal import (
+    RUNS,
+    STEPS,
+    Action,
+    Cause,
+    Event,
+    action,
+    actions,
+    again,
+    events,
+    fault_of,
+    forget,
+    noted,
+    open_runs,
+    signal,
+    stuck,
+    wake_host,
+)  # fmt: skip
 
 __all__ = [
-    "FOREVER", "RUNS", "STEPS", "Ask", "Cause", "Diverged", "Engine", "Run", "Step", "Stuck", "Workflow",
-    "command", "effect", "noted", "open_runs", "record", "signal", "start", "wake_host", "workflow",
+    "FOREVER", "RUNS", "STEPS", "Action", "Ask", "Cause", "Diverged", "Engine", "Event", "Run", "Step", "Stuck",
+    "Workflow", "action", "actions", "again", "command", "effect", "events", "fault_of", "forget", "noted", "open_runs",
+    "record", "signal", "start", "stuck", "wake_host", "workflow",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
