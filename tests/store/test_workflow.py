@@ -1,6 +1,6 @@
 """The promises of the run engine, one test each: on a real database, with clock, dice and letters in our hands.
 
-`KILONOVA_TEST_DB` names another database than SQLite, as SQLAlchemy writes it.
+`TEST_DB` names another database than SQLite, as SQLAlchemy writes it.
 """
 
 import logging
@@ -295,7 +295,7 @@ class Desk:
 
 @pytest.fixture
 def db(tmp_path: Any) -> Iterator[Db]:
-    db = Db(os.environ.get("KILONOVA_TEST_DB") or f"sqlite:///{tmp_path}/cloud.db")
+    db = Db(os.environ.get("TEST_DB") or f"sqlite:///{tmp_path}/cloud.db")
     meta.drop_all(db.engine, tables=[RUNS, STEPS])
     meta.create_all(db.engine, tables=[RUNS, STEPS])
     yield db
