@@ -1,7 +1,8 @@
 """A question that somebody waits for: what does this guest's console say? Where could this server live?
 
-A command acts and is journaled; a question changes nothing, so it is neither.  Its letter has a key that begins
-with "?", the answer comes to an address of who asked, and when nothing came in time there was nobody to answer.
+A command acts and is journaled; a question changes nothing, and is neither.  It goes to an address beside that of
+commands (`asked`), so it need not queue behind what a host is at.  The answer comes to an address of who asked;
+when nothing came in time there was nobody to answer.
 """
 
 import inspect
@@ -20,7 +21,6 @@ from kilonova.kit.errors import Fault, Refused, Trouble, Unavailable
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-MARK = "?"  # begins the key of a question
 
 
 class Bus(Protocol):
@@ -29,6 +29,11 @@ class Bus(Protocol):
     def serve(self, address: str, receive: Callable[[bytes], None], threads: int = 1) -> Callable[[], None]: ...
 
     def send(self, to: str, raw: bytes) -> None: ...
+
+
+def asked(address: str) -> str:
+    """Where the questions go to who takes commands at `address`."""
+    return f"{address}.asked"
 
 
 class Asker:
@@ -47,13 +52,13 @@ class Asker:
 
     def ask(self, host: str, call: Call[R], timeout_s: float = 10.0) -> R:
         """What `host` says to it. Raises the Trouble that it says; Unavailable when it says nothing in time."""
-        key, mine = MARK + self.ids.hex(), _Waiting()
+        key, mine = self.ids.hex(), _Waiting()
         with self.guard:
             if len(self.waiting) >= self.MOST:
                 raise Unavailable("Too many questions are waited for.")
             self.waiting[key] = mine
         try:
-            self.bus.send(host, letter(call, key=key, reply=self.address, until=self.clock.now() + timeout_s))
+            self.bus.send(asked(host), letter(call, key=key, reply=self.address, until=self.clock.now() + timeout_s))
             if not mine.news.wait(timeout_s) or mine.answer is None:
                 raise Unavailable(f"{host} did not answer in time.", why=type(call).__name__)
         finally:
@@ -107,9 +112,3 @@ class Answerer:
         except Exception as e:
             log.exception("%s could not be answered", name)
             return Answered(key, fault=Fault.of(Refused(f"The host failed ({type(e).__name__}).")))
-
-
-def is_question(raw: bytes) -> bool:
-    """Is this letter a question, to be answered beside whatever else is done?"""
-    m = opened(raw)
-    return m is not None and m.key.startswith(MARK)

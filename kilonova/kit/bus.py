@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import typing
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import msgspec
@@ -331,11 +331,20 @@ class MemoryBus:
 
         An end waits for letters under work (five seconds), not for those in the queue.
         """
+        return self.serve_many({address: receive}, threads)
+
+    def serve_many(self, receivers: Mapping[str, Callable[[bytes], None]], threads: int = 1) -> Callable[[], None]:
+        """The same for many addresses with one crew: thousands of simulated hosts need no thread each."""
         with self.guard:
-            box = self.boxes.setdefault(address, _Box())
+            names = list(receivers)
+            box = self.boxes.setdefault(names[0], _Box())
+            for name in names[1:]:
+                old, self.boxes[name] = self.boxes.get(name), box
+                if old is not None and old is not box:
+                    box.letters.extend(old.letters)
         over = threading.Event()
         crew = [
-            threading.Thread(target=_work, args=(box, receive, over), name=f"{address}-{i}", daemon=True)
+            threading.Thread(target=_work, args=(box, dict(receivers), over), name=f"{names[0]}-{i}", daemon=True)
             for i in range(threads)
         ]
         for t in crew:
@@ -357,7 +366,7 @@ class MemoryBus:
         if box is not None:  # nobody lives there: lost, as on any wire, and sent again when due
             with box.news:
                 if len(box.letters) < self.MOST:
-                    box.letters.append(raw)
+                    box.letters.append((to, raw))
                     box.news.notify()
 
     def close(self) -> None:
@@ -367,19 +376,19 @@ class MemoryBus:
 
 class _Box:
     def __init__(self) -> None:
-        self.letters: deque[bytes] = deque()
+        self.letters: deque[tuple[str, bytes]] = deque()
         self.news = threading.Condition()
 
 
-def _work(box: _Box, receive: Callable[[bytes], None], over: threading.Event) -> None:
+def _work(box: _Box, receivers: dict[str, Callable[[bytes], None]], over: threading.Event) -> None:
     while True:
         with box.news:
             while not box.letters and not over.is_set():
                 box.news.wait()
             if over.is_set():
                 return
-            raw = box.letters.popleft()
+            to, raw = box.letters.popleft()
         try:
-            receive(raw)
+            receivers[to](raw)
         except Exception:
             log.exception("a letter could not be dealt with; it will come again")

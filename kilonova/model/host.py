@@ -17,6 +17,7 @@ class HostFacts(msgspec.Struct, frozen=True):
     traits: list[str] = []
     virt_type: str = ""  # kvm, qemu; with the reason in `virt_why`
     virt_why: str = ""
+    uptime: str = ""  # as `uptime` prints it; "": not known
 
 
 class Stock(msgspec.Struct, frozen=True):

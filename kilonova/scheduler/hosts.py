@@ -145,7 +145,7 @@ class Hosts:
         self.mark = book.marked(tx) if mark is None else mark
         rows = tx.execute(ROWS).all()
         stocks = list(placement.changes(tx))
-        zones = book.zone_of(tx)
+        zones = book.zones(tx)
         places = [Place(r.host, r.node, r.uuid, zones.get(r.host, self.default_zone)) for r in rows]
         self._shape(places, sorted({s.resource_class for s in stocks}))
         for i, r in enumerate(rows):
@@ -163,7 +163,7 @@ class Hosts:
         """Facts but for names and for what moves: thousands of hosts are of few kinds, and a slow rule asks each once."""
         if text not in self.kind_of:
             facts = msgspec.json.decode(text, type=HostFacts)
-            facts = msgspec.structs.replace(facts, disk_free_gb=0, hypervisor_hostname="")
+            facts = msgspec.structs.replace(facts, disk_free_gb=0, hypervisor_hostname="", uptime="")
             if facts in self.kinds:
                 self.kind_of[text] = self.kinds.index(facts)
             else:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from kilonova.contracts.scheduler import Choose, Chosen, scheduler
-from kilonova.kit.ask import Answerer, Bus
+from kilonova.kit.ask import Answerer, Bus, asked
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Invalid
@@ -77,7 +77,7 @@ class Scheduler:
         def choose(me: Scheduler, m: Choose) -> Chosen:
             return me.choose(m)
 
-        bus.serve(address, Answerer(scheduler, [choose], self, bus.send).receive, threads)
+        bus.serve(asked(address), Answerer(scheduler, [choose], self, bus.send).receive, threads)
 
     # -- a pass
 

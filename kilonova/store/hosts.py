@@ -327,7 +327,7 @@ def _learn_node(tx: Tx, r: Report, facts: HostFacts, disabled: bool, uuid: Calla
 
 def _lasting(facts: HostFacts) -> HostFacts:
     """But for what moves all the time."""
-    return msgspec.structs.replace(facts, disk_free_gb=0)
+    return msgspec.structs.replace(facts, disk_free_gb=0, uptime="")
 
 
 def _registered(
@@ -444,18 +444,9 @@ def _nodes(tx: Tx, rows: Iterable[Any]) -> list[Node]:
 # ---- aggregates and zones
 
 
-def zone_of(tx: Tx) -> dict[str, str]:
+def zones(tx: Tx) -> dict[str, str]:
     """The availability zone of each host that is in one; the others are in the default zone."""
     return dict(tx.execute(ZONES).tuples())
-
-
-def zones(tx: Tx, default: str) -> dict[str, list[Service]]:
-    """Compute services by availability zone; a zone is available when one of its services is enabled."""
-    found: dict[str, list[Service]] = {}
-    of = zone_of(tx)
-    for s in services(tx, binary=COMPUTE):
-        found.setdefault(of.get(s.host, default), []).append(s)
-    return found
 
 
 def aggregates(tx: Tx, *, id: int | None = None, uuid: str | None = None) -> list[Aggregate]:
