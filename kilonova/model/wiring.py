@@ -36,7 +36,9 @@ class Rule(msgspec.Struct, frozen=True):
     protocol: str | None = None  # tcp, udp, icmp, icmpv6, or a number as text; None: any
     port_min: int | None = None  # for icmp: the type
     port_max: int | None = None  # for icmp: the code
-    remotes: list[str] = ["0.0.0.0/0"]  # any of ::/0 and 0.0.0.0/0 is everybody of the rule's version
+    remotes: list[str] = msgspec.field(
+        default_factory=lambda: ["0.0.0.0/0"]
+    )  # any of ::/0 and 0.0.0.0/0 is everybody of the rule's version
     remote_group: str = ""
 
 
