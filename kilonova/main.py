@@ -1,16 +1,115 @@
-"""The door: `kilonova COMMAND`."""
+"""The door: `kilonova COMMAND`. Each command is imported when it is called, so that the others cost nothing."""
 
+import argparse
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import kilonova
+from kilonova.kit.errors import Trouble
+
+COMMANDS = {
+    "up": "a cloud on this machine, in the foreground; Ctrl-C stops it, the next `up` goes on",
+    "demo": "the same, with a first server that boots before your eyes",
+    "down": "stop the cloud that `up` started",
+    "status": "is it up, where, and how is it",
+    "sim": "a whole cloud in one thread, on virtual time, from a seed, with faults",
+    "config": "what can be chosen, and what was",
+    "test": "test everything, or a part",
+}
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--version"]:
+    words = sys.argv[1:]
+    if words in (["--version"], ["-V"]):
         print(f"kilonova {kilonova.__version__}")
         return 0
-    print("usage: kilonova [--version] [--help] COMMAND …\n\n  test    test everything, or a part")
-    return 0 if sys.argv[1:] in ([], ["--help"], ["-h"]) else 2
+    if not words or words[0] in ("--help", "-h", "help"):
+        _help()
+        return 0
+    command: Callable[[list[str]], int] | None = {
+        "up": _up,
+        "demo": _demo,
+        "down": _down,
+        "status": _status,
+        "sim": _sim,
+        "config": _config,
+        "test": _test,
+    }.get(words[0])
+    if command is None:
+        print(f"kilonova: there is no command {words[0]!r}; kilonova --help lists them", file=sys.stderr)
+        return 2
+    try:
+        return command(words[1:])
+    except Trouble as e:
+        print(f"kilonova {words[0]}: {e.said}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _help() -> None:
+    print("usage: kilonova COMMAND [OPTION …]\n")
+    for name, what in COMMANDS.items():
+        print(f"  {name:8} {what}")
+    print("\nkilonova COMMAND --help says more. Options can also stand in kilonova.toml: kilonova config sample.")
+
+
+def _up(words: list[str]) -> int:
+    from kilonova.cli import up
+
+    return up.main(words, demo=False)
+
+
+def _demo(words: list[str]) -> int:
+    from kilonova.cli import up
+
+    return up.main(words, demo=True)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    from kilonova.cli.state import usual
+
+    parser = argparse.ArgumentParser(f"kilonova {name}", description=f"{name}: {COMMANDS[name]}")
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        default=usual(dict(os.environ)),
+        metavar="DIR",
+        help="where the cloud lives (%(default)s)",
+    )
+    return parser
+
+
+def _down(words: list[str]) -> int:
+    from kilonova.cli import down
+
+    return down.main(_parser("down"), words)
+
+
+def _status(words: list[str]) -> int:
+    from kilonova.cli import status
+
+    return status.main(_parser("status"), words)
+
+
+def _sim(words: list[str]) -> int:
+    from kilonova.cli import sim
+
+    return sim.main(words)
+
+
+def _config(words: list[str]) -> int:
+    from kilonova.cli import config
+
+    return config.main(words)
+
+
+def _test(words: list[str]) -> int:
+    from kilonova.cli import test
+
+    return test.main(words)
 
 
 if __name__ == "__main__":

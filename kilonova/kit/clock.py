@@ -1,5 +1,6 @@
 """Time, dice and ids, handed in. No component asks the machine for them, so a simulator can hold them all."""
 
+import functools
 import random
 import time
 import uuid
@@ -53,12 +54,17 @@ class Ids:
 
 def iso(at: float | None) -> str | None:
     """`2026-11-20T12:00:00Z`, as the Compute API writes moments."""
-    return None if at is None else datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return None if at is None else f"{_second(int(at))}Z"
 
 
 def iso_us(at: float | None) -> str | None:
     """`2026-11-20T12:00:00.000000`: where the Compute API keeps the fraction and no zone."""
-    return None if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")
+    return None if at is None else f"{_second(int(at))}.{int(at % 1 * 1e6):06}"
+
+
+@functools.lru_cache(4096)
+def _second(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def parsed(text: str) -> float:

@@ -5,6 +5,8 @@ the handler → the view, as it was in that version.  Errors of any of these lea
 Granian carries the bytes (`Server`); in one process a neighbour is called as a WSGI application (`clients.py`).
 """
 
+import functools
+import itertools
 import logging
 import re
 import socket
@@ -191,13 +193,13 @@ class Service:
             route, given, context = self._choose(req, routes, version)
             if route.gone:
                 raise Ended(410, "This resource is no longer available. No forwarding address is given.")
-            call = self._call(req, route, context, version, names)
+            call = self._call(req, route, context, version)
             self._decode(call, req, given)
             if route.policy and not route.late:
                 call.check()
             elif not route.policy:
                 call.checked = True
-            answer = route.do(call, **names)
+            answer = route.do(call, **dict(zip(_names(route.path), names.values(), strict=True)))
             assert call.checked, f"{route.method} {route.path} did not ask its policy"
             self._answer(resp, answer, route, version)
         except (Trouble, Ended) as e:
@@ -267,7 +269,7 @@ class Service:
         if said and said != "text/plain" and said not in self.dialect.media_types:
             raise Ended(415, "Unsupported Content-Type")
 
-    def _call(self, req: falcon.Request, route: Route, context: Context, version: int, names: dict[str, str]) -> Call:
+    def _call(self, req: falcon.Request, route: Route, context: Context, version: int) -> Call:
         env = req.env
         prefix = (
             self.link_prefix
@@ -484,8 +486,22 @@ def read_body(environ: Environ, most: int) -> bytes:
 def _places(routes: Routes) -> dict[str, dict[str, list[Route]]]:
     places: dict[str, dict[str, list[Route]]] = {}
     for r in routes:
-        places.setdefault(r.path.rstrip("/") or "/", {}).setdefault(r.method, []).append(r)
+        places.setdefault(_by_place(r.path), {}).setdefault(r.method, []).append(r)
     return places
+
+
+_FIELD = re.compile(r"\{(\w+)(?=[:}])")
+
+
+def _by_place(path: str) -> str:
+    """Falcon wants one name for the same place in all paths; ours are called after what they are."""
+    count = itertools.count()
+    return _FIELD.sub(lambda _: f"{{p{next(count)}", path.rstrip("/")) or "/"
+
+
+@functools.cache
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(_FIELD.findall(path))
 
 
 def _resource(service: Service, path: str, place: dict[str, list[Route]]) -> Any:

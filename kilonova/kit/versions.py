@@ -219,18 +219,27 @@ def _lift_in(value: Any, hint: Any) -> Any:
 
 @functools.cache
 def _lowering(model: type, version: int) -> Callable[[Any], Any]:
-    then = at(model, version)
-    if then is model:
+    """A view is made of values, never of defaults: so its Struct of that version is filled by position, in C."""
+    if at(model, version) is model:
         return lambda value: value
-    names = [f.name for f in msgspec.structs.fields(then)]
     hints = _hints(model)
-    nested = [n for n in names if _structs_in(hints[n])]
+    fields = [f for f in msgspec.structs.fields(at(model, version))]
+    names = [f.name for f in fields]
+    shape = msgspec.defstruct(
+        f"{model.__name__}_2_{version}",
+        [(f.name, Any, msgspec.field(name=f.encode_name)) for f in fields],
+        module=model.__module__,
+    )
+    read = operator.attrgetter(*names) if len(names) > 1 else lambda value: (getattr(value, names[0]),)
+    nested = [i for i, n in enumerate(names) if _structs_in(hints[n])]
+    if not nested:
+        return lambda value: shape(*read(value))
 
     def lowered(value: Any) -> Any:
-        parts = {n: getattr(value, n) for n in names}
-        for n in nested:
-            parts[n] = _lower_in(parts[n], version)
-        return then(**parts)
+        parts = list(read(value))
+        for i in nested:
+            parts[i] = _lower_in(parts[i], version)
+        return shape(*parts)
 
     return lowered
 

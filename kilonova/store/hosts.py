@@ -446,7 +446,7 @@ def _nodes(tx: Tx, rows: Iterable[Any]) -> list[Node]:
 
 def zones(tx: Tx) -> dict[str, str]:
     """The availability zone of each host that is in one; the others are in the default zone."""
-    return dict(tx.execute(ZONES).tuples())
+    return dict(tx.execute(ZONES).tuples().all())
 
 
 def aggregates(tx: Tx, *, id: int | None = None, uuid: str | None = None) -> list[Aggregate]:

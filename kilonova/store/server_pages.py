@@ -11,7 +11,7 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Invalid
 from kilonova.model.server import Server
 from kilonova.model.states import VM, states_of
-from kilonova.store.servers import T, of
+from kilonova.store.servers import SELECT, T, of
 
 # The API's names of sort keys and what they are here; other allowed names sort by nothing.
 SORTS: dict[str, sa.ColumnElement[Any]] = {
@@ -90,7 +90,7 @@ class Page(msgspec.Struct, frozen=True):
 def page(tx: Tx, p: Page) -> list[Server]:
     """SELECT … WHERE <conditions> AND <after the marker> ORDER BY <keys>, number DESC LIMIT n. Raises Invalid: no such marker."""
     keys = [*[(_never_null(c), desc) for c, desc in p.sort or [(T.c.created_at, True)]], (T.c.number, True)]
-    query = sa.select(T).where(*p.where).order_by(*[c.desc() if desc else c.asc() for c, desc in keys]).limit(p.limit)
+    query = SELECT.where(*p.where).order_by(*[c.desc() if desc else c.asc() for c, desc in keys]).limit(p.limit)
     if p.marker is not None:
         at = tx.execute(sa.select(*[c for c, _ in keys]).where(T.c.id == p.marker)).first()
         if at is None:

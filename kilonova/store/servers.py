@@ -3,7 +3,8 @@
 Columns that are only ever read whole are JSON texts; what is searched for has a column of its own.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -102,7 +103,7 @@ def get(tx: Tx, id: str) -> Server:
 
 def find(tx: Tx, ids: Iterable[str]) -> dict[str, Server]:
     """Those of them that there are."""
-    return {s.id: s for s in map(of, tx.execute(sa.select(T).where(T.c.id.in_(list(ids)))))}
+    return {s.id: s for s in map(of, tx.execute(SELECT.where(T.c.id.in_(list(ids)))))}
 
 
 def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
@@ -140,14 +141,30 @@ def why_not(s: Server, verb: Verb) -> Conflict | NotFound:
     return Conflict(f"Instance {s.id} is not ready")
 
 
-def step(tx: Tx, server: Server, task: str | None, now: float) -> bool:
-    """Show how far the work is; not when a later verb took the server meanwhile."""
-    told = {"the_id": server.id, "ours": server.generation, "task_state": task, "updated_at": now}
-    return bool(
-        tx.execute(
-            OURS.values(task_state=sa.bindparam("task_state"), updated_at=sa.bindparam("updated_at")), told
-        ).rowcount
-    )
+def step(tx: Tx, server: Server, task: str | None, now: float, **facts: Any) -> bool:
+    """Show how far the work is; not when a later verb took the server meanwhile. Facts are written in any case."""
+    facts = {k: _text(v) if k in _JSON else v for k, v in facts.items()}
+    values = facts | {"task_state": task, "updated_at": now}
+    if tx.execute(OURS, _told(server, values)).rowcount:
+        return True
+    if facts:
+        tx.execute(ANYBODYS, facts | {"updated_at": now, "the_id": server.id})
+    return False
+
+
+def settle(tx: Tx, server: Server, host: str, node: str, task: str, now: float) -> tuple[int, int]:
+    """From now on it belongs to this host, whoever owns it: its epoch rises. (number, epoch)."""
+    where = {"host": host, "node": node, "epoch": T.c.epoch + 1, "updated_at": now}
+    ours = sa.case((T.c.generation == server.generation, task), else_=T.c.task_state)
+    tx.execute(sa.update(T).where(T.c.id == server.id).values(where | {"task_state": ours}))
+    row = tx.execute(NUMBERS, {"the_id": server.id}).one()
+    return row.number, row.epoch
+
+
+def unsettle(tx: Tx, id: str, host: str, now: float) -> None:
+    """It is not on this host, and was not to be."""
+    nowhere = {"host": None, "node": None, "plugs": "[]", "updated_at": now}
+    tx.execute(sa.update(T).where(T.c.id == id, T.c.host == host).values(nowhere))
 
 
 def finish(tx: Tx, server: Server, to: VM, now: float, **facts: Any) -> bool:
@@ -158,10 +175,10 @@ def finish(tx: Tx, server: Server, to: VM, now: float, **facts: Any) -> bool:
     """
     facts = {k: _text(v) if k in _JSON else v for k, v in facts.items()}
     values = facts | {"vm_state": str(to), "task_state": None, "updated_at": now}
-    if tx.execute(sa.update(T).where(T.c.id == server.id, T.c.generation == server.generation).values(values)).rowcount:
+    if tx.execute(OURS, _told(server, values)).rowcount:
         return True
     if facts:
-        tx.execute(sa.update(T).where(T.c.id == server.id).values(facts | {"updated_at": now}))
+        tx.execute(ANYBODYS, facts | {"updated_at": now, "the_id": server.id})
     return False
 
 
@@ -184,22 +201,31 @@ def reset(tx: Tx, id: str, to: VM, now: float) -> None:
 
 
 def of(found: Any) -> Server:
-    """A row of T as a Server."""
-    m = found._mapping
-    values: dict[str, Any] = {f: m[f] for f in _PLAIN}
-    for name, decoder in _JSON.items():
-        text = m[name]
-        values[name] = decoder.decode(text) if text is not None else None
-    text = m["tags"]
-    values["tags"] = text[1:-1].split(",") if text else []
-    values["vm_state"] = VM(m["vm_state"])
-    return Server(**values)
+    """A row of `SELECT` as a Server."""
+    values = list(found)
+    for i, read in _READ:
+        if values[i] is not None:
+            values[i] = read(values[i])
+    return Server(*values)
+
+
+def _remembered(decode: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same text is the same thing: a page of servers has few flavors. What is made is never changed."""
+    return functools.lru_cache(1024)(decode)
+
+
+def _tags(text: str) -> list[str]:
+    return text[1:-1].split(",") if text else []
 
 
 def tags_text(tags: Iterable[str]) -> str:
     """The column's form of a list of tags: sorted, without doubles."""
     known = sorted(set(tags))
     return f",{','.join(known)}," if known else ""
+
+
+def _told(server: Server, values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"the_id": server.id, "ours": server.generation}
 
 
 def _text(value: Any) -> str | None:
@@ -216,8 +242,17 @@ _JSON: dict[str, msgspec.json.Decoder[Any]] = {
     "scheduler_hints": msgspec.json.Decoder(dict[str, msgspec.Raw]),
     "trusted_certs": msgspec.json.Decoder(list[str]),
 }
-_PLAIN = [f for f in Server.__struct_fields__ if f not in _JSON and f not in ("tags", "vm_state")]
+_SHARED = ("flavor", "image", "keypair")
+_READ: list[tuple[int, Callable[[str], Any]]] = [
+    (i, {"tags": _tags, "vm_state": VM}.get(f) or (_remembered(_JSON[f].decode) if f in _SHARED else _JSON[f].decode))
+    for i, f in enumerate(Server.__struct_fields__)
+    if f in _JSON or f in ("tags", "vm_state")
+]
 
-GET = sa.select(T).where(T.c.id == sa.bindparam("the_id"))
+SELECT = sa.select(*[T.c[f] for f in Server.__struct_fields__])  # in the order of the Struct
+GET = SELECT.where(T.c.id == sa.bindparam("the_id"))
 INSERT = sa.insert(T)
+NUMBERS = sa.select(T.c.number, T.c.epoch).where(T.c.id == sa.bindparam("the_id"))
+# The other parameters are what is SET.
+ANYBODYS = sa.update(T).where(T.c.id == sa.bindparam("the_id"))
 OURS = sa.update(T).where(T.c.id == sa.bindparam("the_id"), T.c.generation == sa.bindparam("ours"))

@@ -1,0 +1,44 @@
+"""`kilonova status`: is the cloud up, where, and what keeps it from its work."""
+
+import argparse
+import http.client
+import urllib.parse
+from typing import Any
+
+import msgspec
+
+from kilonova.cli.state import StateDir
+
+
+def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """0: up and ready; 1: up, but not ready; 3: not up (as service scripts say it)."""
+    parser.add_argument("--json", action="store_true", help="for programs")
+    chosen = parser.parse_args(words)
+    now = StateDir(chosen.state_dir).running() if chosen.state_dir.is_dir() else None
+    if now is None:
+        print('{"up": false}' if chosen.json else "It is not up.")
+        return 3
+    checks = asked(now.url)
+    bad = {n: why for n, why in checks.items() if why != "ok"}
+    if chosen.json:
+        shown = {"up": True, "ready": not bad, "pid": now.pid, "url": now.url, "checks": checks}
+        print(msgspec.json.encode(shown).decode())
+    else:
+        print(f"It is up at {now.url} (process {now.pid}) and {'not ready' if bad else 'ready'}.")
+        for name, why in bad.items():
+            print(f"  {name}: {why}")
+    return 1 if bad else 0
+
+
+def asked(url: str) -> dict[str, str]:
+    """The checks of `/readyz`, by name: "ok" or the reason."""
+    parts = urllib.parse.urlsplit(url)
+    line = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    try:
+        line.request("GET", "/readyz")
+        body: dict[str, Any] = msgspec.json.decode(line.getresponse().read())
+    except (OSError, http.client.HTTPException, msgspec.DecodeError) as e:
+        return {"api": f"does not answer: {e}"}
+    finally:
+        line.close()
+    return dict(body["checks"])
