@@ -238,6 +238,19 @@ class Metadata(Struct, frozen=True):
     ] = {}
     vendordata_timeout_s: A[float, Meta(description="How long such a service may take.", gt=0)] = 5.0
     vendordata_failure_fatal: A[bool, Meta(description="No answer from one of them is an error.")] = False
+    vendordata_ca_file: A[
+        Path | None,
+        Meta(
+            description="Whose certificates they may have; unset, those that this machine trusts.",
+            examples=["/etc/ssl/ca.pem"],
+        ),
+    ] = None
+    vendordata_token: A[bool, Meta(description="Send them a token of our own account, so that they know who asks.")] = (
+        False
+    )
+    config_drive_ec2_versions: A[
+        tuple[str, ...], Meta(description="Versions of the EC2 tree on config drives, besides `latest`.")
+    ] = ("2009-04-04",)
 
 
 class Identity(Struct, frozen=True):
@@ -313,6 +326,15 @@ class Network(Struct, frozen=True):
     dns_servers: A[tuple[str, ...], Meta(description="Told to guests; empty, those of this machine.")] = ()
     mtu: A[int, Meta(description="Of networks that ask for none.", ge=576, le=9216)] = 1500
     dhcp_lease_s: A[int, Meta(description="How long a guest may keep an address unasked.", ge=120)] = 86_400
+    dns_domain: A[str, Meta(description="Follows the names of ports.")] = "openstacklocal"
+    auto_cidr: A[str, Meta(description="Addresses of networks made for projects that ask for `auto`.")] = "10.1.0.0/24"
+    quota_network: A[int, Meta(description="Networks of a project, at most; -1 is no limit.", ge=-1)] = 100
+    quota_subnet: A[int, Meta(description="Subnets of a project.", ge=-1)] = 100
+    quota_port: A[int, Meta(description="Ports of a project.", ge=-1)] = 500
+    quota_router: A[int, Meta(description="Routers of a project.", ge=-1)] = 10
+    quota_floatingip: A[int, Meta(description="Floating IPs of a project.", ge=-1)] = 50
+    quota_security_group: A[int, Meta(description="Security groups of a project.", ge=-1)] = 10
+    quota_security_group_rule: A[int, Meta(description="Rules of all security groups of a project.", ge=-1)] = 100
 
 
 class Volume(Struct, frozen=True):
