@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -62,6 +63,7 @@ class Blobs:
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self.blobs, self.drafts, self.staged = directory / "blobs", directory / "drafts", directory / "staged"
         self.max_bytes = max_bytes
+        self.beside = ThreadPoolExecutor(thread_name_prefix="md5")
         for d in (self.blobs, self.drafts, self.staged):
             d.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -120,6 +122,7 @@ class Draft:
         if length is not None and length > self.blobs.max_bytes:
             raise OverQuota(f"The image exceeds the maximum size of {self.blobs.max_bytes} bytes.")
         size, md5, sha512 = 0, hashlib.md5(usedforsecurity=False), hashlib.sha512()
+        beside: Future[None] | None = None
         counted = _Counted(source)
         inspected: Any = counted
         if disk_format is not None:
@@ -129,9 +132,13 @@ class Draft:
                 size += len(chunk)
                 if size > self.blobs.max_bytes:
                     raise OverQuota(f"The image exceeds the maximum size of {self.blobs.max_bytes} bytes.")
-                md5.update(chunk)
+                if beside:
+                    beside.result()
+                beside = self.blobs.beside.submit(md5.update, chunk)  # on another core, while this one does the rest
                 sha512.update(chunk)
                 self._write(chunk)
+            if beside:
+                beside.result()
         except Trouble:
             _drain(source)
             raise
