@@ -85,7 +85,12 @@ class SimDriver:
             hypervisor_type="fake",
             hypervisor_version=1000,
             hypervisor_hostname=self.name,
-            cpu_info={"arch": "x86_64", "model": "sim", "vendor": "none", "topology": {"cores": o.cpus, "threads": 1, "sockets": 1}},
+            cpu_info={
+                "arch": "x86_64",
+                "model": "sim",
+                "vendor": "none",
+                "topology": {"cores": o.cpus, "threads": 1, "sockets": 1},
+            },
             traits=TRAITS,
             virt_type="sim",
             virt_why="it only exists in memory",

@@ -1,0 +1,1 @@
+"""What runs on each host. It has no database, and nothing here may ask for one."""

@@ -1,0 +1,49 @@
+"""What a host says of itself: now, and from then on every few seconds."""
+
+from math import ceil
+
+from kilonova.contracts.conductor import HeldHere, Report
+from kilonova.model.host import HostFacts, Stock
+from kilonova.model.options import Compute
+from kilonova.virt.driver import POWER_NUMBERS, Held
+
+
+def stocks(facts: HostFacts, options: Compute) -> list[Stock]:
+    """What may be given out of what there is. One server can have at most what is really there."""
+    ratios = {
+        "VCPU": (facts.vcpus, options.reserved_cpus, options.cpu_allocation_ratio),
+        "MEMORY_MB": (facts.memory_mb, options.reserved_memory_mb, options.memory_allocation_ratio),
+        "DISK_GB": (facts.disk_gb, ceil(options.reserved_disk_mb / 1024), options.disk_allocation_ratio),
+    }
+    return [
+        Stock(name, total, reserved=min(reserved, total), max_unit=total, allocation_ratio=ratio)
+        for name, (total, reserved, ratio) in ratios.items()
+        if total > 0
+    ]
+
+
+def report(
+    host: str,
+    *,
+    at: float,
+    born: float,
+    machines: list[Held],
+    busy: list[str],
+    speaks: list[str],
+    facts: HostFacts | None,
+    options: Compute,
+    version: str,
+    host_ip: str,
+) -> Report:
+    return Report(
+        host=host,
+        at=at,
+        born=born,
+        holds=[HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch) for m in machines],
+        busy=busy,
+        speaks=speaks,
+        facts=facts,
+        stocks=[] if facts is None else stocks(facts, options),
+        version=version,
+        host_ip=host_ip,
+    )

@@ -1,0 +1,78 @@
+"""Many simulated hosts in one process: each as real as a host can be without a machine under it."""
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from kilonova.compute.agent import ComputeHost
+from kilonova.kit.ask import asked
+from kilonova.kit.bus import MemoryBus, letter
+from kilonova.kit.clock import Clock
+from kilonova.model.options import Compute, Sim
+from kilonova.virt.sim import SimDriver, SimState
+
+
+class SimHosts:
+    """`options.hosts` of them, named `prefix`0, `prefix`1, …, with one crew of threads for all.
+
+    `states` outlive it: the next `SimHosts` on the same states finds the machines again.
+    """
+
+    def __init__(
+        self,
+        bus: MemoryBus,
+        *,
+        clock: Clock,
+        options: Sim | None = None,
+        compute: Compute | None = None,
+        threads: int = 4,
+        directory: Path | None = None,
+        states: dict[str, SimState] | None = None,
+        prefix: str = "sim-",
+    ) -> None:
+        self.bus, self.clock, self.threads = bus, clock, threads
+        options, self.compute = options or Sim(), compute or Compute()
+        self.states = states if states is not None else {}
+        self.hosts: dict[str, ComputeHost] = {}
+        for i in range(options.hosts):
+            name = f"{prefix}{i}"
+            state = self.states.setdefault(name, SimState())
+            dice = random.Random(f"{options.seed}/{name}")
+            driver = SimDriver(name, state, clock=clock, dice=dice, options=options)
+            self.hosts[name] = ComputeHost(
+                name,
+                driver,
+                bus,
+                clock=clock,
+                options=self.compute,
+                directory=None if directory is None else directory / name,
+                host_ip="127.0.0.1",
+            )
+        self.ends: list[Callable[[], None]] = []
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._tell, name=f"{prefix}reports", daemon=True)
+
+    def start(self) -> None:
+        self.ends.append(self.bus.serve_many({n: h.receive for n, h in self.hosts.items()}, self.threads))
+        self.ends.append(self.bus.serve_many({asked(n): h.answer for n, h in self.hosts.items()}))
+        self.thread.start()
+
+    def close(self) -> None:
+        self.over.set()
+        for end in self.ends:
+            end()
+        if self.thread.ident is not None:
+            self.thread.join(5)
+        for h in self.hosts.values():
+            h.close()
+
+    def report(self) -> None:
+        """Let all say now how they are."""
+        for h in self.hosts.values():
+            self.bus.send(h.conductor, letter(h.report()))
+
+    def _tell(self) -> None:
+        while not self.over.is_set():
+            self.report()
+            self.over.wait(self.compute.report_interval_s)
