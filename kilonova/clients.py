@@ -779,6 +779,7 @@ def _ip(address: Address, subnet: Subnet, floating: list[str]) -> FixedIp:
         gateway=subnet.gateway_ip,
         dns=subnet.dns_nameservers,
         dhcp=bool(subnet.enable_dhcp),
+        mode=(subnet.ipv6_address_mode or "") if subnet.ip_version == 6 else "",
         routes=[(r.destination, r.nexthop) for r in subnet.host_routes],
         floating=floating,
     )

@@ -1,0 +1,81 @@
+"""What a server is told of itself, made of its row: the same for the metadata service and for its config drive."""
+
+from collections.abc import Iterable, Sequence
+
+from kilonova.model.machine import BlankSource, Disk, FixedIp, Identity, ImageSource, Nic
+from kilonova.model.server import Plug, Server
+
+
+def identity_of(
+    server: Server,
+    *,
+    zone: str = "",
+    nics: Sequence[Nic] | None = None,
+    disks: Sequence[Disk] | None = None,
+    files: Iterable[tuple[str, str]] = (),
+) -> Identity:
+    """Pure. `zone` is that of the host; `files` are (path, base64) of the request that made it.
+
+    Where `nics` or `disks` are not at hand, they are made of what the row knows: names, addresses and tags, but
+    not subnets.
+    """
+    image = server.image
+    return Identity(
+        uuid=server.id,
+        name=server.name,
+        hostname=server.hostname,
+        project_id=server.project_id,
+        availability_zone=zone or server.availability_zone or "",
+        launch_index=server.launch_index,
+        meta=server.metadata,
+        keypair=server.keypair,
+        user_data=server.user_data,
+        reservation_id=server.reservation_id,
+        instance_type=server.flavor.name,
+        security_groups=list(dict.fromkeys(g for p in server.plugs for g in p.security_groups)),
+        ec2_id=server.number,
+        image_ec2_id=number_of(image.id),
+        kernel_ec2_id=number_of(image.properties.get("kernel_id", "")),
+        ramdisk_ec2_id=number_of(image.properties.get("ramdisk_id", "")),
+        image_id=image.id,
+        boot_roles=server.system_metadata.get("boot_roles", ""),
+        files=list(files),
+        nics=[nic_of(p) for p in server.plugs] if nics is None else list(nics),
+        disks=_disks(server) if disks is None else list(disks),
+    )
+
+
+def number_of(image_id: str) -> int:
+    """The 32 bits an image is known by where EC2 wants a number: the first of its UUID, so nobody has to keep a list."""
+    try:
+        return int(image_id[:8], 16)
+    except ValueError:
+        return 0
+
+
+def nic_of(plug: Plug) -> Nic:
+    """A NIC as far as the row knows it. Floating addresses lead to the first fixed IPv4 one."""
+    outer = [a.address for a in plug.addresses if a.floating]
+    fixed = [a for a in plug.addresses if not a.floating]
+    first = next((a for a in fixed if a.version == 4), None)
+    return Nic(
+        port_id=plug.port_id,
+        network_id=plug.network_id,
+        mac=plug.mac,
+        device=f"tap{plug.port_id[:11]}",
+        network_name=plug.label,
+        ips=[
+            FixedIp(a.address, version=6 if a.version == 6 else 4, floating=outer if a is first else []) for a in fixed
+        ],
+        tag=plug.tag or "",
+    )
+
+
+def _disks(server: Server) -> list[Disk]:
+    """Root, ephemeral, swap: named one letter after the other."""
+    root = server.root_device.removeprefix("/dev/") or "vda"
+    image, flavor = server.image, server.flavor
+    disks = [Disk(root, ImageSource(image.id, "raw", image.size_bytes), boot_index=0)] if image.id else []
+    blanks = ["ext4"] * (flavor.ephemeral_gb > 0) + ["swap"] * (flavor.swap_mb > 0)
+    letters = (chr(ord(root[-1]) + i) for i in range(1, 3))
+    return disks + [Disk(root[:-1] + letter, BlankSource(b)) for letter, b in zip(letters, blanks, strict=False)]
