@@ -15,7 +15,9 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NoCapacity, NotFound
+from kilonova.model.ask import amounts
 from kilonova.model.host import Stock
+from kilonova.model.server import Server
 
 Amounts = Mapping[str, int]
 """How much of each resource class."""
@@ -103,27 +105,27 @@ def claim(
     tx: Tx,
     consumer: str,
     provider: str,
-    amounts: Amounts,
+    wanted: Amounts,
     *,
     now: float,
     project_id: str,
     user_id: str,
     type: str = "INSTANCE",
 ) -> None:
-    """Take `amounts` of a provider for a consumer, all or nothing. Raises NoCapacity, NotFound; roll back then.
+    """Take `wanted` of a provider for a consumer, all or nothing. Raises NoCapacity, NotFound; roll back then.
 
     UPDATE inventories SET used = used + n WHERE provider = … AND resource_class = … AND it fits: one statement for
     all classes, and it must have changed a row for each.  What the consumer holds already stays his.
     """
     _moved(tx, provider, now)
-    if amounts:
-        told = {"at": provider} | _numbered(amounts)
-        if tx.execute(_take(len(amounts)), told).rowcount != len(amounts):
-            raise NoCapacity("There is no room left.", why=f"{provider} for {dict(amounts)}")
+    if wanted:
+        told = {"at": provider} | _numbered(wanted)
+        if tx.execute(_take(len(wanted)), told).rowcount != len(wanted):
+            raise NoCapacity("There is no room left.", why=f"{provider} for {dict(wanted)}")
     who = {"project_id": project_id, "user_id": user_id, "type": type, "changed_at": now}
     known = _known(tx, consumer, who, now)
-    if amounts:
-        _written(tx, consumer, provider, amounts, known)
+    if wanted:
+        _written(tx, consumer, provider, wanted, known)
 
 
 def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -> bool:
@@ -140,14 +142,25 @@ def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -
         rows = tx.execute(sa.select(ALLOCATIONS).where(*still).with_for_update()).all()
         if not rows:
             continue
-        amounts = {r.resource_class: r.amount for r in rows}
-        tx.execute(_give(len(amounts)), {"at": at} | _numbered(amounts))
+        given = {r.resource_class: r.amount for r in rows}
+        tx.execute(_give(len(given)), {"at": at} | _numbered(given))
         tx.execute(sa.delete(ALLOCATIONS).where(*still))
         gave = True
     if gave:
         left = sa.exists().where(ALLOCATIONS.c.consumer == consumer)
         tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left))
     return gave
+
+
+def claim_anyhow(tx: Tx, server: Server, provider: str, *, now: float) -> bool:
+    """Write down what a server uses already, whether there is room for it or not. False: there is no such provider."""
+    wanted = amounts(server.flavor)
+    if not tx.execute(MOVED, {"at": provider, "now": now}).rowcount:
+        return False
+    tx.execute(_give(len(wanted)), {"at": provider} | _numbered({c: -n for c, n in wanted.items()}))
+    who = {"project_id": server.project_id, "user_id": server.user_id, "type": "INSTANCE", "changed_at": now}
+    _written(tx, server.id, provider, wanted, _known(tx, server.id, who, now))
+    return True
 
 
 def move(tx: Tx, consumer: str, to: str, provider: str | None = None, *, now: float, type: str = "MIGRATION") -> None:
@@ -178,21 +191,21 @@ def _known(tx: Tx, consumer: str, who: dict[str, Any], now: float) -> bool:
     return False
 
 
-def _written(tx: Tx, consumer: str, provider: str, amounts: Amounts, known: bool) -> None:
+def _written(tx: Tx, consumer: str, provider: str, taken: Amounts, known: bool) -> None:
     """Rows of what was taken; what the consumer holds of a class already becomes more."""
     at = {"of": consumer, "at": provider}
     held = set(tx.execute(HELD, at).scalars()) if known else set()
     row = {"consumer": consumer, "provider": provider}
-    if new := [row | {"resource_class": c, "amount": n} for c, n in amounts.items() if c not in held]:
+    if new := [row | {"resource_class": c, "amount": n} for c, n in taken.items() if c not in held]:
         tx.execute(ALLOCATE, new)
-    for c in held & amounts.keys():
-        tx.execute(MORE, at | {"c": c, "n": amounts[c]})
+    for c in held & taken.keys():
+        tx.execute(MORE, at | {"c": c, "n": taken[c]})
 
 
-def _numbered(amounts: Amounts) -> dict[str, Any]:
+def _numbered(wanted: Amounts) -> dict[str, Any]:
     """{"c0": class, "n0": amount, …}, classes in order: rows are locked in the same order by everybody."""
     told: dict[str, Any] = {}
-    for i, (c, n) in enumerate(sorted(amounts.items())):
+    for i, (c, n) in enumerate(sorted(wanted.items())):
         told |= {f"c{i}": c, f"n{i}": n}
     return told
 

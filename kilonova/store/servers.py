@@ -171,10 +171,11 @@ def finish(tx: Tx, server: Server, to: VM, now: float, **facts: Any) -> bool:
     """Put the server down in state `to`, unless a later verb took it meanwhile.
 
     The facts (columns of T; host, node, epoch, plugs, power_state …) are written in any case: where a machine
-    runs is true whoever owns the server now.
+    runs is true whoever owns the server now.  Not so `fault_run`: whose fault is shown is the owner's matter.
     """
+    fault = {"fault_run": facts.pop("fault_run")} if "fault_run" in facts else {}
     facts = {k: _text(v) if k in _JSON else v for k, v in facts.items()}
-    values = facts | {"vm_state": str(to), "task_state": None, "updated_at": now}
+    values = facts | fault | {"vm_state": str(to), "task_state": None, "updated_at": now}
     if tx.execute(OURS, _told(server, values)).rowcount:
         return True
     if facts:

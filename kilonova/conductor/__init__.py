@@ -1,0 +1,1 @@
+"""Runs, and what nobody asked for: whatever takes longer than a request is carried here."""

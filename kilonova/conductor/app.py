@@ -1,0 +1,80 @@
+"""A conductor: carries runs, hears hosts, mends what nobody asked about. Any number of them share one database."""
+
+import random
+from collections.abc import Callable
+
+from kilonova.clients import Neighbours
+from kilonova.conductor import create, delete, verbs, watch
+from kilonova.conductor.world import World
+from kilonova.contracts.conductor import PowerChanged, Report
+from kilonova.contracts.scheduler import Choose, Chosen
+from kilonova.kit.ask import Bus
+from kilonova.kit.clock import Clock, Ids
+from kilonova.kit.db import Db
+from kilonova.kit.reconcile import Reconcilers
+from kilonova.kit.worker import Worker
+from kilonova.kit.workflow import Engine, Workflow
+from kilonova.model.options import Config
+
+FLOWS: list[Workflow[object]] = [create.build, verbs.act, delete.delete, watch.mend, watch.heal]  # type: ignore[list-item]
+
+
+class Conductor:
+    """`choose` is a scheduler of this process, or asks one over the bus.
+
+    Without `start` nothing happens by itself: a simulator calls `engine.receive`, `engine.sweep` and
+    `reconcilers.turn` when it likes.
+    """
+
+    def __init__(
+        self,
+        me: str,
+        db: Db,
+        bus: Bus,
+        neighbours: Neighbours,
+        choose: Callable[[Choose], Chosen],
+        *,
+        clock: Clock,
+        ids: Ids,
+        dice: random.Random,
+        config: Config | None = None,
+        address: str = "conductor",
+        watch_steps: Callable[[str, str], object] | None = None,
+    ) -> None:
+        self.bus, self.address = bus, address
+        config = config or Config()
+        self.world = World(db, bus.send, neighbours, choose, clock=clock, ids=ids, config=config, me=me, wake=self.wake)
+        self.engine = Engine(
+            me,
+            db,
+            self.world,
+            bus.send,
+            clock=clock,
+            dice=dice,
+            gone=self.world.gone,
+            lease_s=config.workers.lease_s,
+            address=address,
+            watch=watch_steps,
+        )
+        self.engine.door.on(Report, lambda m: watch.reported(self.world, m))
+        self.engine.door.on(PowerChanged, lambda m: watch.power_changed(self.world, m))
+        self.worker = Worker(self.engine, threads=config.workers.threads, sweep_s=config.workers.sweep_s)
+        self.reconcilers = Reconcilers(self.world, watch.RECONCILERS, clock=clock, dice=dice)
+        self.ends: list[Callable[[], None]] = []
+
+    def start(self) -> None:
+        """Go on where an earlier life stopped, and listen."""
+        self.worker.start()
+        self.ends.append(self.bus.serve(self.address, self.engine.receive, 2))
+        self.reconcilers.start()
+
+    def wake(self, run: str) -> None:
+        """This run may have something to do. A hint, for after the commit."""
+        self.worker.wake(run)
+
+    def close(self) -> None:
+        """What is in hand is brought to where it waits; the next to start goes on."""
+        self.reconcilers.close()
+        for end in self.ends:
+            end()
+        self.worker.close()

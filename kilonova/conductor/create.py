@@ -1,0 +1,181 @@
+"""Build: choose a host and claim it, bind ports there, let it spawn; where a host refuses, try the next."""
+
+import msgspec
+
+from kilonova.conductor import ports
+from kilonova.conductor.ports import Plugged
+from kilonova.conductor.world import World
+from kilonova.contracts.compute import Abandon, Destroy, Done, Spawn
+from kilonova.contracts.jobs import Build
+from kilonova.contracts.scheduler import Choose, Chosen
+from kilonova.kit.bus import To
+from kilonova.kit.db import Tx
+from kilonova.kit.errors import (
+    Conflict,
+    Forbidden,
+    HostGone,
+    Invalid,
+    NoCapacity,
+    NotFound,
+    OverQuota,
+    Refused,
+    Trouble,
+)
+from kilonova.kit.workflow import Run, command, effect, record, workflow
+from kilonova.model.ask import amounts, ask
+from kilonova.model.host import Place
+from kilonova.model.plan import plan
+from kilonova.model.server import Server
+from kilonova.model.states import VM, Task
+from kilonova.store import hosts, placement, servers
+
+NO_HOST = "No valid host was found. There are not enough hosts available."
+CHOICES = 10  # claims may be lost to others; to be asked so often for new places is more than bad luck
+HOPELESS = Conflict, Forbidden, Invalid, NotFound, OverQuota  # said by the network service: the same on any host
+
+
+@workflow
+def build(run: Run, job: Build) -> None:
+    run.if_undone(broken, job.server, run.id, run.now)
+    tried: list[str] = []
+    last: Trouble | None = None
+    for _ in range(CHOICES):
+        places = run(choose, job, tried).places
+        if not places:
+            break
+        for place in places:
+            with run.attempt():
+                claimed = run(claim, job.server, place, run.now)
+                try:
+                    settle_on(run, job, place, claimed)
+                    return
+                except Trouble as e:
+                    last = e
+                    tried.append(place.host)
+                    if isinstance(e, Refused | HostGone):
+                        run(failed, place.host)
+                    raise
+            if isinstance(last, HOPELESS) and last.code != "PortBindingFailed":
+                raise last
+    raise no_host(job, tried, last)
+
+
+def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
+    plugged = run(plug, job, place)
+    run(spawning, job.server, plugged, run.now)
+    done = run(spawn, job, place, claimed, plugged)
+    run(built, job.server, place.host, done.power_state, run.now)
+
+
+def no_host(job: Build, tried: list[str], last: Trouble | None) -> Trouble:
+    """What the user is told: Nova's own sentences, then the last host's, if one was asked at all."""
+    if last is None:
+        return NoCapacity(NO_HOST)
+    if job.forced or len(tried) == 1:
+        return last
+    return NoCapacity(
+        "Exceeded maximum number of retries. Exhausted all hosts available for retrying build failures for "
+        f"instance {job.server.id}. Last trouble: {last.said}"
+    )
+
+
+@record
+def broken(tx: Tx, server: Server, run: str, now: float) -> None:
+    servers.finish(tx, server, VM.error, now, fault_run=run)
+
+
+# ---- choose and claim
+
+
+@effect
+def choose(world: World, key: str, job: Build, tried: list[str]) -> Chosen:
+    """Nowhere, when as many hosts were tried as may be: one for a forced host."""
+    attempts = 1 if job.forced else world.config.scheduler.attempts
+    if len(tried) >= attempts:
+        return Chosen()
+    wanted = ask(job.server, host=job.host, node=job.node, forced=job.forced)
+    if tried:
+        wanted = msgspec.structs.replace(wanted, avoid=tried)
+    return world.choose(Choose(server=job.server.id, ask=wanted, most=attempts - len(tried)))
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    number: int
+    epoch: int
+
+
+@record(event=None)
+def claim(tx: Tx, server: Server, place: Place, now: float) -> Claimed:
+    placement.claim(
+        tx,
+        server.id,
+        place.provider,
+        amounts(server.flavor),
+        now=now,
+        project_id=server.project_id,
+        user_id=server.user_id,
+    )
+    return Claimed(*servers.settle(tx, server, place.host, place.node, str(Task.networking), now))
+
+
+@claim.undo
+def _(tx: Tx, server: Server, place: Place, now: float) -> None:
+    placement.release(tx, server.id, place.provider, now=now)
+    servers.unsettle(tx, server.id, place.host, now)
+
+
+@record
+def failed(tx: Tx, host: str) -> None:
+    hosts.failed(tx, host)
+
+
+# ---- ports
+
+
+@effect
+def plug(world: World, key: str, job: Build, place: Place) -> Plugged:
+    return ports.bind(world, key, job, place)
+
+
+@plug.undo
+def _(world: World, key: str, job: Build, place: Place) -> None:
+    ports.release(world, job.server.id)
+
+
+# ---- spawn
+
+
+@record
+def spawning(tx: Tx, server: Server, plugged: Plugged, now: float) -> None:
+    servers.step(tx, server, str(Task.spawning), now, plugs=plugged.plugs)
+
+
+@command(patience_s=1800, event="compute__do_build_and_run_instance")
+def spawn(job: Build, place: Place, claimed: Claimed, plugged: Plugged) -> To[Done]:
+    server = msgspec.structs.replace(job.server, plugs=plugged.plugs)
+    machine = plan(
+        server,
+        nics=plugged.nics,
+        number=claimed.number,
+        epoch=claimed.epoch,
+        zone=place.zone,
+        admin_password=job.admin_password,
+        files=job.files,
+    )
+    return To(place.host, Spawn(machine=machine))
+
+
+@spawn.undo
+def _(job: Build, place: Place, claimed: Claimed, plugged: Plugged) -> To[Done]:
+    return To(place.host, Destroy(server=job.server.id, epoch=claimed.epoch))
+
+
+@spawn.on("abort")
+def _(job: Build, place: Place, claimed: Claimed, plugged: Plugged) -> To[Done]:
+    return To(place.host, Abandon(server=job.server.id))
+
+
+@record
+def built(tx: Tx, server: Server, host: str, power_state: int, now: float) -> None:
+    servers.finish(tx, server, VM.active, now, power_state=power_state, launched_at=now)
+    hosts.succeeded(tx, host)

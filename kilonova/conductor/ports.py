@@ -1,0 +1,202 @@
+"""A server's ports: made or bound where it will run, let go of where it will not. All is safe to do twice.
+
+A port that we made carries a mark in its binding profile, which only services may write; by it we know, whatever
+became of the process that made it, that it goes with its server.  Others are only bound and let go of.
+"""
+
+from typing import Any
+
+import msgspec
+
+from kilonova.clients import FloatingIp, NetworkInfo, Port, Subnet, plug
+from kilonova.conductor.world import World
+from kilonova.contracts.jobs import Build
+from kilonova.kit.errors import Conflict, NotFound
+from kilonova.model.host import Place
+from kilonova.model.machine import Nic
+from kilonova.model.server import Address, Plug, Server, Wanted
+
+MARK = "kilonova"  # in the binding profile
+
+
+class Plugged(msgspec.Struct, frozen=True):
+    """Ports as their host needs them, and as the API shows them."""
+
+    nics: list[Nic] = []
+    plugs: list[Plug] = []
+
+
+def bind(world: World, key: str, job: Build, place: Place) -> Plugged:
+    """All that the caller wants, on this host. Raises what the network service says; Conflict where it cannot be there."""
+    wanted = _wanted(world, job)
+    if not wanted:
+        return Plugged()
+    there = [p for p in world.neighbours.network.ports(servers=[job.server.id]) if _trusted(p, job)]
+    ports = [_bound(world, key, job, w, place, there) for w in wanted]
+    return described(world, job.server, ports, [w.tag for w in wanted])
+
+
+def release(world: World, server: str) -> None:
+    """Remove what we made for it, let go of the others."""
+    for p in world.neighbours.network.ports(servers=[server]):
+        let_go(world, p)
+
+
+def let_go(world: World, port: Port) -> None:
+    if ours(port):
+        world.neighbours.network.delete_port(port.id)
+    else:
+        world.neighbours.network.unbind_port(port.id)
+
+
+def ours(port: Port) -> bool:
+    return MARK in (port.profile or {})
+
+
+def described(world: World, server: Server, ports: list[Port], tags: list[str | None]) -> Plugged:
+    """Bound ports, with what must be known of their networks. Asked anew only where what we know is old."""
+    networks = _networks(world, ports)
+    subnets = _subnets(world, ports)
+    groups = _groups(world, ports)
+    brought = [p.id for p in ports if not ours(p)]
+    floating = world.neighbours.network.floating_ips(ports=brought) if brought else []
+    nics = [
+        plug(p, networks[p.network_id], subnets.get(p.network_id, []), floating, tag or "")
+        for p, tag in zip(ports, tags, strict=True)
+    ]
+    plugs = [
+        Plug(
+            port_id=p.id,
+            network_id=p.network_id,
+            label=networks[p.network_id].name or "",
+            mac=p.mac,
+            addresses=_addresses(p, floating),
+            security_groups=list(dict.fromkeys(groups[g] for g in p.security_groups if g in groups)),
+            tag=tag,
+            ours=ours(p),
+        )
+        for p, tag in zip(ports, tags, strict=True)
+    ]
+    return Plugged(nics, plugs)
+
+
+# ---- one port
+
+
+def _bound(world: World, key: str, job: Build, w: Wanted, place: Place, there: list[Port]) -> Port:
+    """This one, on this host. What an earlier try has left is taken again; `there` loses what was taken."""
+    network, s = world.neighbours.network, job.server
+    owner = {"device_id": s.id, "device_owner": f"compute:{place.zone or 'nova'}"}
+    if w.port_id is not None:
+        port = network.port(w.port_id)
+        if port.device_id not in ("", None, s.id):
+            raise Conflict(f"Port {w.port_id} is still in use.")
+        return network.bind_port(w.port_id, place.host, **owner, **_named(world, s, port))
+    assert w.network_id is not None
+    for port in there:
+        if port.network_id == w.network_id and ours(port) and _has(port, w.fixed_ip):
+            there.remove(port)
+            return port if port.host == place.host else network.bind_port(port.id, place.host, **owner)
+    wish: dict[str, Any] = {
+        **owner,
+        "project_id": s.project_id,
+        "binding:host_id": place.host,
+        "binding:profile": {MARK: key},
+        **_named(world, s, None),
+    }
+    if w.fixed_ip:
+        wish["fixed_ips"] = [{"ip_address": w.fixed_ip}]
+    if job.security_groups:
+        wish["security_groups"] = job.security_groups
+    port = network.create_port(w.network_id, **wish)
+    if port.vif_type == "binding_failed":
+        raise Conflict(f"Binding failed for port {port.id}.", why=f"on {place.host}", code="PortBindingFailed")
+    return port
+
+
+def _trusted(port: Port, job: Build) -> bool:
+    """A tenant can write any `device_id`: a port of another project is not this server's."""
+    return port.project_id == job.server.project_id
+
+
+def _has(port: Port, address: str | None) -> bool:
+    return address is None or any(a.ip_address == address for a in port.fixed_ips)
+
+
+def _named(world: World, server: Server, port: Port | None) -> dict[str, Any]:
+    """The guest's name for DHCP and DNS; a real network service knows it only with an extension."""
+    if world.config.network.url is not None or (port is not None and port.dns_name):
+        return {}
+    return {"dns_name": server.hostname} if server.hostname else {}
+
+
+# ---- what is wanted
+
+
+def _wanted(world: World, job: Build) -> list[Wanted]:
+    match job.networks:
+        case "none":
+            return []
+        case "auto":
+            return [Wanted(network_id=world.neighbours.network.auto_network(job.server.project_id))]
+        case "":
+            return _only(world, job)
+        case listed:
+            assert isinstance(listed, list)
+            return listed
+
+
+def _only(world: World, job: Build) -> list[Wanted]:
+    """The one network that the project has or may share. None: none. Several: he must say which."""
+    network, project = world.neighbours.network, job.server.project_id
+    seen = {n.id: n for n in network.networks(project_id=project) + network.networks(shared="true") if not n.external}
+    if len(seen) > 1:
+        raise Conflict("Multiple possible networks found, use a Network ID to be more specific.")
+    return [Wanted(network_id=id) for id in seen]
+
+
+# ---- what they hang on
+
+
+def _networks(world: World, ports: list[Port]) -> dict[str, NetworkInfo]:
+    def ask(ids: list[str]) -> dict[str, NetworkInfo]:
+        return {n.id: n for n in world.neighbours.network.networks(ids=ids)}
+
+    found = world.networks.of(sorted({p.network_id for p in ports}), ask)
+    for p in ports:
+        if p.network_id not in found:
+            raise NotFound(f"Network {p.network_id} could not be found.")
+    return found
+
+
+def _subnets(world: World, ports: list[Port]) -> dict[str, list[Subnet]]:
+    """By network. One that we have not heard of is a reason to ask again."""
+
+    def ask(ids: list[str]) -> dict[str, list[Subnet]]:
+        said: dict[str, list[Subnet]] = {id: [] for id in ids}
+        for s in world.neighbours.network.subnets(networks=ids):
+            said.setdefault(s.network_id, []).append(s)
+        return said
+
+    ids = sorted({p.network_id for p in ports if p.fixed_ips})
+    found = world.subnets.of(ids, ask) if ids else {}
+    known = {s.id for subnets in found.values() for s in subnets}
+    if any(a.subnet_id not in known for p in ports for a in p.fixed_ips):
+        found = world.subnets.of(ids, ask, fresh=True)
+    return found
+
+
+def _groups(world: World, ports: list[Port]) -> dict[str, str]:
+    """Names of security groups."""
+
+    def ask(ids: list[str]) -> dict[str, Any]:
+        return {g.id: g for g in world.neighbours.network.security_groups(ids=ids)}
+
+    ids = sorted({g for p in ports for g in p.security_groups})
+    return {id: g.name for id, g in world.groups.of(ids, ask).items()} if ids else {}
+
+
+def _addresses(port: Port, floating: list[FloatingIp]) -> list[Address]:
+    fixed = [Address(a.ip_address, 6 if ":" in a.ip_address else 4) for a in port.fixed_ips]
+    outer = [Address(f.floating_ip_address, 4, floating=True) for f in floating if f.port_id == port.id]
+    return fixed + outer

@@ -1,0 +1,362 @@
+"""What nobody asked for: hosts say what they hold, and it is compared with what should be there.
+
+A report may be old when it comes, so it is only a suspicion.  For each suspicion a hidden run asks the host again,
+behind whatever is being done to that server, and judges in one transaction, on what is written then.
+"""
+
+import logging
+from dataclasses import replace
+from typing import Any, Literal
+
+import msgspec
+
+import kilonova
+from kilonova.conductor import ports
+from kilonova.conductor.verbs import STEPS
+from kilonova.conductor.world import World
+from kilonova.contracts.compute import Destroy, Done, Look, Power, Seen
+from kilonova.contracts.conductor import HeldHere, PowerChanged, Report
+from kilonova.kit.bus import To
+from kilonova.kit.db import Tx
+from kilonova.kit.errors import Refused, Trouble
+from kilonova.kit.reconcile import reconciler
+from kilonova.kit.workflow import Cause, Run, command, forget, noted, record, start, wake_host, workflow
+from kilonova.model.server import Server
+from kilonova.model.states import VERBS, VM, PowerState, Task, Verb
+from kilonova.store import compare, hosts, placement, servers
+
+log = logging.getLogger(__name__)
+
+RUNNING, PAUSED = PowerState.running, PowerState.paused
+DOWN = PowerState.shutdown, PowerState.crashed
+STUCK_S = 60.0  # so long a server may be on its way with nobody at work: no commit takes longer
+KEEP_HIDDEN_S = 3600.0  # journals of what nobody asked for
+
+# The verbs of nobody. As `stop`, from wherever a guest can be found off; and the way back after a host was off.
+HALT = replace(VERBS["stop"], start=frozenset({VM.active, VM.stopped, VM.paused}), launched=False)
+REVIVE = Verb("revive", frozenset({VM.active}), Task.powering_on, VM.active, "start", "start", host=True)
+
+
+# ---- what hosts say
+
+
+def reported(world: World, r: Report) -> None:
+    """A host lives, and holds this. What does not fit is looked into."""
+    now = world.clock.now()
+    with world.guard:
+        world.beats[r.host] = max(now, world.beats.get(r.host, 0.0))
+    if r.facts is not None or world.lives.get(r.host) != r.born:
+        runs = world.db.run(_met, world, r, now)
+        with world.guard:
+            world.lives[r.host] = r.born
+            world.well.pop(r.host, None)
+        world.started(runs)
+        return
+    with world.db.read() as tx:
+        suspects = _suspects(tx, world, r)
+    if suspects:
+        world.started(world.db.run(_look_into, world, r.host, suspects, False))
+
+
+def power_changed(world: World, m: PowerChanged) -> None:
+    """A hint: whatever is so, the host will say when it is asked."""
+    with world.db.read() as tx:
+        row = compare.found(tx, [m.server]).get(m.server)
+    if row is not None and row.host == m.host and row.task_state is None and row.power_state != m.power_state:
+        world.started(world.db.run(_look_into, world, m.host, [m.server], False))
+
+
+def _met(tx: Tx, world: World, r: Report, now: float) -> list[str]:
+    """Write down what it says of itself. Whom to wake.
+
+    With another life of it than we knew, the letters of who waits for it may be lost.  What should run and does not
+    is found in the same transaction: there is only one first report.
+    """
+    before = hosts.heard(tx, r.host)
+    hosts.learn(tx, r, uuid=world.ids.uuid, now=now)
+    reborn = before is not None and before.born != r.born
+    woken = wake_host(tx, r.host) if reborn else []
+    suspects = _suspects(tx, world, r) if before is not None else []
+    return woken + _look_into(tx, world, r.host, suspects, reborn)
+
+
+def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
+    """Servers of which the host has something else than it should, and that nobody is at work on."""
+    held = {h.server: h for h in r.holds}
+    here = compare.on_host(tx, r.host)
+    strange = [id for id in held if id not in here]
+    odd = [id for id, row in here.items() if _differs(row, held.get(id))]
+    if strange and world.config.compute.lost_server == "log":
+        log.warning("%s has machines that no server of it owns: %s", r.host, ", ".join(strange))
+        strange = []
+    wanted = [id for id in strange + odd if id not in r.busy]
+    at_work = compare.at_work(tx, wanted)
+    return [id for id in wanted if id not in at_work]
+
+
+def _differs(row: Any, held: HeldHere | None) -> bool:
+    if row.task_state is not None or row.vm_state == VM.building:
+        return False
+    if held is None:
+        return str(row.vm_state) != VM.error  # a build or an act that failed may well have left nothing
+    return bool(held.power_state != row.power_state)
+
+
+def _look_into(tx: Tx, world: World, host: str, suspects: list[str], reborn: bool) -> list[str]:
+    """A hidden run for each that nobody is at work on. Whom to wake."""
+    if not suspects:
+        return []
+    free = set(suspects) - compare.at_work(tx, suspects)
+    rows = compare.found(tx, suspects)
+    orphans: Literal["stop", "destroy"] = "stop" if world.config.compute.lost_server == "stop" else "destroy"
+    revive = reborn and world.config.compute.resume_servers_on_start
+    now = world.clock.now()
+    jobs = [Mend(id, host, rows[id].generation if id in rows else 0, orphans, revive) for id in suspects if id in free]
+    return [start(tx, mend, job, id=world.ids.uuid(), subject=job.server, now=now) for job in jobs]
+
+
+# ---- looking into one
+
+
+class Mend(msgspec.Struct, frozen=True):
+    """`generation`: of the server when it was suspected; if it moves, another was at it and what was seen is old.
+
+    `revive`: the host has just begun to live; what should run and does not is started again.
+    """
+
+    server: str
+    host: str
+    generation: int
+    orphan: Literal["stop", "destroy"] = "destroy"
+    revive: bool = False
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    do: Literal["nothing", "orphan", "lost", "halt", "revive"]
+    server: Server | None = None  # as it was taken
+
+
+@workflow
+def mend(run: Run, job: Mend) -> None:
+    run.when_alone()
+    seen = run(look, job.server, job.host)
+    verdict = run(judged, job, seen, run.id, run.now)
+    if verdict.do == "orphan":
+        if job.orphan == "destroy":
+            run(destroy, job.server, job.host, seen.epoch)
+        else:
+            run(halt, job.server, job.host)
+    elif verdict.server is not None:
+        take_up(run, job, verdict.do, verdict.server)
+
+
+def take_up(run: Run, job: Mend, do: str, server: Server) -> None:
+    """It was taken in the transaction that judged; now it has to be put down."""
+    if do == "lost":
+        run.if_undone(broken, server, 0, run.id, run.now)
+        raise Refused(f"The machine of instance {server.id} is no longer on its host.")
+    if do == "halt":
+        try:
+            done = run(halt, job.server, job.host)
+        except Trouble:
+            run.if_undone(broken, server, server.power_state, run.id, run.now)
+            raise
+        run(halted, server, done.power_state, run.id, run.now)
+    if do == "revive":
+        try:
+            done = run(STEPS["start"], server, job.host)
+        except Trouble:
+            run.if_undone(broken, server, PowerState.shutdown, run.id, run.now)
+            raise
+        run(revived, server, done.power_state, run.now)
+
+
+@command(patience_s=120)
+def look(server: str, host: str) -> To[Seen]:
+    return To(host, Look(server=server))
+
+
+@command
+def destroy(server: str, host: str, epoch: int) -> To[Done]:
+    return To(host, Destroy(server=server, epoch=epoch))
+
+
+@command(patience_s=600)
+def halt(server: str, host: str) -> To[Done]:
+    return To(host, Power(server=server, to="stop", timeout_s=0))
+
+
+@record
+def judged(tx: Tx, job: Mend, seen: Seen, me: str, now: float) -> Verdict:
+    """What is wrong, if anything is; the server is taken, if something must be done to it."""
+    row = compare.found(tx, [job.server]).get(job.server)
+    if row is None or row.deleted_at is not None or row.host != job.host:
+        return Verdict("orphan" if seen.there else "nothing")
+    if row.generation != job.generation or row.task_state is not None or row.vm_state == VM.building:
+        return Verdict("nothing")
+    if not seen.there:
+        return Verdict("lost", servers.get(tx, job.server))
+    return _power_judged(tx, job, VM(row.vm_state), PowerState(seen.power_state), row.power_state, me, now)
+
+
+def _power_judged(tx: Tx, job: Mend, vm: VM, power: PowerState, written: int, me: str, now: float) -> Verdict:
+    """states.md, section 10; but what ran when its host went down runs again when the host is back."""
+    if vm == VM.active and power in DOWN and job.revive:
+        return Verdict("revive", servers.begin(tx, job.server, REVIVE, now))
+    if vm == VM.active and power == PowerState.shutdown:  # it turned itself off: nothing is left to be done
+        server = servers.begin(tx, job.server, HALT, now)
+        servers.finish(tx, server, VM.stopped, now, power_state=int(power))
+        _noted_stop(tx, server, me, now)
+        return Verdict("nothing")
+    if (
+        (vm == VM.active and power in (PowerState.crashed, PowerState.suspended))
+        or (vm == VM.stopped and power in (RUNNING, PAUSED, PowerState.suspended))
+        or (vm == VM.paused and power in DOWN)
+    ):
+        return Verdict("halt", servers.begin(tx, job.server, HALT, now))
+    if power != written:
+        servers.change(tx, job.server, now, power_state=int(power))
+    return Verdict("nothing")
+
+
+@record
+def halted(tx: Tx, server: Server, power_state: int, me: str, now: float) -> None:
+    if servers.finish(tx, server, VM.stopped, now, power_state=power_state):
+        _noted_stop(tx, server, me, now)
+
+
+@record
+def revived(tx: Tx, server: Server, power_state: int, now: float) -> None:
+    servers.finish(tx, server, VM.active, now, power_state=power_state)
+
+
+@record
+def broken(tx: Tx, server: Server, power_state: int, run: str, now: float) -> None:
+    servers.finish(tx, server, VM.error, now, power_state=power_state, fault_run=run)
+
+
+def _noted_stop(tx: Tx, server: Server, me: str, now: float) -> None:
+    """Users find it among the server's actions, though none of them asked for it."""
+    cause = Cause(action="stop", request_id=f"req-{me[:36]}", project_id=server.project_id)
+    noted(tx, id=f"{me}-stop", subject=server.id, now=now, cause=cause, event="compute_stop_instance", host=server.host)
+
+
+# ---- what must not happen
+
+
+class Heal(msgspec.Struct, frozen=True):
+    server: Server
+
+
+@workflow
+def heal(run: Run, job: Heal) -> None:
+    run.if_undone(broken, job.server, job.server.power_state, run.id, run.now)
+    raise Trouble("The action came to an end that was not written down.")
+
+
+@reconciler(every_s=60)
+def stuck(world: World) -> list[str]:
+    """A server on its way that no run is at: it can be deleted, but nobody must wait for it any longer."""
+    before = world.clock.now() - STUCK_S
+    with world.db.read() as tx:
+        found = compare.stuck(tx, before)
+    return [said for id in found if (said := world.db.run(_heal, world, id, before))]
+
+
+def _heal(tx: Tx, world: World, id: str, before: float) -> str | None:
+    if id not in compare.stuck(tx, before, most=10_000):
+        return None
+    server, now = servers.get(tx, id), world.clock.now()
+    start(tx, heal, Heal(server), id=world.ids.uuid(), subject=id, now=now)
+    return f"{id} was {server.vm_state}, {server.task_state}, and nobody at work on it"
+
+
+# ---- in its own rhythm
+
+
+@reconciler(every_s=2, at_once=True)
+def beats(world: World) -> list[str]:
+    """Write down who was heard of."""
+    with world.guard:
+        heard, world.beats = world.beats, {}
+    if heard:
+        world.db.run(hosts.seen, list(heard.items()))
+    return []
+
+
+@reconciler(every_s=10, at_once=True)
+def present(world: World) -> list[str]:
+    """Say that we live, as the services that we are."""
+    me, now = world.me, world.clock.now()
+
+    def write(tx: Tx) -> None:
+        for binary in (hosts.CONDUCTOR, hosts.SCHEDULER):
+            hosts.beat(tx, me, binary, uuid=world.ids.uuid, now=now, born=world.born, version=kilonova.__version__)
+
+    world.db.run(write)
+    return []
+
+
+@reconciler(every_s=10)
+def silent_hosts(world: World) -> list[str]:
+    """A host that nobody should wait for any longer: let those who wait look at once."""
+
+    def look_again(tx: Tx) -> list[str]:
+        gone = [s.host for s in hosts.services(tx, binary=hosts.COMPUTE) if world.gone(tx, s.host)]
+        return [id for host in gone for id in wake_host(tx, host)]
+
+    world.started(world.db.run(look_again))
+    return []
+
+
+@reconciler(every_s=120)
+def claims(world: World) -> list[str]:
+    """What nobody holds any longer is given back; what somebody uses is claimed, if there is room."""
+    with world.db.read() as tx:
+        loose, bare = compare.unowned(tx), compare.unclaimed(tx)
+    return world.db.run(_claims_mended, world, loose, bare) if loose or bare else []
+
+
+def _claims_mended(tx: Tx, world: World, loose: list[tuple[str, str]], bare: list[tuple[str, str]]) -> list[str]:
+    said, now = [], world.clock.now()
+    for consumer, provider in set(loose) & set(compare.unowned(tx, 10_000)):
+        if placement.release(tx, consumer, provider, now=now):
+            said.append(f"{consumer} held something of {provider} and is not there")
+    for id, provider in set(bare) & set(compare.unclaimed(tx, 10_000)):
+        if placement.claim_anyhow(tx, servers.get(tx, id), provider, now=now):
+            said.append(f"{id} is on {provider} and held nothing of it")
+    return sorted(said)
+
+
+@reconciler(every_s=300)
+def strays(world: World) -> list[str]:
+    """Ports that we made and that no server has: their run has ended, and their server does not know them.
+
+    A conductor that stalls between its look at the lease and its request acts long after another has undone that
+    act.  A host remembers what was taken back; a network service does not, so this is compared.
+    """
+    named = world.config.api.default_availability_zone
+    with world.db.read() as tx:
+        owners = sorted({f"compute:{z}" for z in {named, "nova", *hosts.zones(tx).values()}})
+    made = [p for p in world.neighbours.network.ports(device_owner=owners) if ports.ours(p)]
+    said = []
+    with world.db.read() as tx:
+        known = compare.plugs(tx, {p.device_id or "" for p in made})
+        at_work = compare.at_work(tx, {p.device_id or "" for p in made})
+    for p in made:
+        id = p.device_id or ""
+        if id not in at_work and p.id not in known.get(id, set()):
+            ports.let_go(world, p)
+            said.append(f"port {p.id} was left of {id}")
+    return said
+
+
+@reconciler(every_s=600)
+def journals(world: World) -> list[str]:
+    """Drop what nobody asked for and nobody will ask about."""
+    while world.db.run(forget, world.clock.now() - KEEP_HIDDEN_S, hidden_only=True) >= 500:
+        pass
+    return []
+
+
+RECONCILERS = [beats, present, silent_hosts, stuck, claims, strays, journals]

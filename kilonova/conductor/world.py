@@ -1,0 +1,83 @@
+"""What a conductor's steps have around them: neighbours, hosts, time. Handed to effects and reconcilers."""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from kilonova.clients import Neighbours, NetworkInfo, SecurityGroup, Subnet
+from kilonova.contracts.scheduler import Choose, Chosen
+from kilonova.kit.bus import Send
+from kilonova.kit.clock import Clock, Ids
+from kilonova.kit.db import Db, Tx
+from kilonova.model.options import Config
+from kilonova.store import hosts
+
+T = TypeVar("T")
+KEEP_S = 5.0  # what the network service says of networks and groups is not asked for again within that time
+HEARD_S = 1.0  # the same of a host's health
+
+
+class World:
+    """One conductor's. `born` is when it began to listen: what was silent before, it could not hear."""
+
+    def __init__(
+        self,
+        db: Db,
+        send: Send,
+        neighbours: Neighbours,
+        choose: Callable[[Choose], Chosen],
+        *,
+        clock: Clock,
+        ids: Ids,
+        config: Config,
+        me: str,
+        wake: Callable[[str], None] = lambda run: None,
+    ) -> None:
+        self.db, self.send, self.neighbours, self.choose = db, send, neighbours, choose
+        self.clock, self.ids, self.config, self.me, self.wake = clock, ids, config, me, wake
+        self.born = clock.now()
+        self.guard = threading.Lock()  # of the next three
+        self.beats: dict[str, float] = {}  # when each host was last heard of, and it is not written down yet
+        self.lives: dict[str, float] = {}  # which life of each host we have met
+        self.well: dict[str, float] = {}  # when we last made sure that a host is not gone
+        self.networks = Kept[NetworkInfo](self)
+        self.subnets = Kept[list[Subnet]](self)
+        self.groups = Kept[SecurityGroup](self)
+
+    def gone(self, tx: Tx, host: str) -> bool:
+        """Nobody should wait for it: it is forced down, nobody knows it, or it was silent for too long while we listened."""
+        now = self.clock.now()
+        if now - self.well.get(host, -1e18) < HEARD_S:
+            return False
+        row = hosts.heard(tx, host)
+        if row is None or row.forced_down:
+            return True
+        heard = max(row.last_seen or 0.0, self.beats.get(host, 0.0), self.born)
+        if now - heard > self.config.compute.host_down_after_s:
+            return True
+        self.well[host] = now
+        return False
+
+    def started(self, runs: list[str]) -> None:
+        """These runs have something to do; after the commit that says so."""
+        for id in runs:
+            self.wake(id)
+
+
+class Kept(dict[str, tuple[float, T]]):
+    """What was said a moment ago, by id."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+
+    def of(self, ids: list[str], ask: Callable[[list[str]], dict[str, T]], *, fresh: bool = False) -> dict[str, T]:
+        """Of these ids; `ask` is called for those that we do not know well enough. Some may be missing."""
+        now = self.world.clock.now()
+        if len(self) > 10_000:
+            self.clear()
+        old = [id for id in ids if fresh or (known := self.get(id)) is None or now - known[0] > KEEP_S]
+        if old:
+            for id, said in ask(old).items():
+                self[id] = now, said
+        return {id: self[id][1] for id in ids if id in self}
