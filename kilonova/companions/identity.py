@@ -148,9 +148,13 @@ def _first_rows(tx: Tx, door: Door, secrets: dict[str, str], own: str) -> First:
         store.imply(tx, role[prior], role[implied])
     about = {"parent_id": "default"}
     project = {n: _there(tx, door, Project, n, domain_id="default", **about) for n in ("admin", "service", "demo")}
-    user = {name: _there(tx, door, User, name, domain_id="default") for name in ("admin", SERVICE_USER)}
-    for name, secret in secrets.items():
-        store.change(tx, User, user[name], {"secret": secret, "valid_since": door.clock.now()})
+    user = {}
+    for name in ("admin", SERVICE_USER):
+        old = bool(store.find(tx, User, name=name, domain_id="default"))
+        user[name] = _there(tx, door, User, name, domain_id="default")
+        if name in secrets:
+            values = {"secret": secrets[name], "valid_since": door.clock.now() if old else 0.0}
+            store.change(tx, User, user[name], values)
     grants = [
         ("admin", "project", project["admin"], "admin"),
         ("admin", "project", project["demo"], "admin"),

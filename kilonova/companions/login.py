@@ -284,7 +284,7 @@ def judge(token: Token, standing: Standing | None, now: float, credential: Appli
         bad = "revoked"
     elif not (standing.user.enabled and standing.domain.enabled):
         bad = "its user or his domain is disabled"
-    elif token.issued_at < standing.user.valid_since:
+    elif token.issued_at <= standing.user.valid_since:
         bad = "from before its user's password changed"
     elif standing.scope and not standing.scope.enabled:
         bad = "its scope is disabled"
