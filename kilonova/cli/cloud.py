@@ -3,12 +3,12 @@
 Nothing here decides anything; it is the wiring of parts that know nothing of each other.
 """
 
+import functools
 import logging
 import random
 import socket
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+import threading
+from collections.abc import Callable
 
 import sqlalchemy as sa
 
@@ -16,84 +16,326 @@ from kilonova.api import app as compute_api
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World
 from kilonova.cli.state import Secrets, StateDir
-from kilonova.clients import Inside, Login, Neighbours, neighbours
+from kilonova.clients import Carrier, Inside, Login, neighbours
 from kilonova.companions import identity, image, network
-from kilonova.companions.wires import Ground, Wires
-from kilonova.compute.agent import ComputeHost
-from kilonova.compute.machines import Images
+from kilonova.companions.wires import Wires
+from kilonova.companions.wires.ground import Ground
+from kilonova.compute.agent import ComputeHost, Images
+from kilonova.compute.sims import SimHosts
 from kilonova.conductor.app import Conductor
 from kilonova.kit.ask import Asker
 from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Ids, WallClock
-from kilonova.kit.db import Db, meta
+from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.health import Health, Metrics
-from kilonova.kit.http import Mount, Server
+from kilonova.kit.http import Mount, Server, Service, Wsgi
+from kilonova.kit.reconcile import Reconcilers, reconciler
 from kilonova.kit.workflow import RUNS
-from kilonova.metadata import app as metadata
+from kilonova.metadata.app import service as metadata_service
 from kilonova.metadata.drive import config_drive
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.scheduler.select import Scheduler
 from kilonova.store import catalog, hosts
 from kilonova.virt.driver import Driver
-from kilonova.virt.sim import SimHosts
 
 log = logging.getLogger(__name__)
 
-# The flavors of a cloud that nobody has furnished yet: DevStack's names, and one that fits our own guest.
+# The flavors of a cloud that nobody has furnished yet: DevStack's names; the small ones fit our own guest.
 FLAVORS = (
+    Flavor("42", "m1.nano", 1, 128, 1),
+    Flavor("84", "m1.micro", 1, 192, 1),
     Flavor("1", "m1.tiny", 1, 512, 1),
     Flavor("2", "m1.small", 1, 2048, 20),
     Flavor("3", "m1.medium", 2, 4096, 40),
     Flavor("4", "m1.large", 4, 8192, 80),
-    Flavor("42", "m1.nano", 1, 128, 1),
-    Flavor("84", "m1.micro", 1, 192, 1),
 )
 
 
 class Cloud:
-    """`listener` is bound already. `start` returns when the API answers; what is still on its way says `/readyz`."""
+    """`listener` is bound already, and `url` what clients call it. `start` returns when the API answers; what is
+    still on its way stands at `/readyz`."""
 
     def __init__(
         self, config: options.Config, state: StateDir, secrets: Secrets, listener: socket.socket, url: str
     ) -> None:
         self.config, self.state, self.secrets, self.url = config, state, secrets, url
         self.clock, self.ids, self.dice = WallClock(), Ids(), random.Random()
-        self.metrics = Metrics()
-        self.db = open_db(config, state)
-        self.bus = MemoryBus()
-        self.ground: Ground | None = None
-        self.wires: Wires | None = None
         self.name = config.compute.host or socket.gethostname()
-        self._identity()
-        self._network_and_metadata_later()
-        self.image = image.service(self._image_world(), self.realm.gate, observe=self.metrics.observer("image"))
-        self.neighbours = self._neighbours()
-        self.book = HostBook(self.db, self.clock, config)
+        self.metrics, self.bus, self.db = Metrics(), MemoryBus(), open_db(config, state)
+        self.born = self.clock.now()
+        self.failed = ""  # what keeps hosts from coming up, in a sentence
+
+        self.realm = identity.open_realm(
+            self.db, self.clock, self.ids, config.identity, state.path / "identity", config.api.public_url
+        )
+        self.first = identity.bootstrap(
+            self.realm,
+            state.path / "identity",
+            admin_password=secrets.admin_password,
+            service_password=secrets.service_password,
+            region=config.identity.region,
+        )
+        self.images = image.open_store(
+            self.db, self.clock, self.ids, config.image, config.image.directory or state.path / "images"
+        )
+        image.recover(self.images)
+
+        self.ground = _ground(config, state)
+        self.networks = network.World(self.db, self.clock, self.ids, config.network, self._wires_of_hosts())
+        network.bootstrap(self.networks, self.first.admin_project_id)
+        self.doors: dict[str, Service] = {}
+        self._open("identity", identity.service(self.realm, config.policy.file))
+        self._open("image", image.service(self.images, self.realm.gate, config.policy.file))
+        self._open("network", network.make_service(self.networks, self.realm.gate, config.policy.file))
+
+        inside: dict[str, Carrier] = {name: Inside(app, f"{url}/{name}") for name, app in self.doors.items()}
+        login = Login(identity.SERVICE_USER, self.first.service_password)
+        self.neighbours = neighbours(
+            self.clock, login, identity=inside["identity"], image=inside["image"], network=inside["network"]
+        )
+        self.metadata = metadata_service(
+            self.db, self.neighbours.network, config, clock=self.clock, ids=self.ids, secret=secrets.metadata_secret
+        )
+        self.wires = _wires(self.ground, self.metadata, secrets, self.clock, state)
+
+        self.db.run(_furnish, self.clock.now())
+        down_after_s = config.compute.host_down_after_s
         self.scheduler = Scheduler(
-            self.db,
-            clock=self.clock,
-            dice=self.dice,
-            options=config.scheduler,
-            down_after_s=config.compute.host_down_after_s,
+            self.db, clock=self.clock, dice=random.Random(), options=config.scheduler, down_after_s=down_after_s
         )
         self.conductor = Conductor(
-            "conductor",
+            f"{self.name}-conductor",
             self.db,
             self.bus,
             self.neighbours,
             self.scheduler.choose,
             clock=self.clock,
             ids=self.ids,
-            dice=self.dice,
+            dice=random.Random(),
             config=config,
         )
         self.asker = Asker(self.bus, clock=self.clock, ids=self.ids)
-        self.compute = self._compute_api()
+        world = World(
+            self.db,
+            self.clock,
+            self.ids,
+            config,
+            self.neighbours,
+            HostBook(self.db, self.clock, config),
+            self.conductor.wake,
+            self.asker.ask,
+        )
+        self._open("compute", compute_api.service(world, self.realm.gate, policy_file=config.policy.file))
+
         self.health = Health(
             self.metrics, alive={"database": self._database}, ready={"database": self._database, "hosts": self._hosts}
         )
-        self.server = Server(self._mount(), listener, threads=config.api.threads)
+        apps = {f"/{name}": app for name, app in self.doors.items()}
+        self.server = Server(
+            Mount({**apps, "/metadata": self.metadata}, self.health), listener, threads=config.api.threads
+        )
+        self.upkeep = Reconcilers(self, [rewired, keys_rotated, policies_read], clock=self.clock, dice=random.Random())
         self.host: ComputeHost | SimHosts | None = None
         self.driver: Driver | None = None
+        self.opening = threading.Thread(target=self._open_hosts, name="hosts", daemon=True)
         _measure(self.metrics, self.db)
+
+    def start(self) -> None:
+        self.conductor.start()
+        self.server.start()
+        self.opening.start()
+        self.upkeep.start()
+
+    def close(self) -> None:
+        """Answers what was asked, finishes or parks what runs, lets machines go on."""
+        self.server.stop()
+        self.opening.join(30)
+        self.upkeep.close()
+        self.conductor.close()
+        if self.host is not None:
+            self.host.close()
+        if self.driver is not None:
+            self.driver.close()
+        self.asker.close()
+        if self.wires is not None:
+            self.wires.close()
+        self.bus.close()
+        self.db.close()
+
+    # ---- hosts
+
+    def _open_hosts(self) -> None:
+        """A hypervisor may take its time; the API answers meanwhile."""
+        try:
+            if self.wires is not None:
+                network.rewire(self.networks)
+            if self.config.compute.driver == "sim":
+                self.host = SimHosts(
+                    self.bus,
+                    clock=self.clock,
+                    options=self.config.sim,
+                    compute=self.config.compute,
+                    directory=self.state.path / "hosts",
+                )
+            else:
+                self.driver = self._libvirt()
+                self.host = ComputeHost(
+                    self.name,
+                    self.driver,
+                    self.bus,
+                    clock=self.clock,
+                    options=self.config.compute,
+                    threads=self.config.workers.host_threads,
+                    directory=self.state.path / "hosts" / self.name,
+                    host_ip="127.0.0.1",
+                )
+            self.host.start()
+        except Exception as e:
+            self.failed = str(e) or type(e).__name__
+            log.exception("no host came up")
+
+    def _libvirt(self) -> Driver:
+        from kilonova.virt.libvirt.driver import LibvirtDriver
+
+        compute = self.config.compute
+        drive = functools.partial(
+            config_drive,
+            clock=self.clock,
+            ids=self.ids,
+            options=self.config.metadata,
+            format=compute.config_drive_format,
+        )
+        return LibvirtDriver(
+            self.state.path / "hosts" / self.name,
+            options=self.config.libvirt,
+            compute=compute,
+            clock=self.clock,
+            ids=self.ids,
+            fetch=Images(self.neighbours.image).fetch,
+            config_drive=drive,
+            netns=self.ground.netns_path if self.ground else None,
+        )
+
+    # ---- parts
+
+    def _open(self, name: str, service: Service) -> None:
+        service.observe = self.metrics.observer(name)
+        self.doors[name] = service
+
+    def _wires_of_hosts(self) -> dict[str, Callable[..., None]] | None:
+        """On this machine there is one host with a data plane; simulated ones have none."""
+        if self.ground is None or self.ground.kind == "none":
+            return None
+        return {self.name: lambda wiring: self.wires.apply(wiring) if self.wires else None}
+
+    def _database(self) -> str:
+        with self.db.read() as tx:
+            tx.execute(sa.text("SELECT 1"))
+        return ""
+
+    def _hosts(self) -> str:
+        """Ready when a server could be placed somewhere."""
+        if self.failed:
+            return self.failed
+        now = self.clock.now()
+        with self.db.read() as tx:
+            found = hosts.services(tx, binary="nova-compute")
+        up = any(
+            s.up(now, self.config.compute.host_down_after_s) and s.last_seen and s.last_seen >= self.born for s in found
+        )
+        return "" if up else "No host has reported yet."
+
+
+def open_db(config: options.Config, state: StateDir) -> Db:
+    """The database that is configured, or SQLite in the state directory; with its tables."""
+    url = config.database.url.reveal() or f"sqlite:///{state.path / 'kilonova.db'}"
+    db = Db(url, threads=config.api.threads + config.workers.threads + 8)
+    meta.create_all(db.engine)
+    return db
+
+
+def purge(config: options.Config, state: StateDir) -> None:
+    """All that a cloud has outside its directory: machines, their daemon, networks."""
+    ground = Ground.choose(state.path, config.network.plane) if config.compute.driver != "sim" else None
+    for directory in sorted((state.path / "hosts").glob("*/instances")):
+        from kilonova.virt.libvirt.driver import LibvirtDriver
+
+        driver = LibvirtDriver(
+            directory.parent,
+            options=config.libvirt,
+            compute=config.compute,
+            clock=WallClock(),
+            ids=Ids(),
+            fetch=lambda *_: None,
+            config_drive=lambda _: b"",
+            netns=ground.netns_path if ground else None,
+        )
+        for held in driver.machines():
+            driver.destroy(held.id)
+        driver.close(stop_daemon=True)
+    if ground is not None and ground.kind != "none":
+        Wires(
+            ground, metadata_app=None, metadata_secret="", clock=WallClock(), state_dir=state.path / "wires"
+        ).remove_all()
+
+
+def _ground(config: options.Config, state: StateDir) -> Ground | None:
+    """Where networks are made; None where all hosts are simulated."""
+    if config.compute.driver == "sim":
+        return None
+    want = "machine" if config.libvirt.uri else config.network.plane
+    ground = Ground.choose(state.path, want)
+    ground.prepare()
+    log.info("networks: %s", ground.why)
+    return ground
+
+
+def _wires(ground: Ground | None, app: Wsgi, secrets: Secrets, clock: WallClock, state: StateDir) -> Wires | None:
+    if ground is None:
+        return None
+    return Wires(
+        ground, metadata_app=app, metadata_secret=secrets.metadata_secret, clock=clock, state_dir=state.path / "wires"
+    )
+
+
+def _furnish(tx: Tx, now: float) -> None:
+    """Flavors, where there are none."""
+    if not catalog.flavors(tx, project_id=None, limit=1):
+        for flavor in FLAVORS:
+            catalog.add_flavor(tx, flavor, now)
+
+
+def _measure(metrics: Metrics, db: Db) -> None:
+    def runs() -> dict[tuple[str, ...], float]:
+        with db.read() as tx:
+            rows = tx.execute(
+                sa.select(RUNS.c.workflow, RUNS.c.state, sa.func.count()).group_by(RUNS.c.workflow, RUNS.c.state)
+            )
+            return {(workflow, state): float(n) for workflow, state, n in rows}
+
+    metrics.gauge("kilonova_runs", "Runs by workflow and state", runs, ("workflow", "state"))
+    metrics.gauge("kilonova_sql_statements", "SQL statements sent", lambda: {(): float(db.statements)})
+
+
+# ---- upkeep
+
+
+@reconciler(every_s=15)
+def rewired(cloud: Cloud) -> list[str]:
+    """The host's networks are what the tables say."""
+    return network.rewire(cloud.networks) if cloud.wires is not None else []
+
+
+@reconciler(every_s=300)
+def keys_rotated(cloud: Cloud) -> list[str]:
+    """Tokens get a new key now and then."""
+    return ["tokens have a new key"] if identity.rotate_when_due(cloud.realm, cloud.config.identity) else []
+
+
+@reconciler(every_s=5)
+def policies_read(cloud: Cloud) -> list[str]:
+    """An operator's change of `policy.yaml` holds without a restart."""
+    for service in cloud.doors.values():
+        service.policy.refresh()
+    return []

@@ -54,17 +54,33 @@ def run(client: Client, state: StateDir, image: str, say: Callable[[str], None])
     return {"id": id, "address": address, "floating": floating, "key": key, "seconds": time.monotonic() - began}
 
 
-def farewell(found: dict[str, Any], state: StateDir, url: str, reach: list[str], say: Callable[[str], None]) -> None:
+def farewell(found: dict[str, Any], state: StateDir, url: str, real: bool, say: Callable[[str], None]) -> None:
     """How to reach what was made."""
     say("")
-    say(f"Your cloud is at {url}, and its first server runs after {found['seconds']:.1f} s. In another terminal:")
+    say(f"Your cloud is at {url}; its first server was at its login prompt after {found['seconds']:.1f} s.")
+    say("In another terminal:")
     say(f"  export OS_CLIENT_CONFIG_FILE={state.clouds} OS_CLOUD=kilonova")
-    say("  openstack server list")
+    say("  openstack server list                     (pip install python-openstackclient)")
     say(f"  openstack console log show {SERVER}")
-    if found["floating"]:
-        for line in reach or [f"  ssh -i {found['key']} kilonova@{found['floating']}"]:
-            say(line)
-    say("(openstack: pip install python-openstackclient)")
+    if found["floating"] and real:
+        say(f"  ssh -i {found['key']} kilonova@{found['floating']}")
+    say(f"Its own address is {found['address']}.")
+
+
+def remove(client: Client, id: str, say: Callable[[str], None]) -> None:
+    """The server, and its floating address."""
+    for f in client.get("/network/v2.0/floatingips")["floatingips"]:
+        client.delete(f"/network/v2.0/floatingips/{f['id']}")
+    client.delete(f"/compute/v2.1/servers/{id}")
+    until = time.monotonic() + BUILD_S
+    while time.monotonic() < until:
+        try:
+            client.get(f"/compute/v2.1/servers/{id}")
+        except NotFound:
+            say("The server is removed.")
+            return
+        time.sleep(0.05)
+    raise Refused("The server was not removed in time.")
 
 
 def _keypair(client: Client, state: StateDir) -> Path:
@@ -176,7 +192,3 @@ def _floating(client: Client, id: str) -> str:
         return str(client.post("/network/v2.0/floatingips", {"floatingip": wish})["floatingip"]["floating_ip_address"])
     except (Trouble, IndexError):
         return ""
-
-
-def show(line: str) -> None:
-    print(line, flush=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from pathlib import Path
 
 from kilonova.cli.state import StateDir
 from kilonova.kit.errors import NotFound, Unavailable
@@ -13,6 +14,7 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
         "--timeout", type=float, default=60, metavar="S", help="how long to wait for it (%(default)s s)"
     )
     parser.add_argument("--purge", action="store_true", help="and remove its servers, networks, images: everything")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="read this file instead of the usual ones")
     chosen = parser.parse_args(words)
     if not chosen.state_dir.is_dir():
         raise NotFound(f"No cloud lives in {chosen.state_dir}.")
@@ -27,9 +29,10 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
             raise Unavailable(f"Process {now.pid} did not end within {chosen.timeout:.0f} s.")
     if chosen.purge:
         from kilonova.cli.cloud import purge
+        from kilonova.cli.config import read
 
         with state.held():
-            purge(state)
+            purge(read(chosen.config), state)
         shutil.rmtree(state.path)
         print(f"{state.path} is gone, and all that was in it.")
     else:

@@ -1,0 +1,237 @@
+"""`kilonova up` and `kilonova demo`: a cloud on this machine, in the foreground, until Ctrl-C."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kilonova.cli import config as configuration
+from kilonova.cli import setup
+from kilonova.cli.state import Running, Secrets, StateDir, private, started, usual
+from kilonova.kit import log as logs
+from kilonova.kit.clock import Ids
+from kilonova.kit.errors import Refused, Trouble, Unavailable
+from kilonova.kit.http import listen
+from kilonova.model import options
+
+GUEST = "kilonova-guest"
+
+
+def main(words: list[str], *, demo: bool) -> int:
+    chosen = _parser(demo).parse_args(words)
+    config = _configured(chosen)
+    state = StateDir(config.state.directory or usual(dict(os.environ)))
+    with state.held():
+        _furnish_machine(config, chosen)
+        began = time.monotonic()
+        secrets = state.secrets(Ids(), config.identity.admin_password.reveal())
+        logs.setup(
+            level=config.log.level,
+            format=config.log.format,
+            file=config.log.file or state.log,
+            levels=config.log.levels,
+            access=config.log.access,
+        )
+        for secret in (secrets.admin_password, secrets.service_password, secrets.metadata_secret):
+            logs.hide(secret)
+        return _serve(config, state, secrets, chosen, demo, began)
+
+
+def _parser(demo: bool) -> argparse.ArgumentParser:
+    what = (
+        "a cloud, and a first server that boots before your eyes"
+        if demo
+        else "a cloud on this machine, in the foreground"
+    )
+    parser = argparse.ArgumentParser(f"kilonova {'demo' if demo else 'up'}", description=what)
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where the cloud lives (under your state home)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="read this file instead of the usual ones")
+    parser.add_argument(
+        "--host", metavar="ADDRESS", help="listen there; others than loopback let the network in (127.0.0.1)"
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="listen there (8774, or a free one where that is taken)")
+    parser.add_argument("--driver", choices=["libvirt", "sim"], help="real machines, or simulated ones")
+    parser.add_argument("--sim-hosts", type=int, metavar="N", help="so many simulated hosts; goes with --driver sim")
+    parser.add_argument(
+        "--image", metavar="FILE|URL", help="a disk image for servers, instead of one built from Debian's packages"
+    )
+    parser.add_argument("--no-image", action="store_true", help="put no image there")
+    parser.add_argument("--yes", "-y", action="store_true", help="install what is missing without asking")
+    if demo:
+        parser.add_argument(
+            "--once", action="store_true", help="end it, and remove the server, when the login prompt was seen"
+        )
+    return parser
+
+
+def _configured(chosen: argparse.Namespace) -> options.Config:
+    given: dict[str, object] = {}
+    for name, value in (
+        ("state.directory", chosen.state_dir),
+        ("api.host", chosen.host),
+        ("api.port", chosen.port),
+        ("compute.driver", chosen.driver),
+        ("sim.hosts", chosen.sim_hosts),
+    ):
+        if value is not None:
+            given[name] = value
+    return configuration.read(chosen.config, given)
+
+
+def _furnish_machine(config: options.Config, chosen: argparse.Namespace) -> None:
+    """Debian packages that are missing, after saying so."""
+    if config.compute.driver == "sim":
+        return
+    features = {"libvirt", "network"} | (set() if chosen.image or chosen.no_image else {"guest"})
+    if os.geteuid() != 0:
+        features.add("userns")
+    quiet = chosen.yes or not sys.stdin.isatty()
+    setup.ensure(features, say=_say, ask=(lambda _: True) if quiet else setup.agree)
+
+
+def _serve(
+    config: options.Config, state: StateDir, secrets: Secrets, chosen: argparse.Namespace, demo: bool, began: float
+) -> int:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    asked = chosen.port is not None or config.api.port != options.Api().port
+    try:
+        listener = listen(config.api.host, secrets.port or config.api.port)
+    except Unavailable as e:
+        if asked:
+            raise
+        _say(f"{e.said} A free port is taken instead.")
+        listener = listen(config.api.host, 0)
+    port = listener.getsockname()[1]
+    if secrets.port != port and not asked:
+        secrets.port = port
+        state.keep(secrets)
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.api.host, config.api.host)  # noqa: S104 (what clients call)
+    url = config.api.public_url or f"http://{host}:{port}"
+
+    from kilonova.cli.cloud import Cloud  # the whole house: imported when all that can be refused was
+
+    cloud = Cloud(config, state, secrets, listener, url)
+    cloud.start()
+    try:
+        _credentials(state, secrets, url)
+        state.tell(Running(os.getpid(), started(os.getpid()), url, time.time()))
+        _say(f"The cloud is up at {url} after {time.monotonic() - began:.1f} s; its home is {state.path}.")
+        if demo:
+            return _demo(cloud, state, secrets, chosen, url, stop)
+        _say(f"Next:  export OS_CLIENT_CONFIG_FILE={state.clouds} OS_CLOUD=kilonova; openstack flavor list")
+        _when_ready(cloud.health.reasons, stop)
+        if not chosen.no_image and not stop.is_set():
+            _in_background(lambda: _image(url, secrets, state, chosen.image, config, _say))
+        stop.wait()
+    finally:
+        _say("Stopping …")
+        cloud.close()
+    _say("Stopped. Servers go on; `kilonova up` finds them again.")
+    return 0
+
+
+def _demo(
+    cloud: object, state: StateDir, secrets: Secrets, chosen: argparse.Namespace, url: str, stop: threading.Event
+) -> int:
+    from kilonova.cli import demo
+    from kilonova.cli.client import Client
+    from kilonova.cli.cloud import Cloud
+
+    assert isinstance(cloud, Cloud)
+    client = Client(url, secrets.admin_password)
+    client.login()
+    image = _image(url, secrets, state, chosen.image, cloud.config, _say)
+    _when_ready(cloud.health.reasons, stop)
+    if stop.is_set():
+        return 130
+    if why := cloud.health.reasons():
+        raise Refused("; ".join(why.values()))
+    if cloud.driver is not None:
+        facts = cloud.driver.host()
+        _say(f"Machines run under {facts.virt_type}: {facts.virt_why}")
+    found = demo.run(client, state, image, _say)
+    demo.farewell(found, state, url, cloud.config.compute.driver == "libvirt", _say)
+    if chosen.once:
+        demo.remove(client, found["id"], _say)
+        return 0
+    _say("Ctrl-C ends the cloud.")
+    stop.wait()
+    return 0
+
+
+def _when_ready(reasons: Callable[[], dict[str, str]], stop: threading.Event, most_s: float = 60) -> None:
+    until = time.monotonic() + most_s
+    while reasons() and time.monotonic() < until and not stop.wait(0.05):
+        pass
+
+
+def _in_background(work: Callable[[], object]) -> None:
+    def guarded() -> None:
+        try:
+            work()
+        except Trouble as e:
+            _say(f"No image yet: {e.said}")
+        except Exception:
+            logging.getLogger(__name__).exception("no image")
+
+    threading.Thread(target=guarded, name="image", daemon=True).start()
+
+
+def _image(
+    url: str, secrets: Secrets, state: StateDir, given: str | None, config: options.Config, say: Callable[[str], None]
+) -> str:
+    """The id of an image that servers can be made of: the given one, or our own guest; put there where it is not yet."""
+    from kilonova.cli import images
+    from kilonova.cli.client import Client
+
+    client = Client(url, secrets.admin_password)
+    client.login()
+    if given:
+        return images.given(client, given, state, say)
+    if config.compute.driver == "sim":
+        return images.pretended(client, say)
+    return images.guest(client, say)
+
+
+def _credentials(state: StateDir, secrets: Secrets, url: str) -> None:
+    """clouds.yaml for openstacksdk and its clients, openrc for shells; readable by their owner only."""
+    auth = f"{url}/identity/v3"
+    clouds = f"""# Written by kilonova up.
+clouds:
+  kilonova:
+    auth:
+      auth_url: {auth}
+      username: admin
+      password: {secrets.admin_password}
+      project_name: admin
+      user_domain_name: Default
+      project_domain_name: Default
+    region_name: RegionOne
+    identity_api_version: "3"
+"""
+    names = ("OS_CLOUD", "OS_TOKEN")
+    rc = {
+        "OS_AUTH_URL": auth,
+        "OS_USERNAME": "admin",
+        "OS_PASSWORD": secrets.admin_password,
+        "OS_PROJECT_NAME": "admin",
+        "OS_USER_DOMAIN_NAME": "Default",
+        "OS_PROJECT_DOMAIN_NAME": "Default",
+        "OS_REGION_NAME": "RegionOne",
+        "OS_IDENTITY_API_VERSION": "3",
+    }
+    private(state.clouds, clouds)
+    private(
+        state.openrc, "".join(f"unset {n}\n" for n in names) + "".join(f"export {k}='{v}'\n" for k, v in rc.items())
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
