@@ -27,6 +27,7 @@ from kilonova.metadata.vendor import Vendor
 from kilonova.model import options
 from kilonova.model.identity import identity_of
 from kilonova.model.machine import Identity, Nic
+from kilonova.model.plan import disks
 from kilonova.model.server import Server
 from kilonova.store import guests
 
@@ -48,7 +49,9 @@ def service(
     vendor: Vendor | None = None,
 ) -> Wsgi:
     """To be mounted at `/metadata`, and to be called by proxies of this process. `secret` is what they sign with."""
-    return Metadata(db, network, config, clock, ids, secret, vendor or Vendor(config.metadata))
+    account = network.session.account
+    vendor = vendor or Vendor(config.metadata, token=account.token if account else None)
+    return Metadata(db, network, config, clock, ids, secret, vendor)
 
 
 @dataclass
@@ -173,7 +176,7 @@ class Metadata:
     # -- what the tree is made of
 
     def _subject(self, known: Known, caller: str) -> Subject:
-        identity = identity_of(known.server, zone=known.zone)
+        identity = identity_of(known.server, zone=known.zone, disks=disks(known.server))
         domain = self.options.dhcp_domain
         subject = Subject(
             identity=identity,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from kilonova.model.machine import BlankSource, Disk, FixedIp, Identity, ImageSource, Nic
+from kilonova.model.machine import Disk, FixedIp, Identity, Nic
 from kilonova.model.server import Plug, Server
 
 
@@ -11,13 +11,12 @@ def identity_of(
     *,
     zone: str = "",
     nics: Sequence[Nic] | None = None,
-    disks: Sequence[Disk] | None = None,
+    disks: Sequence[Disk] = (),
     files: Iterable[tuple[str, str]] = (),
 ) -> Identity:
     """Pure. `zone` is that of the host; `files` are (path, base64) of the request that made it.
 
-    Where `nics` or `disks` are not at hand, they are made of what the row knows: names, addresses and tags, but
-    not subnets.
+    Where `nics` are not at hand they are made of the row's plugs: names, addresses and tags, but no subnets.
     """
     image = server.image
     return Identity(
@@ -41,7 +40,7 @@ def identity_of(
         boot_roles=server.system_metadata.get("boot_roles", ""),
         files=list(files),
         nics=[nic_of(p) for p in server.plugs] if nics is None else list(nics),
-        disks=_disks(server) if disks is None else list(disks),
+        disks=list(disks),
     )
 
 
@@ -69,13 +68,3 @@ def nic_of(plug: Plug) -> Nic:
         ],
         tag=plug.tag or "",
     )
-
-
-def _disks(server: Server) -> list[Disk]:
-    """Root, ephemeral, swap: named one letter after the other."""
-    root = server.root_device.removeprefix("/dev/") or "vda"
-    image, flavor = server.image, server.flavor
-    disks = [Disk(root, ImageSource(image.id, "raw", image.size_bytes), boot_index=0)] if image.id else []
-    blanks = ["ext4"] * (flavor.ephemeral_gb > 0) + ["swap"] * (flavor.swap_mb > 0)
-    letters = (chr(ord(root[-1]) + i) for i in range(1, 3))
-    return disks + [Disk(root[:-1] + letter, BlankSource(b)) for letter, b in zip(letters, blanks, strict=False)]

@@ -21,9 +21,10 @@ def guest(tx: Tx, id: str) -> tuple[Server, str]:
      WHERE servers.id = :id
     """
     row = tx.execute(GUEST, {"the_id": id}).first()
-    if row is None or row.deleted_at is not None:
+    if row is None:
         raise NotFound(f"Instance {id} could not be found.")
-    return servers.of(row), row.zone or ""
+    *values, zone = row
+    return _living(servers.of(values), id), zone or ""
 
 
 def password(server: Server) -> str:
@@ -53,9 +54,15 @@ def held(tx: Tx, id: str) -> Server:
     Raises NotFound.
     """
     row = tx.execute(HELD, {"the_id": id}).first()
-    if row is None or row.deleted_at is not None:
+    if row is None:
         raise NotFound(f"Instance {id} could not be found.")
-    return servers.of(row)
+    return _living(servers.of(row), id)
+
+
+def _living(server: Server, id: str) -> Server:
+    if server.deleted_at is not None:
+        raise NotFound(f"Instance {id} could not be found.")
+    return server
 
 
 _zone = (
@@ -65,9 +72,6 @@ _zone = (
     .subquery()
 )
 GUEST = (
-    sa.select(servers.T, _zone.c.zone)
-    .outerjoin(_zone, _zone.c.host == servers.T.c.host)
-    .where(servers.T.c.id == sa.bindparam("the_id"))
-    .limit(1)
+    servers.GET.add_columns(_zone.c.zone).outerjoin_from(servers.T, _zone, _zone.c.host == servers.T.c.host).limit(1)
 )
 HELD = servers.GET.with_for_update()

@@ -15,6 +15,7 @@ from kilonova.metadata.documents import EC2, OPENSTACK, Subject, resolve
 from kilonova.model.flavor import Flavor
 from kilonova.model.identity import identity_of, number_of
 from kilonova.model.machine import BlankSource, Disk, FixedIp, Identity, ImageSource, Keypair, Nic, VolumeSource
+from kilonova.model.plan import disks
 from kilonova.model.server import Address, Image, Plug, Server
 
 KEY = Keypair("mine", "ssh-ed25519 AAAA me@home")
@@ -307,8 +308,8 @@ def test_ec2_of_a_server_with_little_and_with_much():
     assert text("/latest/meta-data/public-keys", identity=BARE) is None
     assert text("/latest/meta-data/local-ipv4", identity=BARE, caller="10.9.8.7") == "10.9.8.7"
     assert text("/latest/meta-data/public-ipv4", identity=BARE) == ""
-    disks = [Disk("vdc", BlankSource("swap")), ROOT, Disk("vdb", BlankSource("ext4")), Disk("vdd", VolumeSource("v"))]
-    much = msgspec.structs.replace(WHOLE, disks=disks, kernel_ec2_id=1, ramdisk_ec2_id=2)
+    four = [Disk("vdc", BlankSource("swap")), ROOT, Disk("vdb", BlankSource("ext4")), Disk("vdd", VolumeSource("v"))]
+    much = msgspec.structs.replace(WHOLE, disks=four, kernel_ec2_id=1, ramdisk_ec2_id=2)
     paths = {
         n: text(f"/latest/meta-data/block-device-mapping/{n}", identity=much)
         for n in ("ephemeral0", "swap", "ebs0", "root")
@@ -330,7 +331,7 @@ def test_identity_of_a_row():
         plugs=[Plug("11111111-2222-4333-8444-555555555555", "net-1", "private", NIC.mac, addresses, ["default"], tag="data")],
         metadata={"a": "b"}, keypair=KEY, system_metadata={"boot_roles": "member,reader"}, availability_zone="asked",
     )  # fmt: skip
-    i = identity_of(server, zone="real")
+    i = identity_of(server, zone="real", disks=disks(server))
     assert (i.availability_zone, i.ec2_id, i.image_ec2_id, i.kernel_ec2_id) == ("real", 42, 0xC0FFEE00, 11)
     assert (i.security_groups, i.boot_roles, i.meta, i.keypair) == (["default"], "member,reader", {"a": "b"}, KEY)
     assert text("/latest/meta-data/local-ipv4", identity=i) == "10.0.0.7"
