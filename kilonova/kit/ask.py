@@ -5,16 +5,14 @@ commands (`asked`), so it need not queue behind what a host is at.  The answer c
 when nothing came in time there was nobody to answer.
 """
 
-import inspect
 import logging
 import threading
-import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from kilonova.kit.bus import Answered, Call, Contract, Door, Send, answer_to, letter, opened
+from kilonova.kit.bus import Answered, Call, Contract, Door, Send, answer_to, letter, message_of, opened
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.errors import Fault, Refused, Trouble, Unavailable
 
@@ -90,7 +88,7 @@ class Answerer:
         self.me, self.send = me, send
         self.handlers: dict[str, tuple[msgspec.msgpack.Decoder[Any], Callable[[Any, Any], Any]]] = {}
         for h in handlers:
-            message: type[msgspec.Struct] = typing.get_type_hints(h)[list(inspect.signature(h).parameters)[1]]
+            message = message_of(h)
             assert contract.messages.get(message.__name__) is message, f"{h}: not in the contract {contract.name}"
             self.handlers[message.__name__] = msgspec.msgpack.Decoder(message), h
 

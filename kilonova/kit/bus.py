@@ -222,7 +222,7 @@ class Agent:
         self.contract, self.host, self.send, self.ledger, self.clock = contract, host, send, ledger, clock
         self.handlers: dict[str, tuple[msgspec.msgpack.Decoder[Any], Callable[[Any, Any], Any]]] = {}
         for h in handlers:
-            message = _asked(h)
+            message = message_of(h)
             assert contract.messages.get(message.__name__) is message, f"{h}: not in the contract {contract.name}"
             self.handlers[message.__name__] = msgspec.msgpack.Decoder(message), h
         self.guard = threading.Lock()  # of the two below
@@ -307,10 +307,12 @@ class Agent:
         return answer
 
 
-def _asked(handler: Callable[..., Any]) -> type[msgspec.Struct]:
-    """The message a handler is for: the annotation of its second parameter."""
-    second = list(inspect.signature(handler).parameters)[1]
-    return cast("type[msgspec.Struct]", typing.get_type_hints(handler)[second])
+def message_of(handler: Callable[..., Any]) -> type[msgspec.Struct]:
+    """The message a handler is for: the annotation of its second parameter. (The first may name what only a type
+    checker imports.)"""
+    second = list(inspect.signature(handler).parameters.values())[1].annotation
+    found = eval(second, handler.__globals__) if isinstance(second, str) else second  # noqa: S307 (our own source)
+    return cast("type[msgspec.Struct]", found)
 
 
 # ---- one process

@@ -338,7 +338,8 @@ class Engine:
     def recover(self) -> int:
         """At start-up: what an earlier life of this name held is held by nobody, and due. How many runs that were."""
         with self.db.tx() as tx:
-            return tx.execute(RECOVER, {"me": self.me}).rowcount
+            name = self.me.replace("/", "//").replace("%", "/%").replace("_", "/_")
+            return tx.execute(RECOVER, {"any_of_mine": f"{name}#%"}).rowcount
 
     # -- taking and bringing
 
@@ -382,7 +383,7 @@ class Engine:
 
     def _retaken(self, unit: "Unit", run: "Run") -> "Run | None":
         """Our own run again, whether or not our last commit came to be."""
-        terms = self._terms(run.id) | {"low": run.committed, "high": run.epoch}
+        terms = self._terms(run.id) | {"ours": run.row.owner}
         return self._loaded(unit, run.id) if unit.opened().execute(RETAKE, terms).rowcount else None
 
     def _loaded(self, unit: "Unit", id: str) -> "Run":
@@ -392,14 +393,20 @@ class Engine:
         return Run(self, unit, row, {s[1]: _stored(s) for s in steps})
 
     def _terms(self, id: str) -> dict[str, Any]:
+        """A name for each taking: so that a thread that lost hold of a run does not take it from one of its own house."""
         now = self.clock.now()
-        return {"the_id": id, "me": self.me, "now": now, "till": now + self.lease_s}
+        return {
+            "the_id": id,
+            "me": f"{self.me}#{self.dice.getrandbits(40):010x}",
+            "now": now,
+            "till": now + self.lease_s,
+        }
 
     def _let_go(self) -> None:
         """Give back what the database would not let us give back before: its lease need not run out."""
         for id, run in list(self.dropped.items()):
             with self.db.tx() as tx:
-                tx.execute(LET_GO, {"the_id": id, "me": self.me, "low": run.committed, "high": run.epoch})
+                tx.execute(LET_GO, {"the_id": id, "ours": run.row.owner})
             self.dropped.pop(id, None)
 
 
@@ -498,8 +505,7 @@ class Run:
         self.subject: str = row.subject
         self.started: float = row.started
         self.held_until: float = row.lease
-        self.epoch: int = row.epoch  # as we left it in the transaction that we are in
-        self.committed: int = row.epoch - 1  # as others know it
+        self.epoch: int = row.epoch  # as we left it
         self.n = 0  # the next position
         self.stack: list[tuple[Past | None, Step[Any, Any], tuple[Any, ...], dict[str, Any]]] = []  # to be undone
         self.dirty: dict[int, Past] = {}  # rows to be written
@@ -820,7 +826,7 @@ class Run:
                 if p.stored and not tx.execute(UPDATE, _changes(p)).rowcount:
                     raise Overtaken
             self.unit.commit()
-        self.held_until, self.committed, self.records = held_until, self.epoch, 0
+        self.held_until, self.records = held_until, 0
         for p in self.dirty.values():
             p.stored = True
         self.dirty.clear()
@@ -876,14 +882,8 @@ _ours = (_r.id == _b("the_id")) & (_r.epoch == _b("ours")) & (_r.state == "runni
 _open = (_s.run == _b("the_run")) & (_s.n == _b("the_n")) & _s.finished.is_(None)
 _others = (_r.subject == _b("the_subject")) & (_r.state == "running") & (_r.id != _b("not_me"))
 _free = (_r.state == "running") & (_r.due <= _b("now")) & (_r.lease <= _b("now"))
-# Left by us: as we found it before our last commit, or as that commit left it, if it came to be.
-_left = (
-    (_r.id == _b("the_id"))
-    & (_r.owner == _b("me"))
-    & (_r.epoch >= _b("low"))
-    & (_r.epoch <= _b("high"))
-    & (_r.state == "running")
-)
+# Left by us, and taken by nobody since: no two takings have the same owner.
+_left = (_r.id == _b("the_id")) & (_r.owner == _b("ours")) & (_r.state == "running")
 
 # UPDATE runs SET owner = :me, lease = :till, epoch = epoch + 1 WHERE id = :the_id AND it is due AND nobody's
 _mine = {"owner": _b("me"), "lease": _b("till"), "epoch": _r.epoch + 1}
@@ -893,11 +893,11 @@ TAKE_WOKEN = (
     .where(_r.id == _b("the_id"), _r.state == "running", _r.lease <= _b("now"))
     .values(_mine | {"due": 0.0, "wakes": _r.wakes + 1})
 )
-RETAKE = sa.update(RUNS).where(_left).values(_mine)
+RETAKE = sa.update(RUNS).where(_left).values(lease=_b("till"), epoch=_r.epoch + 1)
 LET_GO = sa.update(RUNS).where(_left).values(lease=0.0, due=0.0, epoch=_r.epoch + 1)
 RECOVER = (
     sa.update(RUNS)
-    .where(_r.state == "running", _r.owner == _b("me"), _r.lease > 0)
+    .where(_r.state == "running", _r.owner.like(_b("any_of_mine"), escape="/"), _r.lease > 0)
     .values(lease=0.0, due=0.0, epoch=_r.epoch + 1)
 )
 # The epoch moves with every commit, not only with every owner: a commit whose fate the database could not tell us
