@@ -415,13 +415,19 @@ class Wires:
         return {"ipv4/ip_forward": "1"} if external and self.ground.forward else {}
 
     def _masquerade(self, wiring: Wiring) -> Table:
-        """Guests get out under the machine's address, where it forwards."""
+        """Guests get out under the machine's address, where it forwards.
+
+        What only passes a bridge is not on its way out, though the kernel shows it here as well (br_netfilter).
+        """
+        bridges = [] if self.ground.own else [n.bridge for n in wiring.networks]
         lines = ["type nat hook postrouting priority 100;"]
         for network in wiring.networks:
             for subnet in network.subnets:
                 if network.external and subnet.version == 4 and subnet.gateway:
-                    near = filters.quoted(self._host_end(network)[0])
-                    lines.append(f"ip saddr {subnet.cidr} ip daddr != {subnet.cidr} oifname != {near} masquerade")
+                    inside = ", ".join(map(filters.quoted, [self._host_end(network)[0], *bridges]))
+                    lines.append(
+                        f"ip saddr {subnet.cidr} ip daddr != {subnet.cidr} oifname != {{ {inside} }} masquerade"
+                    )
         return Table("ip", self._table, chains={"outwards": tuple(lines)})
 
     def _way_out(self) -> str:

@@ -127,8 +127,9 @@ def tables(
                 "oifname vmap @got_by",
                 *unknown,
             ),
-            # Nothing on a bridge is for the machine itself: it has its own end of the external network.
+            # Nothing on a bridge is for the machine itself, or from it: it has its own end of the external network.
             "on_input": ("type filter hook input priority -200;", "iifname @our_devices drop"),
+            "on_output": ("type filter hook output priority -200;", "oifname @our_devices drop"),
         },
     )
     zone = ", ".join(f"{quoted(b)} : {z}" for b, z in sorted(zones(bridges).items()))
