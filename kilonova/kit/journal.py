@@ -59,6 +59,12 @@ STEPS = sa.Table(
     sa.Column("until", sa.Double, nullable=False),  # then it has failed
     sa.Column("heeded", sa.String(64), nullable=False),  # the signals that this step took up
 )
+ALONE = sa.Table(  # who is the one run that has its subject for itself; void when that run has ended
+    "alone",
+    meta,
+    sa.Column("subject", sa.String(64), primary_key=True),
+    sa.Column("run", sa.String(64), nullable=False),
+)
 
 
 class Cause(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +194,7 @@ def forget(tx: Tx, before: float, *, hidden_only: bool = False, most: int = 500)
         old = old.where(_r.action.is_(None))
     ids = list(tx.execute(old.order_by(_r.finished).limit(most)).scalars())
     for part in (ids[i : i + 100] for i in range(0, len(ids), 100)):
+        tx.execute(sa.delete(ALONE).where(ALONE.c.run.in_(part)))
         tx.execute(sa.delete(STEPS).where(_s.run.in_(part)))
         tx.execute(sa.delete(RUNS).where(_r.id.in_(part)))
     return len(ids)

@@ -44,9 +44,10 @@ import sqlalchemy as sa
 from kilonova.kit import journal
 from kilonova.kit.bus import Answered, Door, Send, To, Wake, letter
 from kilonova.kit.clock import Clock
-from kilonova.kit.db import Tx
+from kilonova.kit.db import Tx, claim
 from kilonova.kit.errors import Aborted, Fault, HostGone, Refused, Trouble, Unavailable
 from kilonova.kit.journal import (
+    ALONE,
     RUNS,
     STEPS,
     Action,
@@ -66,7 +67,7 @@ from kilonova.kit.journal import (
 )  # fmt: skip
 
 __all__ = [
-    "FOREVER", "RUNS", "STEPS", "Action", "Ask", "Cause", "Diverged", "Engine", "Event", "Run", "Step", "Stuck",
+    "ALONE", "FOREVER", "RUNS", "STEPS", "Action", "Ask", "Cause", "Diverged", "Engine", "Event", "Run", "Step", "Stuck",
     "Workflow", "action", "actions", "again", "command", "effect", "events", "fault_of", "forget", "noted", "open_runs",
     "record", "signal", "start", "stuck", "wake_host", "workflow",
 ]  # fmt: skip
@@ -81,6 +82,7 @@ Kind = Literal["record", "effect", "command"]
 FOREVER = 1e9  # seconds: all the patience in the world
 RESEND_S = 10.0  # until a letter is sent again; doubled each time, to a minute
 RETRY_S = 0.5  # until a step that was Unavailable is tried again; the same
+RECORD_S = 5.0  # … but for records
 LOOK_S = 600.0  # the longest that nobody looks at an open run
 RECORDS = 20  # in one transaction: it keeps others waiting
 TRIES = 5  # of a transaction that the database refuses
@@ -257,14 +259,23 @@ def start(
 
 @record(patience_s=FOREVER)
 def when_alone(tx: Tx, subject: str, me: str) -> None:
-    """Refuse, for now, while another run is at work on the subject.
+    """Have the subject for yourself; not now, while another run is at work on it.
 
-    Those that wait here themselves do not count, or two would wait for each other: the first to look again goes on,
-    and then counts.  The lock lets one look at a time, so that two cannot each find the other waiting.
+    Those that wait here themselves do not count, or two would wait for each other.  That only one of them goes on is
+    the claim's business: a row for each subject, taken by comparing.  (It was tried to lock all runs of the subject
+    and look: each holds its own row by then and wants the others', and PostgreSQL takes a second to see that.)
     """
-    others = set(tx.execute(OPEN_LOCKED, {"the_subject": subject}).scalars()) - {me}
+    last = tx.execute(LAST_ALONE, {"the_subject": subject}).scalar()  # first: it must be over when we look who is not
+    others = set(open_runs(tx, subject)) - {me}
     if others and others - set(tx.execute(WAITING, {"the_subject": subject}).scalars()):
         raise Unavailable("Another action has not ended yet.")
+    try:
+        if last is None:
+            tx.execute(FIRST_ALONE, {"subject": subject, "run": me})
+        elif not claim(tx, NEXT_ALONE, {"the_subject": subject, "seen": last, "run": me}):
+            raise Unavailable("Another action went first.")
+    except sa.exc.IntegrityError as e:
+        raise Unavailable("Another action went first.") from e
 
 
 class Engine:
@@ -311,7 +322,9 @@ class Engine:
 
         def take(unit: "Unit", id: str) -> "Run | None":
             tx = unit.opened()  # the run's row before the step's, as everywhere: two orders are a deadlock
-            ours = tx.execute(TAKE_WOKEN, self._terms(id)).rowcount or not tx.execute(journal.WAKE, {"the_id": id})
+            ours = tx.execute(TAKE_WOKEN, self._terms(id)).rowcount
+            if not ours:
+                tx.execute(journal.WAKE, {"the_id": id})
             if not tx.execute(ANSWER, told | {"finished": self.clock.now()}).rowcount:
                 unit.rollback()  # heard before, or judged meanwhile
                 return None
@@ -347,7 +360,7 @@ class Engine:
         """Bring a run as far as it will go, and then those that waited for its end."""
         todo: deque[tuple[str, Take]] = deque([(id, take)])
         while todo:
-            todo.extend((other, self._take) for other in self._bring_one(*todo.popleft()))
+            todo.extend((other, self._wake) for other in self._bring_one(*todo.popleft()))
 
     def _bring_one(self, id: str, take: "Take") -> list[str]:
         """Take a run and play it; again while there is news, and from the top when the database refuses.
@@ -380,6 +393,14 @@ class Engine:
         if not unit.opened().execute(TAKE, self._terms(id)).rowcount:
             return None
         return self._loaded(unit, id)
+
+    def _wake(self, unit: "Unit", id: str) -> "Run | None":
+        """Something happened to it: take it if it is free, though it be not due; else let its owner know."""
+        tx = unit.opened()
+        if tx.execute(TAKE_WOKEN, self._terms(id)).rowcount:
+            return self._loaded(unit, id)
+        tx.execute(journal.WAKE, {"the_id": id})
+        return None
 
     def _retaken(self, unit: "Unit", run: "Run") -> "Run | None":
         """Our own run again, whether or not our last commit came to be."""
@@ -635,7 +656,7 @@ class Run:
                 raise
             except Exception as e:
                 tx.exec_driver_sql("ROLLBACK TO SAVEPOINT step")
-                self._failed(past, e)
+                self._failed(past, step.kind, e)
 
     def _effect(self, past: Past, step: Step[Any, Any], args: Any, more: dict[str, Any], of: Past | None) -> None:
         """Its row is written with the next commit: should we die before, it happens twice, as it may.
@@ -651,7 +672,7 @@ class Run:
             answer = step.do(self.engine.world, f"{self.id}/{(of or past).n}", *args, **more)
             past.close(self.engine.clock.now(), answer)
         except Exception as e:
-            self._failed(past, e)
+            self._failed(past, step.kind, e)
 
     def _command(self, past: Past, step: Step[Any, Any], args: Any, more: dict[str, Any], of: Past | None) -> None:
         """Sent after its row is committed, again when due, and judged when patience or the host is gone."""
@@ -659,7 +680,7 @@ class Run:
         try:
             to: To[Any] = step.do(*args, **more)
         except Exception as e:
-            self._failed(past, e)
+            self._failed(past, step.kind, e)
             self.dirty[past.n] = past
             return
         news = sorted(self.called & step.signals.keys())
@@ -702,7 +723,7 @@ class Run:
             told: To[Any] = step.signals[s](*args, **more)
             self.outbox.append((told.host, letter(told.call, key=f"{key}/{s}", until=until)))
 
-    def _failed(self, past: Past, trouble: Exception) -> None:
+    def _failed(self, past: Past, kind: Kind, trouble: Exception) -> None:
         """A step came to grief. If it is a matter of time, it is tried again; else that is its verdict."""
         if isinstance(trouble, ILL):
             trouble = Unavailable("The database does not answer.", why=str(trouble))
@@ -712,7 +733,9 @@ class Run:
             past.close(now, fault=trouble)
             return
         past.tries += 1  # nobody waits: the run is parked until then, or until something happens
-        past.due = min(now + _backed_off(RETRY_S, past.tries) * self.engine.dice.uniform(0.8, 1.0), past.until)
+        # A look at our own rows is cheap; neighbours are given time.
+        wait_s = _backed_off(RETRY_S, past.tries, RECORD_S if kind == "record" else 60.0)
+        past.due = min(now + wait_s * self.engine.dice.uniform(0.8, 1.0), past.until)
         self.due = min(self.due, past.due)
 
     def _trouble(self, where: str, e: Exception) -> Trouble:
@@ -788,11 +811,8 @@ class Run:
         now, text = self.engine.clock.now(), fault and _json(fault)
         if not self._guarded(END, {"state": state, "fault": text, "finished": now}):
             raise Lost
-        others = {"the_subject": self.subject, "not_me": self.id}
-        with _ills():
-            tx = self.unit.opened()
-            if tx.execute(WAKE_OTHERS, others).rowcount:  # who waits for the subject to be free
-                self.others = list(tx.execute(OTHERS, others).scalars())
+        with _ills():  # who may have waited for the subject to be free; woken after this, for their rows are theirs
+            self.others = [r for r in open_runs(self.unit.opened(), self.subject) if r != self.id]
         self._commit(0.0)
         return True
 
@@ -845,8 +865,8 @@ class _ills:
             raise Ill from e
 
 
-def _backed_off(first_s: float, times: int) -> float:
-    return min(first_s * 2.0 ** min(times, 10), 60.0)
+def _backed_off(first_s: float, times: int, most_s: float = 60.0) -> float:
+    return min(first_s * 2.0 ** min(times, 10), most_s)
 
 
 def _json(value: Any) -> str:
@@ -880,7 +900,6 @@ _FAULT = msgspec.json.Decoder(Fault)
 _r, _s, _b = RUNS.c, STEPS.c, sa.bindparam
 _ours = (_r.id == _b("the_id")) & (_r.epoch == _b("ours")) & (_r.state == "running")
 _open = (_s.run == _b("the_run")) & (_s.n == _b("the_n")) & _s.finished.is_(None)
-_others = (_r.subject == _b("the_subject")) & (_r.state == "running") & (_r.id != _b("not_me"))
 _free = (_r.state == "running") & (_r.due <= _b("now")) & (_r.lease <= _b("now"))
 # Left by us, and taken by nobody since: no two takings have the same owner.
 _left = (_r.id == _b("the_id")) & (_r.owner == _b("ours")) & (_r.state == "running")
@@ -906,14 +925,14 @@ HOLD = sa.update(RUNS).where(_ours).values(epoch=_r.epoch + 1)
 PARK = HOLD.where(_r.wakes == _b("seen")).values(lease=0.0, due=_b("at"))
 DROP = HOLD.values(lease=0.0, due=0.0)
 END = HOLD.values(lease=0.0)
-WAKE_OTHERS = sa.update(RUNS).where(_others).values(due=0.0, wakes=_r.wakes + 1)
-OTHERS = sa.select(_r.id).where(_others)
 DUE = sa.select(_r.id).where(_free).order_by(_r.due).limit(_b("most"))
 RUN = sa.select(RUNS).where(_r.id == _b("the_id"))
-OPEN_LOCKED = journal.OPEN_ON.with_for_update()
 WAITING = (
     sa.select(_s.run)
     .join(RUNS, _r.id == _s.run)
     .where(_r.subject == _b("the_subject"), _r.state == "running", _s.step == "when_alone", _s.finished.is_(None))
 )
+LAST_ALONE = sa.select(ALONE.c.run).where(ALONE.c.subject == _b("the_subject"))
+FIRST_ALONE = sa.insert(ALONE)
+NEXT_ALONE = sa.update(ALONE).where(ALONE.c.subject == _b("the_subject"), ALONE.c.run == _b("seen"))
 UPDATE = ANSWER = sa.update(STEPS).where(_open)

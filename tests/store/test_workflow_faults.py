@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from kilonova.kit.bus import Agent, Call, Contract, Ledger, To, Wake, letter
 from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.errors import HostGone, NoCapacity, Refused, Unavailable
-from kilonova.kit.journal import RUNS, STEPS
+from kilonova.kit.journal import ALONE, RUNS, STEPS
 from kilonova.kit.workflow import FOREVER, Engine, Run, command, effect, record, signal, start, workflow
 
 own = sa.MetaData()
@@ -190,7 +190,7 @@ class Cloud:
         self.gone: set[str] = set()
         self.lives = count()  # to tell runs apart
         with db.tx() as tx:
-            for t in (SERVERS, ROOMS, CLAIMS, RUNS, STEPS):
+            for t in (SERVERS, ROOMS, CLAIMS, RUNS, STEPS, ALONE):
                 tx.execute(sa.delete(t))
             tx.execute(sa.insert(ROOMS), [{"host": h, "used": 0} for h in HOSTS])
         self.engine = self.new_engine()
@@ -470,7 +470,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def db() -> Iterator[Db]:
     db = Db("sqlite://", poolclass=sa.StaticPool, connect_args={"check_same_thread": False})
-    meta.create_all(db.engine, tables=[RUNS, STEPS])
+    meta.create_all(db.engine, tables=[RUNS, STEPS, ALONE])
     own.create_all(db.engine)
     yield db
     db.close()
