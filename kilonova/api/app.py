@@ -4,14 +4,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kilonova.api import actions, catalog, create, discovery, keypairs, operators, quotas, servers, verbs
+from kilonova.api import (
+    actions,
+    aggregates,
+    catalog,
+    create,
+    discovery,
+    extensions,
+    keypairs,
+    notes,
+    operators,
+    quotas,
+    servers,
+    verbs,
+)
 from kilonova.api.policies import RULES
 from kilonova.api.registry import R, World
 from kilonova.kit.http import Dialect, Service, Versioned, compute_fault
 from kilonova.kit.policy import Policy
 from kilonova.kit.routes import Context, Route
 
-GROUPS = (actions, catalog, create, discovery, keypairs, operators, quotas, servers, verbs)  # importing them fills R
+GROUPS = (  # importing them fills R
+    actions,
+    aggregates,
+    catalog,
+    create,
+    discovery,
+    extensions,
+    keypairs,
+    notes,
+    operators,
+    quotas,
+    servers,
+    verbs,
+)
 VERSIONS = Versioned("compute", newest=104, old_header="X-OpenStack-Nova-API-Version")
 DIALECT = Dialect(
     compute_fault,

@@ -42,6 +42,7 @@ from kilonova.model.states import Task
 from kilonova.store import catalog, quotas, servers
 
 GIB = 1 << 30
+UUID = r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}"
 MORE_NETWORKS = "Multiple possible networks found, use a Network ID to be more specific."
 
 
@@ -194,16 +195,24 @@ def _reply(call: Call, wish: Wish, first: Server, password: str) -> Reply:
 def _hints(said: dict[str, Any]) -> dict[str, msgspec.Raw]:
     """Hints are kept as they came; the known ones must be what they ought to be."""
     try:
-        msgspec.convert(said, _Hints)
+        known = msgspec.convert(said, _Hints)
     except msgspec.ValidationError as e:
         raise Invalid(f"Invalid input for field/attribute os:scheduler_hints. {e}") from None
+    for name in ("group", "different_host", "same_host"):
+        for one in ids if isinstance(ids := getattr(known, name), list) else [ids]:
+            if one is not None and not re.fullmatch(UUID, one):
+                raise Invalid(
+                    f"Invalid input for field/attribute {name}. Value: {one[:60]}. '{one[:60]}' is not a 'uuid'"
+                )
     return {k: msgspec.Raw(msgspec.json.encode(v)) for k, v in said.items()}
 
 
 class _Hints(msgspec.Struct):
-    group: Uuid | list[Uuid] | None = None
-    different_host: Uuid | list[Uuid] | None = None
-    same_host: Uuid | list[Uuid] | None = None
+    """Not `Uuid | list[Uuid]`: msgspec 0.22 frees the pattern twice when such a type is collected."""
+
+    group: str | list[str] | None = None
+    different_host: str | list[str] | None = None
+    same_host: str | list[str] | None = None
     query: str | dict[str, Any] | None = None
     target_cell: Name | None = None
     different_cell: str | list[str] | None = None
@@ -321,7 +330,7 @@ def _image(call: Call, wish: Wish) -> Image:
     ref = wish.image_ref or next((d.uuid or d.image_id for d in wish.devices or [] if d.source_type == "image"), None)
     if not ref:
         raise Invalid("Invalid imageRef provided.")
-    if not re.fullmatch(r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}", ref):
+    if not re.fullmatch(UUID, ref):
         raise Invalid("Invalid imageRef provided.")
     try:
         info: ImageInfo = call.world.neighbours.image.show(dashed(ref), call.context.token)
@@ -414,7 +423,7 @@ def _network_id(said: str | None) -> str:
     if said is None:
         raise Invalid("Bad network format: missing 'uuid'")
     id = said.removeprefix("br-")
-    if not re.fullmatch(r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}", id):
+    if not re.fullmatch(UUID, id):
         raise Invalid(f"Bad networks format: network uuid is not in proper format ({said[:80]})")
     return dashed(id)
 
