@@ -32,7 +32,7 @@ def guest(client: Client, say: Say) -> str:
 
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     built = build(Path(home) / "kilonova" / "guest", progress=say)
-    return put(client, "kilonova-guest", built.disk, "qcow2", {"kilonova_guest": built.version}, say)
+    return put(client, "kilonova-guest", built.disk, "raw", {"kilonova_guest": built.version}, say)
 
 
 def pretended(client: Client, say: Say) -> str:
