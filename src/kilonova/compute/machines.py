@@ -1,0 +1,116 @@
+"""What a host does with machines when it is told: each handler is one act on the driver, safe to do twice."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, Look, Power, Seen, Spawn, Text
+from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
+from kilonova.virt.driver import POWER_NUMBERS, Driver
+
+log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """Who is told: `compute.agent.ComputeHost`. `epochs` are those of its machines, `acts` what is being done, by server."""
+
+    driver: Driver
+    epochs: dict[str, int]
+    acts: dict[str, str]
+    abandoned: set[str]
+
+    @property
+    def builds(self) -> AbstractContextManager[None]: ...
+
+    def at_work(self, server: str, act: str) -> AbstractContextManager[None]: ...
+
+    def progress(self, server: str) -> Callable[[str], None]: ...
+
+
+def spawn(host: Host, m: Spawn) -> Done:
+    """A machine older than the one that is here comes from a sender whose time is over."""
+    machine = m.machine
+    if host.epochs.get(machine.id, machine.epoch) > machine.epoch:
+        raise Refused("This host has a newer machine of that server.", why=f"{machine.id}: {machine.epoch}")
+    with host.at_work(machine.id, "spawn"), host.builds:
+        host.driver.spawn(machine, host.progress(machine.id))
+        host.epochs[machine.id] = machine.epoch
+        return Done(_power(host, machine.id))
+
+
+def destroy(host: Host, m: Destroy) -> Done:
+    if m.epoch is not None and host.epochs.get(m.server, -1) > m.epoch:
+        return Done()  # what he means is gone, and what is here is another's
+    with host.at_work(m.server, "destroy"):
+        host.driver.destroy(m.server)
+        host.epochs.pop(m.server, None)
+        return Done()
+
+
+def power(host: Host, m: Power) -> Done:
+    """A refusal says in its code how the machine is now: what a failed reboot means depends on that."""
+    with host.at_work(m.server, m.to):
+        try:
+            ACTS[m.to](host.driver, m)
+        except Trouble as e:
+            raise type(e)(e.said, why=e.why, code=e.code or _how(host, m.server)) from e
+        except Exception as e:
+            log.exception("%s of %s failed", m.to, m.server)
+            raise Refused(f"The host failed ({type(e).__name__}).", code=_how(host, m.server)) from e
+        return Done(_power(host, m.server))
+
+
+ACTS: dict[str, Callable[[Driver, Power], None]] = {
+    "start": lambda d, m: d.start(m.server),
+    "stop": lambda d, m: d.stop(m.server, m.timeout_s),
+    "reboot": lambda d, m: d.reboot(m.server, False, m.timeout_s),
+    "hard_reboot": lambda d, m: d.reboot(m.server, True, 0),
+    "pause": lambda d, m: d.pause(m.server),
+    "unpause": lambda d, m: d.unpause(m.server),
+    "suspend": lambda d, m: d.suspend(m.server),
+    "resume": lambda d, m: d.resume(m.server),
+}
+
+
+def look(host: Host, m: Look) -> Seen:
+    try:
+        return Seen(True, _power(host, m.server), host.epochs.get(m.server, 0))
+    except NotFound:
+        return Seen(False)
+
+
+def abandon(host: Host, m: Abandon) -> Done:
+    """A build stops at its next stage; a guest that is asked to end itself is not waited for any longer."""
+    act = host.acts.get(m.server)
+    if act == "spawn":
+        host.abandoned.add(m.server)
+    elif act in ("stop", "reboot"):
+        host.driver.stop(m.server, 0)
+    return Done()
+
+
+def console_log(host: Host, m: ConsoleLog) -> Text:
+    """`lines`: so many of the last ones; None or negative: all that is kept."""
+    try:
+        text = host.driver.console_log(m.server).decode(errors="replace")
+    except NotImplementedError:
+        raise Unsupported("This host keeps no console log.") from None
+    if m.lines is not None and m.lines >= 0:
+        text = "\n".join(text.split("\n")[-m.lines :]) if m.lines else ""
+    return Text(text)
+
+
+HANDLERS: list[Callable[[Any, Any], Any]] = [spawn, destroy, power, look, abandon]
+QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log]
+
+
+def _power(host: Host, id: str) -> int:
+    return POWER_NUMBERS[host.driver.power(id)]
+
+
+def _how(host: Host, id: str) -> str:
+    try:
+        return host.driver.power(id)
+    except Exception:
+        return "nostate"

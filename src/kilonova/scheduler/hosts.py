@@ -1,0 +1,234 @@
+"""All hosts as columns: row i of each array is host i, a rule is one expression over them.
+
+The columns are a copy, and may be old: the claim in SQL decides.  They are kept fresh by what the store says has
+changed (`providers.changed_at`, the mark of `store/hosts.py`), so a look costs what changed and not what there is.
+What was chosen and is not claimed yet is subtracted here, so that a burst does not fall on one host.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+
+from kilonova.kit.db import Tx
+from kilonova.model.host import HostFacts, Place
+from kilonova.store import hosts as book
+from kilonova.store import placement
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+FRESH_S = 0.25  # so old may be what we know of claims
+SEEN_S = 3.0  # … of who is alive
+WHOLE_S = 60.0  # everything is read again: clocks of those who write may differ by more than OVERLAP_S
+OVERLAP_S = 5.0
+PENDING_S = 10.0  # a choice that was not claimed by then never will be
+
+
+class Hosts:
+    """The columns. `n` rows; resource classes are columns of the two-dimensional arrays, in the order of `classes`."""
+
+    def __init__(self, default_zone: str = "nova") -> None:
+        self.default_zone = default_zone
+        self.mark, self.looked, self.watched, self.read_at, self.cursor = -1, -1e18, -1e18, -1e18, 0.0
+        self.kinds: list[HostFacts] = []
+        self.kind_of: dict[str, int] = {}
+        self._shape([], [])
+
+    def _shape(self, places: list[Place], classes: list[str]) -> None:
+        n = len(places)
+        self.places, self.n = places, n
+        self.row = {p.provider: i for i, p in enumerate(places)}
+        self.classes = {c: i for i, c in enumerate(classes)}
+        shape = n, len(classes)
+        self.capacity: Floats = np.zeros(shape)
+        self.used: Floats = np.zeros(shape)
+        self.pending: Floats = np.zeros(shape)
+        self.min_unit: Ints = np.ones(shape, np.int64)
+        self.max_unit: Ints = np.zeros(shape, np.int64)
+        self.step: Ints = np.ones(shape, np.int64)
+        self.generation: Ints = np.full(n, -1, np.int64)
+        self.disabled: Bools = np.zeros(n, bool)
+        self.forced_down: Bools = np.zeros(n, bool)
+        self.seen: Floats = np.full(n, -1e18)
+        self.failures: Ints = np.zeros(n, np.int64)
+        self.busy: Ints = np.zeros(n, np.int64)  # chosen, and not claimed yet as far as we know
+        self.version: Floats = np.zeros(n)
+        self.zone: Ints = np.zeros(n, np.int64)
+        self.zones: dict[str, int] = {}
+        self.kind: Ints = np.zeros(n, np.int64)  # rows of one kind have the same facts
+        self.group: Ints = np.zeros(n, np.int64)  # rows of one group are in the same aggregates
+        self.groups: list[dict[str, set[str]]] = [{}]
+        self.traits: npt.NDArray[np.uint64] = np.zeros((n, 1), np.uint64)
+        self.trait_of: dict[str, int] = {}
+        self.waits: dict[int, deque[tuple[float, Floats]]] = {}
+
+    # -- as rules see them
+
+    @property
+    def free(self) -> Floats:
+        return self.capacity - self.used - self.pending
+
+    def column(self, name: str) -> int | None:
+        """Of a resource class; None: nobody has any of it."""
+        return self.classes.get(name)
+
+    def free_of(self, name: str) -> Floats:
+        i = self.classes.get(name)
+        if i is None:
+            return np.zeros(self.n)
+        return np.asarray(self.capacity[:, i] - self.used[:, i] - self.pending[:, i])
+
+    def having(self, traits: Iterable[str]) -> Bools:
+        """Which rows have all of these traits."""
+        fit = np.ones(self.n, bool)
+        for t in traits:
+            fit &= self.with_trait(t)
+        return fit
+
+    def with_trait(self, trait: str) -> Bools:
+        bit = self.trait_of.get(trait)
+        if bit is None:
+            return np.zeros(self.n, bool)
+        return np.asarray((self.traits[:, bit // 64] >> np.uint64(bit % 64)) & np.uint64(1)).astype(bool)
+
+    # -- what was chosen
+
+    def take(self, row: int, amounts: Floats, now: float) -> None:
+        """It was given to somebody who will claim it."""
+        self.pending[row] += amounts
+        self.busy[row] += 1
+        self.waits.setdefault(row, deque()).append((now, amounts))
+
+    def _claimed(self, row: int, times: int) -> None:
+        """So many changes came in for this host: as many of what was chosen are among them."""
+        waits = self.waits.get(row)
+        while waits and times > 0:
+            self.pending[row] -= waits.popleft()[1]
+            self.busy[row] -= 1
+            times -= 1
+
+    def _forgotten(self, now: float) -> None:
+        for row, waits in list(self.waits.items()):
+            while waits and waits[0][0] < now - PENDING_S:
+                self.pending[row] -= waits.popleft()[1]
+                self.busy[row] -= 1
+            if not waits:
+                del self.waits[row]
+
+    def forget_choices(self) -> None:
+        """Count only what is claimed."""
+        self.pending[:] = 0
+        self.busy[:] = 0
+        self.waits.clear()
+
+    # -- keeping fresh
+
+    def refresh(self, tx: Tx, now: float) -> None:
+        """Read what may have changed since we last looked."""
+        if (mark := book.marked(tx)) != self.mark or now - self.read_at > WHOLE_S:
+            self.load(tx, now, mark)
+            return
+        if now - self.looked >= FRESH_S:
+            self._forgotten(now)
+            self._stocked(placement.changes(tx, self.cursor - OVERLAP_S), now)
+        if now - self.watched >= SEEN_S:
+            self._alive(tx, now)
+
+    def load(self, tx: Tx, now: float, mark: int | None = None) -> None:
+        """Read everything."""
+        self.mark = book.marked(tx) if mark is None else mark
+        rows = tx.execute(ROWS).all()
+        stocks = list(placement.changes(tx))
+        zones = book.zones(tx)
+        places = [Place(r.host, r.node, r.uuid, zones.get(r.host, self.default_zone)) for r in rows]
+        self._shape(places, sorted({s.resource_class for s in stocks}))
+        for i, r in enumerate(rows):
+            self.disabled[i], self.forced_down[i], self.failures[i] = r.disabled, r.forced_down, r.failures
+            self.seen[i] = -1e18 if r.last_seen is None else r.last_seen
+            self.kind[i] = self._kind(r.facts)
+            self.version[i] = self.kinds[self.kind[i]].hypervisor_version
+            self.zone[i] = self.zones.setdefault(places[i].zone, len(self.zones))
+        self._grouped(tx)
+        self._traits(placement.traits(tx))
+        self._stocked(stocks, now)
+        self.watched = self.read_at = now
+
+    def _kind(self, text: str) -> int:
+        """Facts but for names and for what moves: thousands of hosts are of few kinds, and a slow rule asks each once."""
+        if text not in self.kind_of:
+            facts = msgspec.json.decode(text, type=HostFacts)
+            facts = msgspec.structs.replace(facts, disk_free_gb=0, hypervisor_hostname="", uptime="")
+            if facts in self.kinds:
+                self.kind_of[text] = self.kinds.index(facts)
+            else:
+                self.kind_of[text] = len(self.kinds)
+                self.kinds.append(facts)
+        return self.kind_of[text]
+
+    def _grouped(self, tx: Tx) -> None:
+        """What the aggregates of each host say, all together: key → values."""
+        of: dict[str, list[int]] = {}
+        said = {a.id: a for a in book.aggregates(tx)}
+        for a in said.values():
+            for host in a.hosts:
+                of.setdefault(host, []).append(a.id)
+        known: dict[tuple[int, ...], int] = {(): 0}
+        for i, p in enumerate(self.places):
+            ids = tuple(of.get(p.host, ()))
+            if ids not in known:
+                known[ids] = len(self.groups)
+                merged: dict[str, set[str]] = {}
+                for id in ids:
+                    for k, v in said[id].metadata.items():
+                        merged.setdefault(k, set()).update(part.strip() for part in v.split(","))
+                self.groups.append(merged)
+            self.group[i] = known[ids]
+
+    def _traits(self, of: dict[str, set[str]]) -> None:
+        self.trait_of = {t: bit for bit, t in enumerate(sorted({t for traits in of.values() for t in traits}))}
+        self.traits = np.zeros((self.n, len(self.trait_of) // 64 + 1), np.uint64)
+        for provider, traits in of.items():
+            if (i := self.row.get(provider)) is not None:
+                for t in traits:
+                    bit = self.trait_of[t]
+                    self.traits[i, bit // 64] |= np.uint64(1 << (bit % 64))
+
+    def _stocked(self, stocks: Iterable[Any], now: float) -> None:
+        for provider, generation, changed_at, name, total, reserved, ratio, used, least, most, step in stocks:
+            i, c = self.row.get(provider), self.classes.get(name)
+            if i is None or c is None:
+                self.mark = -1  # somebody new: read it all the next time
+                continue
+            if generation != self.generation[i]:
+                if self.generation[i] >= 0:
+                    self._claimed(i, generation - int(self.generation[i]))
+                self.generation[i] = generation
+            self.capacity[i, c], self.used[i, c] = (total - reserved) * ratio, used
+            self.min_unit[i, c], self.max_unit[i, c], self.step[i, c] = least, most, step
+            self.cursor = max(self.cursor, changed_at)
+        self.looked = now
+
+    def _alive(self, tx: Tx, now: float) -> None:
+        seen = {r.host: r.last_seen for r in tx.execute(ALIVE)}
+        for i, p in enumerate(self.places):
+            at = seen.get(p.host)
+            self.seen[i] = -1e18 if at is None else at
+        self.watched = now
+
+
+_n, _s = book.NODES.c, book.SERVICES.c
+# Deleted hosts have no rows.
+ROWS = (
+    sa.select(
+        _n.uuid, _n.host, _n.node, _n.facts, _s.disabled, _s.forced_down, _s.last_seen, _s.failures, _s.updated_at
+    )
+    .join(book.SERVICES, sa.and_(_s.host == _n.host, _s.binary == book.COMPUTE))
+    .order_by(_n.id)
+)
+ALIVE = sa.select(_s.host, _s.last_seen).where(_s.binary == book.COMPUTE)

@@ -1,0 +1,96 @@
+"""What must be equal and is kept in two places: servers, runs, claims. Questions only; who asks mends.
+
+Each is one query, and finds nothing in a healthy cloud.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+
+from kilonova.kit.db import Tx
+from kilonova.kit.workflow import RUNS
+from kilonova.model.states import VM
+from kilonova.store import hosts, placement, servers
+
+
+def on_host(tx: Tx, host: str) -> dict[str, Any]:
+    """The servers that are on this host, by id: rows of (id, vm_state, task_state, power_state, generation, epoch)."""
+    return {r.id: r for r in tx.execute(ON_HOST, {"the_host": host})}
+
+
+def found(tx: Tx, ids: Iterable[str]) -> dict[str, Any]:
+    """The same of these servers, wherever they are; also `host`, `deleted_at`."""
+    return {r.id: r for r in tx.execute(FOUND.where(_t.id.in_(list(ids))))}
+
+
+def at_work(tx: Tx, subjects: Iterable[str]) -> set[str]:
+    """Those of them that a run is at."""
+    wanted = list(subjects)
+    if not wanted:
+        return set()
+    return set(tx.execute(sa.select(_r.subject).where(_r.subject.in_(wanted), _r.state == "running")).scalars())
+
+
+def stuck(tx: Tx, before: float, most: int = 100) -> list[str]:
+    """Servers that have been on their way since `before`, with nobody working on them: there must be none."""
+    return list(tx.execute(STUCK, {"before": before, "most": most}).scalars())
+
+
+def unowned(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
+    """(consumer, provider) of claims for servers that are dead, or elsewhere, and that no run is at."""
+    return [(r.consumer, r.provider) for r in tx.execute(UNOWNED, {"most": most})]
+
+
+def unclaimed(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
+    """(server, provider) of servers that are on a host and hold nothing of it, and that no run is at."""
+    return [(r.id, r.uuid) for r in tx.execute(UNCLAIMED, {"most": most})]
+
+
+def plugs(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
+    """The ports of those of these servers that live."""
+    query = servers.SELECT.where(_t.id.in_(list(ids)), _t.deleted_at.is_(None))
+    return {s.id: {p.port_id for p in s.plugs} for s in map(servers.of, tx.execute(query))}
+
+
+_t, _r, _a, _n, _b = servers.T.c, RUNS.c, placement.ALLOCATIONS.c, hosts.NODES.c, sa.bindparam
+_columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.epoch
+_busy = sa.exists().where(_r.subject == _t.id, _r.state == "running")
+
+ON_HOST = sa.select(*_columns).where(_t.host == _b("the_host"), _t.deleted_at.is_(None))
+FOUND = sa.select(*_columns, _t.host, _t.deleted_at)
+STUCK = (
+    sa.select(_t.id)
+    .where(
+        _t.deleted_at.is_(None),
+        sa.or_(_t.task_state.is_not(None), _t.vm_state == str(VM.building)),
+        sa.func.coalesce(_t.updated_at, _t.created_at) < _b("before"),
+        ~_busy,
+    )
+    .limit(_b("most"))
+)
+# Other services' consumers are theirs to care for.
+_instances = placement.CONSUMERS.c.type == "INSTANCE"
+UNOWNED = (
+    sa.select(_a.consumer, _a.provider)
+    .join(placement.CONSUMERS, placement.CONSUMERS.c.uuid == _a.consumer)
+    .outerjoin(_n.uuid.table, _n.uuid == _a.provider)
+    .outerjoin(servers.T, sa.and_(_t.id == _a.consumer, _t.deleted_at.is_(None)))
+    .where(
+        _instances,
+        sa.or_(_t.id.is_(None), _t.host.is_(None), _t.host != _n.host),
+        ~sa.exists().where(_r.subject == _a.consumer, _r.state == "running"),
+    )
+    .distinct()
+    .limit(_b("most"))
+)
+UNCLAIMED = (
+    sa.select(_t.id, _n.uuid)
+    .join(_n.uuid.table, sa.and_(_n.host == _t.host, _n.node == _t.node))
+    .where(
+        _t.deleted_at.is_(None),
+        ~sa.exists().where(_a.consumer == _t.id, _a.provider == _n.uuid),
+        ~_busy,
+    )
+    .limit(_b("most"))
+)

@@ -1,0 +1,404 @@
+"""What hosts have, and who holds it: Placement's model in SQL. The check and the claim are one statement.
+
+A provider's generation moves with every change to what it has or holds: whoever keeps a copy (the scheduler's
+columns) sees by it that the copy is old.  A claim does not ask for a generation but for room: two servers that
+both fit need not quarrel.  `docs/decisions/the-claim-in-sql.md` says why a row is one class and not one provider.
+
+The order of locks is always the provider's row, its inventories, then the consumer: two orders are a deadlock.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from kilonova.kit.db import Tx, meta
+from kilonova.kit.errors import Conflict, NoCapacity, NotFound
+from kilonova.model.ask import amounts
+from kilonova.model.host import Stock
+from kilonova.model.server import Server
+
+Amounts = Mapping[str, int]
+"""How much of each resource class."""
+
+PROVIDERS = sa.Table(
+    "resource_providers",
+    meta,
+    sa.Column("uuid", sa.String(36), primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False, unique=True),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("parent", sa.String(36)),
+    sa.Column("root", sa.String(36), nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("changed_at", sa.Double, nullable=False),  # with each generation: "what is new since then" is a range
+    sa.Index("resource_providers_root", "root"),
+    sa.Index("resource_providers_parent", "parent"),
+    sa.Index("resource_providers_changed", "changed_at"),
+)
+INVENTORIES = sa.Table(
+    "inventories",
+    meta,
+    sa.Column("provider", sa.String(36), primary_key=True),
+    sa.Column("resource_class", sa.String(255), primary_key=True),
+    sa.Column("total", sa.Integer, nullable=False),
+    sa.Column("reserved", sa.Integer, nullable=False),
+    sa.Column("min_unit", sa.Integer, nullable=False),
+    sa.Column("max_unit", sa.Integer, nullable=False),
+    sa.Column("step_size", sa.Integer, nullable=False),
+    sa.Column("allocation_ratio", sa.Double, nullable=False),
+    sa.Column("used", sa.BigInteger, nullable=False),  # the sum of the allocations, kept by the claim
+)
+ALLOCATIONS = sa.Table(
+    "allocations",
+    meta,
+    sa.Column("consumer", sa.String(36), primary_key=True),
+    sa.Column("provider", sa.String(36), primary_key=True),
+    sa.Column("resource_class", sa.String(255), primary_key=True),
+    sa.Column("amount", sa.Integer, nullable=False),
+    sa.Index("allocations_of_provider", "provider", "resource_class"),
+)
+CONSUMERS = sa.Table(
+    "consumers",
+    meta,
+    sa.Column("uuid", sa.String(36), primary_key=True),
+    sa.Column("project_id", sa.String(255), nullable=False),
+    sa.Column("user_id", sa.String(255), nullable=False),
+    sa.Column("type", sa.String(255)),  # NULL: written before 1.38, "unknown"
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("changed_at", sa.Double, nullable=False),
+    sa.Index("consumers_of_project", "project_id", "user_id"),
+)
+RESOURCE_CLASSES = sa.Table(  # CUSTOM_… only: the standard ones are a library's
+    "resource_classes",
+    meta,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+TRAITS = sa.Table(  # the same
+    "traits",
+    meta,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("created_at", sa.Double, nullable=False),
+)
+PROVIDER_TRAITS = sa.Table(
+    "resource_provider_traits",
+    meta,
+    sa.Column("provider", sa.String(36), primary_key=True),
+    sa.Column("trait", sa.String(255), primary_key=True),
+    sa.Index("resource_provider_traits_trait", "trait"),
+)
+PROVIDER_AGGREGATES = sa.Table(
+    "resource_provider_aggregates",
+    meta,
+    sa.Column("provider", sa.String(36), primary_key=True),
+    sa.Column("aggregate", sa.String(36), primary_key=True),
+    sa.Index("resource_provider_aggregates_aggregate", "aggregate"),
+)
+
+
+# ---- claim and release
+
+
+def claim(
+    tx: Tx,
+    consumer: str,
+    provider: str,
+    wanted: Amounts,
+    *,
+    now: float,
+    project_id: str,
+    user_id: str,
+    type: str = "INSTANCE",
+) -> None:
+    """Take `wanted` of a provider for a consumer, all or nothing. Raises NoCapacity, NotFound; roll back then.
+
+    UPDATE inventories SET used = used + n WHERE provider = … AND resource_class = … AND it fits: one statement for
+    all classes, and it must have changed a row for each.  What the consumer holds already stays his.
+    """
+    _moved(tx, provider, now)
+    if wanted:
+        told = {"at": provider} | _numbered(wanted)
+        if tx.execute(_take(len(wanted)), told).rowcount != len(wanted):
+            raise NoCapacity("There is no room left.", why=f"{provider} for {dict(wanted)}")
+    who = {"project_id": project_id, "user_id": user_id, "type": type, "changed_at": now}
+    known = _known(tx, consumer, who, now)
+    if wanted:
+        _written(tx, consumer, provider, wanted, known)
+
+
+def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -> bool:
+    """Give back what the consumer holds of `provider`, or everywhere. False: it held nothing; that is no error."""
+    mine = ALLOCATIONS.c.consumer == consumer
+    if provider is not None:
+        mine &= ALLOCATIONS.c.provider == provider
+    held = _by_provider(tx.execute(sa.select(ALLOCATIONS).where(mine)))
+    gave = False
+    for at in sorted(held):
+        _moved(tx, at, now)
+        # Who was before us has deleted the rows; what we read without a lock does not count.
+        still = ALLOCATIONS.c.consumer == consumer, ALLOCATIONS.c.provider == at
+        rows = tx.execute(sa.select(ALLOCATIONS).where(*still).with_for_update()).all()
+        if not rows:
+            continue
+        given = {r.resource_class: r.amount for r in rows}
+        tx.execute(_give(len(given)), {"at": at} | _numbered(given))
+        tx.execute(sa.delete(ALLOCATIONS).where(*still))
+        gave = True
+    if gave:
+        left = sa.exists().where(ALLOCATIONS.c.consumer == consumer)
+        tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left))
+    return gave
+
+
+def claim_anyhow(tx: Tx, server: Server, provider: str, *, now: float) -> bool:
+    """Write down what a server uses already, whether there is room for it or not. False: there is no such provider."""
+    wanted = amounts(server.flavor)
+    if not tx.execute(MOVED, {"at": provider, "now": now}).rowcount:
+        return False
+    tx.execute(_give(len(wanted)), {"at": provider} | _numbered({c: -n for c, n in wanted.items()}))
+    who = {"project_id": server.project_id, "user_id": server.user_id, "type": "INSTANCE", "changed_at": now}
+    _written(tx, server.id, provider, wanted, _known(tx, server.id, who, now))
+    return True
+
+
+def move(tx: Tx, consumer: str, to: str, provider: str | None = None, *, now: float, type: str = "MIGRATION") -> None:
+    """Let another consumer hold what this one holds (of `provider`): sums stay, so nothing can be refused."""
+    mine = ALLOCATIONS.c.consumer == consumer
+    if provider is not None:
+        mine &= ALLOCATIONS.c.provider == provider
+    owner = tx.execute(sa.select(CONSUMERS).where(CONSUMERS.c.uuid == consumer)).first()
+    if owner is None:
+        return
+    tx.execute(sa.update(ALLOCATIONS).where(mine).values(consumer=to))
+    who = {"project_id": owner.project_id, "user_id": owner.user_id, "type": type, "changed_at": now}
+    _known(tx, to, who, now)
+    left = sa.exists().where(ALLOCATIONS.c.consumer == consumer)
+    tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left))
+
+
+def _moved(tx: Tx, provider: str, now: float) -> None:
+    if not tx.execute(MOVED, {"at": provider, "now": now}).rowcount:
+        raise NotFound(f"No resource provider with uuid {provider} found.")
+
+
+def _known(tx: Tx, consumer: str, who: dict[str, Any], now: float) -> bool:
+    """Write down who the consumer is. False: he was not known before, so he holds nothing."""
+    if tx.execute(CONSUMER_AGAIN, {"the_uuid": consumer} | who).rowcount:
+        return True
+    tx.execute(CONSUMER_NEW, {"uuid": consumer, "generation": 0, "created_at": now} | who)
+    return False
+
+
+def _written(tx: Tx, consumer: str, provider: str, taken: Amounts, known: bool) -> None:
+    """Rows of what was taken; what the consumer holds of a class already becomes more."""
+    at = {"of": consumer, "at": provider}
+    held = set(tx.execute(HELD, at).scalars()) if known else set()
+    row = {"consumer": consumer, "provider": provider}
+    if new := [row | {"resource_class": c, "amount": n} for c, n in taken.items() if c not in held]:
+        tx.execute(ALLOCATE, new)
+    for c in held & taken.keys():
+        tx.execute(MORE, at | {"c": c, "n": taken[c]})
+
+
+def _numbered(wanted: Amounts) -> dict[str, Any]:
+    """{"c0": class, "n0": amount, …}, classes in order: rows are locked in the same order by everybody."""
+    told: dict[str, Any] = {}
+    for i, (c, n) in enumerate(sorted(wanted.items())):
+        told |= {f"c{i}": c, f"n{i}": n}
+    return told
+
+
+def _by_provider(rows: Iterable[Any]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for r in rows:
+        found.setdefault(r.provider, {})[r.resource_class] = r.amount
+    return found
+
+
+# ---- providers
+
+
+def offer(tx: Tx, provider: str, name: str, stocks: Iterable[Stock], traits: Iterable[str], *, now: float) -> bool:
+    """Make the provider be, with these inventories and traits; what is held of them stays. True: something changed.
+
+    A class that is no longer offered goes when nobody holds any of it, and else has nothing left to give.
+    """
+    there = tx.execute(sa.select(PROVIDERS.c.name).where(PROVIDERS.c.uuid == provider)).scalar()
+    if there is None:
+        row = {"uuid": provider, "name": name, "generation": 0, "root": provider, "created_at": now, "changed_at": now}
+        tx.execute(sa.insert(PROVIDERS), row)
+    changed = _stocked(tx, provider, {s.resource_class: s for s in stocks})
+    changed |= _marked(tx, provider, set(traits))
+    if there is not None and (changed or there != name):
+        _moved(tx, provider, now)
+        tx.execute(sa.update(PROVIDERS).where(PROVIDERS.c.uuid == provider).values(name=name))
+    return changed or there is None
+
+
+def _stocked(tx: Tx, provider: str, wanted: dict[str, Stock]) -> bool:
+    old = {r.resource_class: r for r in tx.execute(sa.select(INVENTORIES).where(_i.provider == provider))}
+    changed = False
+    for c, stock in wanted.items():
+        row = {f: getattr(stock, f) for f in Stock.__struct_fields__}
+        if c not in old:
+            tx.execute(sa.insert(INVENTORIES), row | {"provider": provider, "used": 0})
+        elif all(getattr(old[c], f) == v for f, v in row.items()):
+            continue
+        else:
+            tx.execute(sa.update(INVENTORIES).where(_i.provider == provider, _i.resource_class == c).values(row))
+        changed = True
+    for c in old.keys() - wanted.keys():
+        here = sa.and_(_i.provider == provider, _i.resource_class == c)
+        if not tx.execute(sa.delete(INVENTORIES).where(here, _i.used == 0)).rowcount:
+            if old[c].reserved == old[c].total:
+                continue
+            tx.execute(sa.update(INVENTORIES).where(here).values(reserved=_i.total))
+        changed = True
+    return changed
+
+
+def _marked(tx: Tx, provider: str, wanted: set[str]) -> bool:
+    t = PROVIDER_TRAITS.c
+    old = set(tx.execute(sa.select(t.trait).where(t.provider == provider)).scalars())
+    if gone := old - wanted:
+        tx.execute(sa.delete(PROVIDER_TRAITS).where(t.provider == provider, t.trait.in_(gone)))
+    if new := wanted - old:
+        tx.execute(sa.insert(PROVIDER_TRAITS), [{"provider": provider, "trait": name} for name in sorted(new)])
+    return bool(gone or new)
+
+
+def withdraw(tx: Tx, provider: str) -> None:
+    """Remove a provider with all it offers. Raises Conflict while somebody holds something of it."""
+    if tx.execute(sa.select(ALLOCATIONS.c.consumer).where(ALLOCATIONS.c.provider == provider).limit(1)).first():
+        raise Conflict(f"Resource provider {provider} has allocations.", code="placement.resource_provider.inuse")
+    for table in (INVENTORIES, PROVIDER_TRAITS, PROVIDER_AGGREGATES):
+        tx.execute(sa.delete(table).where(table.c.provider == provider))
+    tx.execute(sa.delete(PROVIDERS).where(PROVIDERS.c.uuid == provider))
+
+
+# ---- views
+
+
+def allocations_of(tx: Tx, consumer: str) -> dict[str, dict[str, int]]:
+    """By provider and class."""
+    return _by_provider(tx.execute(sa.select(ALLOCATIONS).where(ALLOCATIONS.c.consumer == consumer)))
+
+
+def usage(tx: Tx, project_id: str, user_id: str | None = None) -> dict[str, int]:
+    """What a project (or one user in it) holds, by class."""
+    a, c = ALLOCATIONS.c, CONSUMERS.c
+    query = (
+        sa.select(a.resource_class, sa.func.sum(a.amount))
+        .join(CONSUMERS, c.uuid == a.consumer)
+        .where(c.project_id == project_id)
+        .group_by(a.resource_class)
+    )
+    if user_id is not None:
+        query = query.where(c.user_id == user_id)
+    return {name: int(n) for name, n in tx.execute(query)}
+
+
+def stocks(
+    tx: Tx, providers: Iterable[str] | None = None, *, since: float | None = None
+) -> dict[str, dict[str, tuple[Stock, int]]]:
+    """What providers have and how much of it is held: {provider: {class: (stock, used)}}.
+
+    All of them, or these, or those that changed at `since` or later: one query.
+    """
+    query = sa.select(INVENTORIES)
+    if providers is not None:
+        query = query.where(_i.provider.in_(list(providers)))
+    if since is not None:
+        query = query.join(PROVIDERS, _p.uuid == _i.provider).where(_p.changed_at >= since)
+    found: dict[str, dict[str, tuple[Stock, int]]] = {}
+    for r in tx.execute(query):
+        stock = Stock(r.resource_class, r.total, r.reserved, r.min_unit, r.max_unit, r.step_size, r.allocation_ratio)
+        found.setdefault(r.provider, {})[r.resource_class] = (stock, r.used)
+    return found
+
+
+def changes(tx: Tx, since: float | None = None) -> Iterable[Any]:
+    """For who keeps columns: a row for each inventory of the providers that changed at `since` or later (None: all).
+
+    (provider, generation, changed_at, resource_class, total, reserved, allocation_ratio, used, min_unit, max_unit,
+    step_size)
+    """
+    return tx.execute(CHANGES if since is None else CHANGES.where(_p.changed_at >= since))
+
+
+def traits(tx: Tx) -> dict[str, set[str]]:
+    """By provider."""
+    found: dict[str, set[str]] = {}
+    for provider, trait in tx.execute(sa.select(PROVIDER_TRAITS)):
+        found.setdefault(provider, set()).add(trait)
+    return found
+
+
+# ---- the SQL, once
+
+
+@cache
+def _take(classes: int) -> sa.Update:
+    """UPDATE inventories SET used = used + CASE resource_class WHEN :c0 THEN :n0 … END
+    WHERE provider = :at AND resource_class IN (:c0, …) AND used + CASE … <= (total - reserved) * allocation_ratio
+      AND CASE … BETWEEN min_unit AND max_unit AND CASE … % step_size = 0"""
+    n = _amount(classes)
+    return (
+        sa.update(INVENTORIES)
+        .where(_i.provider == _b("at"), _i.resource_class.in_([_b(f"c{i}", type_=sa.String) for i in range(classes)]))
+        .where(_i.used + n <= (_i.total - _i.reserved) * _i.allocation_ratio)
+        .where(n >= _i.min_unit, n <= _i.max_unit, n % _i.step_size == 0)
+        .values(used=_i.used + n)
+    )
+
+
+@cache
+def _give(classes: int) -> sa.Update:
+    named = _i.resource_class.in_([_b(f"c{i}", type_=sa.String) for i in range(classes)])
+    return sa.update(INVENTORIES).where(_i.provider == _b("at"), named).values(used=_i.used - _amount(classes))
+
+
+def _amount(classes: int) -> Any:
+    """What is asked of the row's own class."""
+    whens = {_b(f"c{i}", type_=sa.String): _b(f"n{i}", type_=sa.Integer) for i in range(classes)}
+    return sa.case(*((_i.resource_class == c, n) for c, n in whens.items()), else_=0)
+
+
+_i, _b = INVENTORIES.c, sa.bindparam
+_p, _c, _a = PROVIDERS.c, CONSUMERS.c, ALLOCATIONS.c
+
+MOVED = sa.update(PROVIDERS).where(_p.uuid == _b("at")).values(generation=_p.generation + 1, changed_at=_b("now"))
+CONSUMER_AGAIN = (
+    sa.update(CONSUMERS)
+    .where(_c.uuid == _b("the_uuid"))
+    .values(
+        generation=_c.generation + 1,
+        project_id=_b("project_id"),
+        user_id=_b("user_id"),
+        type=_b("type"),
+        changed_at=_b("changed_at"),
+    )
+)
+CONSUMER_NEW = sa.insert(CONSUMERS)
+CHANGES = sa.select(
+    _p.uuid,
+    _p.generation,
+    _p.changed_at,
+    _i.resource_class,
+    _i.total,
+    _i.reserved,
+    _i.allocation_ratio,
+    _i.used,
+    _i.min_unit,
+    _i.max_unit,
+    _i.step_size,
+).join(INVENTORIES, _i.provider == _p.uuid)
+ALLOCATE = sa.insert(ALLOCATIONS)
+HELD = sa.select(_a.resource_class).where(_a.consumer == _b("of"), _a.provider == _b("at"))
+MORE = (
+    sa.update(ALLOCATIONS)
+    .where(_a.consumer == _b("of"), _a.provider == _b("at"), _a.resource_class == _b("c"))
+    .values(amount=_a.amount + _b("n"))
+)

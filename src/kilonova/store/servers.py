@@ -1,0 +1,268 @@
+"""Servers at rest. Every function takes the transaction first; each is one statement where it can be.
+
+Columns that are only ever read whole are JSON texts; what is searched for has a column of its own.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from kilonova.kit.db import Tx, meta
+from kilonova.kit.errors import Conflict, NotFound
+from kilonova.model.flavor import Flavor
+from kilonova.model.machine import Keypair
+from kilonova.model.server import Image, Plug, Server
+from kilonova.model.states import VM, Verb
+
+T = sa.Table(
+    "servers",
+    meta,
+    sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(36), nullable=False, unique=True),
+    sa.Column("project_id", sa.String(64), nullable=False),
+    sa.Column("user_id", sa.String(64), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("hostname", sa.String(255), nullable=False),
+    sa.Column("flavor", sa.Text, nullable=False),
+    sa.Column("flavor_id", sa.String(255), nullable=False),
+    sa.Column("vcpus", sa.Integer, nullable=False),  # of the flavor: quotas are summed over them
+    sa.Column("memory_mb", sa.Integer, nullable=False),
+    sa.Column("vm_state", sa.String(24), nullable=False),
+    sa.Column("task_state", sa.String(40)),
+    sa.Column("power_state", sa.Integer, nullable=False),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("description", sa.String(255)),
+    sa.Column("image", sa.Text, nullable=False),
+    sa.Column("image_id", sa.String(36), nullable=False),
+    sa.Column("host", sa.String(255)),
+    sa.Column("node", sa.String(255)),
+    sa.Column("availability_zone", sa.String(255)),
+    sa.Column("plugs", sa.Text, nullable=False),
+    sa.Column("tags", sa.Text, nullable=False),  # ",one,two," — a tag has no comma, so LIKE '%,one,%' finds it
+    sa.Column("metadata", sa.Text, nullable=False),
+    sa.Column("system_metadata", sa.Text, nullable=False),
+    sa.Column("keypair", sa.Text),
+    sa.Column("key_name", sa.String(255)),
+    sa.Column("user_data", sa.Text),
+    sa.Column("config_drive", sa.Boolean, nullable=False),
+    sa.Column("access_ip_v4", sa.String(39), nullable=False),
+    sa.Column("access_ip_v6", sa.String(39), nullable=False),
+    sa.Column("locked_by", sa.String(8)),
+    sa.Column("locked_reason", sa.String(255)),
+    sa.Column("disk_config", sa.String(8), nullable=False),
+    sa.Column("progress", sa.Integer, nullable=False),
+    sa.Column("launch_index", sa.Integer, nullable=False),
+    sa.Column("reservation_id", sa.String(32), nullable=False),
+    sa.Column("root_device", sa.String(255), nullable=False),
+    sa.Column("scheduler_hints", sa.Text, nullable=False),
+    sa.Column("trusted_certs", sa.Text),
+    sa.Column("fault_run", sa.String(64)),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("updated_at", sa.Double),
+    sa.Column("launched_at", sa.Double),
+    sa.Column("terminated_at", sa.Double),
+    sa.Column("deleted_at", sa.Double),
+    sa.Index("servers_of_project", "project_id", "deleted_at", "created_at", "id"),
+    sa.Index("servers_newest", "deleted_at", "created_at", "id"),
+    sa.Index("servers_on_host", "host"),
+    sa.Index("servers_changed", "updated_at"),
+)
+
+
+def row(server: Server) -> dict[str, Any]:
+    """As a row to be inserted; the database gives the number."""
+    values: dict[str, Any] = {f: getattr(server, f) for f in Server.__struct_fields__ if f != "number"}
+    for name in _JSON:
+        values[name] = _text(values[name])
+    values["tags"] = tags_text(server.tags)
+    values["vm_state"] = str(server.vm_state)
+    return values | {
+        "flavor_id": server.flavor.id,
+        "vcpus": server.flavor.vcpus,
+        "memory_mb": server.flavor.memory_mb,
+        "image_id": server.image.id,
+        "key_name": server.keypair.name if server.keypair else None,
+    }
+
+
+def create(tx: Tx, servers: Iterable[Server]) -> None:
+    tx.execute(INSERT, [row(s) for s in servers])
+
+
+def get(tx: Tx, id: str) -> Server:
+    """Dead or alive. Raises NotFound."""
+    found = tx.execute(GET, {"the_id": id}).first()
+    if found is None:
+        raise NotFound(f"Instance {id} could not be found.")
+    return of(found)
+
+
+def held(tx: Tx, id: str) -> Server:
+    """As `get`; and until this transaction ends nobody else writes the row: for columns that change as a whole."""
+    found = tx.execute(HELD, {"the_id": id}).first()
+    if found is None:
+        raise NotFound(f"Instance {id} could not be found.")
+    return of(found)
+
+
+def find(tx: Tx, ids: Iterable[str]) -> dict[str, Server]:
+    """Those of them that there are."""
+    return {s.id: s for s in map(of, tx.execute(SELECT.where(T.c.id.in_(list(ids)))))}
+
+
+def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
+    """Claim the server for `verb`: the check and the claim are one statement.
+
+    UPDATE servers SET task_state = :busy, generation = generation + 1, updated_at = :now
+     WHERE id = :id AND vm_state IN (…) AND (task_state IS NULL OR task_state IN (…)) AND launched …
+    """
+    where = [T.c.id == id, T.c.vm_state.in_([str(s) for s in verb.start]), T.c.deleted_at.is_(None)]
+    if verb.over is not None:
+        where.append(T.c.task_state.is_(None) | T.c.task_state.in_([str(t) for t in verb.over]))
+    elif verb.busy:
+        where.append(T.c.task_state.is_(None) | (T.c.task_state != str(verb.busy)))
+    if verb.launched:
+        where.append(T.c.launched_at.is_not(None))
+    if verb.host:
+        where.append(T.c.host.is_not(None))
+    taken = {"task_state": str(verb.busy), "generation": T.c.generation + 1, "updated_at": now}
+    if tx.execute(sa.update(T).where(*where).values(taken)).rowcount:
+        return get(tx, id)
+    raise why_not(get(tx, id), verb)
+
+
+def why_not(s: Server, verb: Verb) -> Conflict | NotFound:
+    """The sentence of the 409 (states.md, section 3)."""
+    op = verb.op or verb.name
+    if s.deleted_at is not None:
+        return NotFound(f"Instance {s.id} could not be found.")
+    if s.vm_state not in verb.start:
+        return Conflict(f"Cannot '{op}' instance {s.id} while it is in vm_state {s.vm_state}")
+    if s.task_state is not None and (verb.over is None or s.task_state not in verb.over):
+        return Conflict(f"Cannot '{op}' instance {s.id} while it is in task_state {s.task_state}")
+    if verb.launched and s.launched_at is None:
+        return Conflict(f"Instance {s.id} is in an invalid state for '{op}'")
+    return Conflict(f"Instance {s.id} is not ready")
+
+
+def step(tx: Tx, server: Server, task: str | None, now: float, **facts: Any) -> bool:
+    """Show how far the work is; not when a later verb took the server meanwhile. Facts are written in any case."""
+    facts = {k: _text(v) if k in _JSON else v for k, v in facts.items()}
+    values = facts | {"task_state": task, "updated_at": now}
+    if tx.execute(OURS, _told(server, values)).rowcount:
+        return True
+    if facts:
+        tx.execute(ANYBODYS, facts | {"updated_at": now, "the_id": server.id})
+    return False
+
+
+def settle(tx: Tx, server: Server, host: str, node: str, task: str, now: float) -> tuple[int, int]:
+    """From now on it belongs to this host, whoever owns it: its epoch rises. (number, epoch)."""
+    where = {"host": host, "node": node, "epoch": T.c.epoch + 1, "updated_at": now}
+    ours = sa.case((T.c.generation == server.generation, task), else_=T.c.task_state)
+    tx.execute(sa.update(T).where(T.c.id == server.id).values(where | {"task_state": ours}))
+    row = tx.execute(NUMBERS, {"the_id": server.id}).one()
+    return row.number, row.epoch
+
+
+def unsettle(tx: Tx, id: str, host: str, now: float) -> None:
+    """It is not on this host, and was not to be."""
+    nowhere = {"host": None, "node": None, "plugs": "[]", "updated_at": now}
+    tx.execute(sa.update(T).where(T.c.id == id, T.c.host == host).values(nowhere))
+
+
+def finish(tx: Tx, server: Server, to: VM, now: float, **facts: Any) -> bool:
+    """Put the server down in state `to`, unless a later verb took it meanwhile.
+
+    The facts (columns of T; host, node, epoch, plugs, power_state …) are written in any case: where a machine
+    runs is true whoever owns the server now.  Not so `fault_run`: whose fault is shown is the owner's matter.
+    """
+    fault = {"fault_run": facts.pop("fault_run")} if "fault_run" in facts else {}
+    facts = {k: _text(v) if k in _JSON else v for k, v in facts.items()}
+    values = facts | fault | {"vm_state": str(to), "task_state": None, "updated_at": now}
+    if tx.execute(OURS, _told(server, values)).rowcount:
+        return True
+    if facts:
+        tx.execute(ANYBODYS, facts | {"updated_at": now, "the_id": server.id})
+    return False
+
+
+def change(tx: Tx, id: str, now: float | None, **facts: Any) -> None:
+    """Write columns of a living server that no run owns: name, metadata, lock, tags. Raises NotFound."""
+    if "tags" in facts:
+        facts["tags"] = tags_text(facts["tags"])
+    values = {k: _text(v) if k in _JSON else v for k, v in facts.items()}
+    if now is not None:
+        values["updated_at"] = now
+    if not tx.execute(sa.update(T).where(T.c.id == id, T.c.deleted_at.is_(None)).values(values)).rowcount:
+        raise NotFound(f"Instance {id} could not be found.")
+
+
+def reset(tx: Tx, id: str, to: VM, now: float) -> None:
+    """Declare the server idle in state `to`; the generation moves, so whoever was at it no longer owns it."""
+    idle = {"vm_state": str(to), "task_state": None, "generation": T.c.generation + 1, "updated_at": now}
+    if not tx.execute(sa.update(T).where(T.c.id == id, T.c.deleted_at.is_(None)).values(idle)).rowcount:
+        raise NotFound(f"Instance {id} could not be found.")
+
+
+def of(found: Any) -> Server:
+    """A row of `SELECT` as a Server."""
+    values = list(found)
+    for i, read in _READ:
+        if values[i] is not None:
+            values[i] = read(values[i])
+    return Server(*values)
+
+
+def _remembered(decode: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same text is the same thing: a page of servers has few flavors. What is made is never changed."""
+    return functools.lru_cache(1024)(decode)
+
+
+def _tags(text: str) -> list[str]:
+    return text[1:-1].split(",") if text else []
+
+
+def tags_text(tags: Iterable[str]) -> str:
+    """The column's form of a list of tags: sorted, without doubles."""
+    known = sorted(set(tags))
+    return f",{','.join(known)}," if known else ""
+
+
+def _told(server: Server, values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"the_id": server.id, "ours": server.generation}
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else msgspec.json.encode(value).decode()
+
+
+_JSON: dict[str, msgspec.json.Decoder[Any]] = {
+    "flavor": msgspec.json.Decoder(Flavor),
+    "image": msgspec.json.Decoder(Image),
+    "plugs": msgspec.json.Decoder(list[Plug]),
+    "metadata": msgspec.json.Decoder(dict[str, str]),
+    "system_metadata": msgspec.json.Decoder(dict[str, str]),
+    "keypair": msgspec.json.Decoder(Keypair),
+    "scheduler_hints": msgspec.json.Decoder(dict[str, msgspec.Raw]),
+    "trusted_certs": msgspec.json.Decoder(list[str]),
+}
+_SHARED = ("flavor", "image", "keypair")
+_READ: list[tuple[int, Callable[[str], Any]]] = [
+    (i, {"tags": _tags, "vm_state": VM}.get(f) or (_remembered(_JSON[f].decode) if f in _SHARED else _JSON[f].decode))
+    for i, f in enumerate(Server.__struct_fields__)
+    if f in _JSON or f in ("tags", "vm_state")
+]
+
+SELECT = sa.select(*[T.c[f] for f in Server.__struct_fields__])  # in the order of the Struct
+GET = SELECT.where(T.c.id == sa.bindparam("the_id"))
+HELD = GET.with_for_update()
+INSERT = sa.insert(T)
+NUMBERS = sa.select(T.c.number, T.c.epoch).where(T.c.id == sa.bindparam("the_id"))
+# The other parameters are what is SET.
+ANYBODYS = sa.update(T).where(T.c.id == sa.bindparam("the_id"))
+OURS = sa.update(T).where(T.c.id == sa.bindparam("the_id"), T.c.generation == sa.bindparam("ours"))

@@ -1,0 +1,793 @@
+"""The hypervisor that is real: QEMU, with KVM where it is proved to work, through libvirt.
+
+A server is a directory, `instances/UUID`, and a domain of the same UUID.  The directory is made first and removed
+last, so whatever a crash leaves behind is listed by `machines()`:
+
+    machine.json   what it is (0600, without the admin password)
+    disks.json     where its disks lie                disk.vda …    the disks
+    domain.xml     what libvirt was told              disk.config   the config drive
+    console.log    what the guest said on its serial line, the newest `console_log_max_bytes`
+
+The console's file is written by QEMU alone, so a guest never waits for us and nothing is lost while we are away.  It is
+kept short by taking its head off from behind (FALLOC_FL_PUNCH_HOLE): no byte is copied, none is lost between a copy
+and a cut, and QEMU need not know.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from kilonova.kit.clock import Clock, Ids
+from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable
+from kilonova.model.host import HostFacts
+from kilonova.model.machine import ImageSource, Machine, VolumeSource
+from kilonova.model.options import Compute, Libvirt
+from kilonova.virt.driver import Held, Power, Progress
+from kilonova.virt.libvirt import disks, xml
+from kilonova.virt.libvirt import host as machine_host
+from kilonova.virt.libvirt.daemon import Link, Private, Running, library
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+TAIL_BYTES = 100 * 1024  # of the console, that a caller is shown
+TRIM_EVERY_S = 5.0
+SAVE_BYTES_PER_S = 20 << 20  # what memory is written to disk with, at least
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+BLOCK = 4096
+
+Told = Literal["stopped", "rebooted", "changed"]
+
+
+class LibvirtDriver:
+    """See the module. `Driver`, for QEMU and KVM.
+
+    `fetch(image_id, write)` gives an image's bytes; `config_drive(machine)` the content of a config drive; `netns` is
+    the path of the network namespace in which guests are plugged.  Everything it has lies under `state_dir`.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        options: Libvirt | None = None,
+        compute: Compute | None = None,
+        *,
+        clock: Clock,
+        ids: Ids,
+        fetch: disks.Fetch,
+        config_drive: Callable[[Machine], bytes],
+        netns: str | None = None,
+        hostname: str = "",
+        boots_max: int = 0,
+    ) -> None:
+        """Returns at once; the first call waits until libvirt is there. Raises Unsupported where QEMU or it is missing."""
+        self.options, self.compute = options or Libvirt(), compute or Compute()
+        self.state_dir, self.clock, self.config_drive = state_dir.absolute(), clock, config_drive
+        self.hostname = hostname or self.compute.host or socket.gethostname()
+        self.emulator = machine_host.emulator()
+        self.shared = self.options.uri is not None  # with a libvirtd that runs guests as another user
+        self.mode = 0o644 if self.shared else 0o600
+
+        self.instances = self.state_dir / "instances"
+        self.instances.mkdir(mode=0o711 if self.shared else 0o700, parents=True, exist_ok=True)
+        self.cache = disks.ImageCache(self.state_dir / "cache", fetch, clock=clock, mode=self.mode)
+        self.workshop = disks.Workshop(self.cache, self.mode)
+
+        self.boots = threading.BoundedSemaphore(boots_max or 2 * machine_host.cpus())
+        self.lock = threading.Lock()
+        self.locks: weakref.WeakValueDictionary[str, _Own] = weakref.WeakValueDictionary()
+        self.watchers: dict[str, list[queue.SimpleQueue[Told]]] = {}
+        self.listeners: list[Callable[[str, Power], None]] = []
+        self.known: dict[str, Power] = {}
+        self.epochs: dict[str, int] = {}
+        self.news: queue.SimpleQueue[tuple[str, Power] | None] = queue.SimpleQueue()
+        self.abilities: machine_host.Abilities | None = None
+        self.version = 0
+        self.closing = threading.Event()
+        self._sweep()
+
+        self.daemon: Running | Private
+        if self.options.uri:
+            self.daemon = Running(self.options.uri)
+        else:
+            self.daemon = Private(self.state_dir / "libvirt", ids=ids, netns=netns, hostname=self.hostname)
+        self.owner = self._owner(ids)
+        self.proof = self._proof()
+        self.lib = library()
+        self.link = Link(self.daemon, call_timeout_s=self.options.call_timeout_s, connected=self._connected)
+        for work, name in ((self._tell, "libvirt news"), (self._trim, "console logs")):
+            threading.Thread(target=work, name=name, daemon=True).start()
+
+    # ---- the host
+
+    def host(self) -> HostFacts:
+        """Waits for the first connection. Raises Unavailable."""
+        if self.abilities is None:
+            self.link.call(self._learn, timeout_s=max(30.0, self.options.call_timeout_s))
+        assert self.abilities is not None
+        size, free = machine_host.disk_gb(self.state_dir)
+        return HostFacts(
+            vcpus=machine_host.cpus(),
+            memory_mb=machine_host.memory_mb(),
+            disk_gb=size,
+            disk_free_gb=free,
+            hypervisor_type="QEMU",
+            hypervisor_version=self.version,
+            hypervisor_hostname=self.hostname,
+            cpu_info=self.abilities.cpu_info,
+            traits=self.abilities.traits,
+            virt_type=self.virt_type,
+            virt_why=self.proof.why,
+        )
+
+    @property
+    def virt_type(self) -> Literal["kvm", "qemu"]:
+        return "kvm" if self.proof.works else "qemu"
+
+    def _proof(self) -> machine_host.Proof:
+        if self.options.virt_type == "kvm":
+            return machine_host.Proof(True, "KVM, as configured.")
+        if self.options.virt_type == "qemu":
+            return machine_host.Proof(False, "Guests are emulated, as configured.")
+        proof = machine_host.prove_kvm(self.emulator, self.state_dir / "kvm.json", self.clock)
+        logger.info("%s", proof.why)
+        return proof
+
+    def _learn(self, conn: Any) -> None:
+        """What guests can have here. The first time on a host QEMU is examined for it, which takes a while."""
+        machine = self.options.machine_type
+        text = conn.getDomainCapabilities(self.emulator, None, machine, self.virt_type)
+        features: list[str] = []
+        with contextlib.suppress(self.lib.libvirtError):
+            features = self._features(conn, text)
+        self.version = machine_host.version(self.emulator)
+        self.abilities = machine_host.abilities(text, features)
+
+    def _features(self, conn: Any, capabilities: str) -> list[str]:
+        """All that the CPU of a guest can do: what libvirt calls the host's model, written out."""
+        model = machine_host.host_model(capabilities)
+        if not model:
+            return []
+        flag = self.lib.VIR_CONNECT_BASELINE_CPU_EXPAND_FEATURES
+        kind = self.options.machine_type
+        whole = conn.baselineHypervisorCPU(self.emulator, None, kind, self.virt_type, [model], flag)
+        return machine_host.features(whole)
+
+    # ---- what is here
+
+    def machines(self) -> list[Held]:
+        """Ours: domains that bear our mark or have a directory here, and directories without a domain."""
+        self._sweep()
+        directories = {p.name for p in self.instances.iterdir() if not p.name.startswith(".")}
+        domains = self.link.call(lambda conn: self._domains(conn, directories))
+        held = [Held(id, power, self._epoch(id) if id in directories else epoch) for id, power, epoch in domains]
+        here = {h.id for h in held}
+        held += [Held(id, "nostate", self._epoch(id)) for id in sorted(directories - here)]
+        return held
+
+    def power(self, id: str) -> Power:
+        """Raises NotFound where there is neither a domain nor a directory."""
+        try:
+            return self._on(id, self._power_of)
+        except NotFound:
+            if self._directory(id).is_dir():
+                return "nostate"
+            raise
+
+    def _domains(self, conn: Any, directories: set[str]) -> list[tuple[str, Power, int]]:
+        found = []
+        for domain in conn.listAllDomains():
+            with contextlib.suppress(self.lib.libvirtError):  # gone meanwhile
+                id, epoch = domain.UUIDString(), 0
+                if id not in directories:
+                    mark = self._mark(domain)
+                    if mark is None or mark[0] != self.owner:
+                        continue
+                    epoch = mark[1]
+                found.append((id, self._power_of(domain), epoch))
+        return found
+
+    def _mark(self, domain: Any) -> tuple[str, int] | None:
+        """(owner, epoch), as our own definition says; None for somebody else's domain."""
+        try:
+            text = domain.metadata(self.lib.VIR_DOMAIN_METADATA_ELEMENT, xml.NAMESPACE, 0)
+            return xml.epoch_of(text)
+        except (self.lib.libvirtError, ValueError):
+            return None
+
+    def _power_of(self, domain: Any) -> Power:
+        lib = self.lib
+        state, reason = domain.state()
+        if state in (lib.VIR_DOMAIN_RUNNING, lib.VIR_DOMAIN_BLOCKED, lib.VIR_DOMAIN_SHUTDOWN):
+            return "running"
+        if state == lib.VIR_DOMAIN_PAUSED:
+            return "paused"
+        if state == lib.VIR_DOMAIN_PMSUSPENDED:
+            return "suspended"
+        if state == lib.VIR_DOMAIN_SHUTOFF:
+            if domain.hasManagedSaveImage():
+                return "suspended"
+            return "crashed" if reason == lib.VIR_DOMAIN_SHUTOFF_CRASHED else "shutdown"
+        return "crashed" if state == lib.VIR_DOMAIN_CRASHED else "nostate"
+
+    # ---- making and removing
+
+    def spawn(self, machine: Machine, progress: Progress) -> None:
+        id = machine.id
+        directory = self._directory(id)
+        if any(isinstance(disk.source, VolumeSource) for disk in machine.disks):
+            raise Refused("This host cannot attach volumes.")
+        with self._alone(id):
+            was_here = directory.is_dir()
+            if was_here and self.power(id) == "running":
+                return
+            directory.mkdir(mode=0o711 if self.shared else 0o700, exist_ok=True)
+            self._remember(machine)
+        try:
+            bases = {
+                disk.device: self.cache.base(disk.source, progress)
+                for disk in machine.disks
+                if isinstance(disk.source, ImageSource)
+            }
+            with self._alone(id):
+                if not (directory / "machine.json").exists():
+                    raise Refused("The server was deleted while it was built.")
+                progress("making disks")
+                laid = {
+                    disk.device: self.workshop.lay(disk, number, directory, bases.get(disk.device))
+                    for number, disk in enumerate(machine.disks)
+                }
+                _put(directory / "disks.json", msgspec.json.encode(laid), 0o600)
+                if machine.config_drive:
+                    disks.config_drive(directory / xml.CONFIG_DRIVE, lambda: self.config_drive(machine), self.mode)
+                progress("starting")
+                self._define(machine)
+                self._run(machine)
+        except Trouble as trouble:
+            if not was_here and not isinstance(trouble, Unavailable):
+                with contextlib.suppress(Trouble):
+                    self.destroy(id)
+            raise
+
+    def destroy(self, id: str) -> None:
+        with self._alone(id):
+            machine = self._machine(id)
+            with contextlib.suppress(NotFound):
+                self._on(id, self._turned_off)
+                self._on(id, self._undefined)
+            if machine:
+                self._remove_taps(machine)
+                with contextlib.suppress(OSError):
+                    self._vnc(id).unlink()
+                if isinstance(self.daemon, Private):
+                    (self.daemon.logs / "qemu" / f"{machine.name}.log").unlink(missing_ok=True)
+            directory = self._directory(id)
+            if directory.is_dir():
+                gone = self.instances / f".{id}.{time.monotonic_ns()}"
+                directory.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+            self.known.pop(id, None)
+            self.epochs.pop(id, None)
+
+    def remember(self, machine: Machine) -> None:
+        """From its next start or hard reboot on it is this. Raises NotFound when it is not here."""
+        with self._alone(machine.id):
+            if not self._directory(machine.id).is_dir():
+                raise NotFound(f"Instance {machine.id} could not be found.")
+            self._remember(machine)
+
+    def evict_images(self, max_age_s: float | None = None) -> list[str]:
+        """Removes images nobody needs; gives their ids. For a reconciler; -1 (or less) keeps them for ever."""
+        age = self.compute.image_cache_max_age_s if max_age_s is None else max_age_s
+        if age < 0:
+            return []
+        used: set[str] = set()
+        for directory in self.instances.glob("[!.]*"):
+            if machine := self._machine(directory.name):
+                used |= {d.source.image_id for d in machine.disks if isinstance(d.source, ImageSource)}
+        return self.cache.evict(used, age)
+
+    # ---- the simple verbs
+
+    def start(self, id: str) -> None:
+        """From a saved state where there is one; defined anew where libvirt has forgotten it."""
+        with self._alone(id):
+            machine = self._known(id)
+            if self.power(id) in ("shutdown", "crashed", "nostate"):
+                self._define(machine)
+            self._run(machine)
+
+    def stop(self, id: str, timeout_s: float, retry_s: float = 10) -> None:
+        end = self.clock.now() + timeout_s
+        with self._watch(id) as told:
+            while self._on(id, self._power_of) in ("running", "paused"):
+                left = end - self.clock.now()
+                if left <= 0:
+                    break
+                self._on(id, self._asked_to_end)
+                self._hear(told, "stopped", min(left, max(0.1, retry_s)))
+        with self._alone(id):
+            self._on(id, self._turned_off)
+            self._on(id, self._forget_saved)
+
+    def reboot(self, id: str, hard: bool, timeout_s: float) -> None:
+        if hard or not self._rebooted(id, timeout_s):
+            with self._alone(id):
+                machine = self._known(id)
+                with contextlib.suppress(NotFound):
+                    self._on(id, self._turned_off)
+                    self._on(id, self._forget_saved)
+                self._define(machine)
+                self._run(machine)
+
+    def pause(self, id: str) -> None:
+        def act(domain: Any) -> None:
+            power = self._power_of(domain)
+            if power == "running":
+                domain.suspend()
+            elif power != "paused":
+                raise Refused(f"The server cannot be paused: it is {power}.")
+
+        self._on(id, act)
+
+    def unpause(self, id: str) -> None:
+        def act(domain: Any) -> None:
+            power = self._power_of(domain)
+            if power == "paused":
+                domain.resume()
+            elif power != "running":
+                raise Refused(f"The server cannot be unpaused: it is {power}.")
+
+        self._on(id, act)
+
+    def suspend(self, id: str) -> None:
+        """Libvirt's managed save: its file is libvirt's, so a start restores from it whoever asks."""
+
+        def act(domain: Any) -> None:
+            power = self._power_of(domain)
+            if power in ("running", "paused"):
+                domain.managedSave(0)
+            elif power != "suspended":
+                raise Refused(f"The server cannot be suspended: it is {power}.")
+
+        machine = self._known(id)
+        with self._alone(id):
+            self._on(id, act, timeout_s=self._long(machine))
+
+    def resume(self, id: str) -> None:
+        with self._alone(id):
+            power = self._on(id, self._power_of)
+            if power in ("shutdown", "crashed"):
+                raise Refused("The server cannot be resumed: its memory was not kept.")
+            self._run(self._known(id))
+
+    # ---- the console, and news
+
+    def console_log(self, id: str) -> bytes:
+        """Raises NotFound where there is no such machine; b"" while it said nothing."""
+        directory = self._directory(id)
+        if not directory.is_dir():
+            raise NotFound(f"Instance {id} could not be found.")
+        said = b""
+        # Another libvirtd's virtlogd turns files over: console.log.0 is the one before.
+        limit = min(TAIL_BYTES, self.compute.console_log_max_bytes)
+        for name in ("console.log", "console.log.0", "console.log.1", "console.log.2"):
+            if len(said) < limit:
+                said = _tail(directory / name, limit - len(said)) + said
+        return said
+
+    def listen(self, changed: Callable[[str, Power], None]) -> None:
+        self.listeners.append(changed)
+
+    def close(self, stop_daemon: bool = False) -> None:
+        """`stop_daemon` ends a private libvirtd as well; guests go on in any case."""
+        self.closing.set()
+        self.news.put(None)
+        self.link.close()
+        if stop_daemon:
+            self.daemon.stop()
+
+    # ---- acts on a domain; each may be done twice
+
+    def _on(self, id: str, act: Callable[[Any], T], timeout_s: float | None = None) -> T:
+        """`act(domain)`. Raises NotFound where there is none, Refused with few words when libvirt would not."""
+        lib = self.lib
+        try:
+            return self.link.call(lambda conn: act(conn.lookupByUUIDString(id)), timeout_s)
+        except lib.libvirtError as e:
+            raise self._trouble(id, e) from None
+
+    def _trouble(self, id: str, error: Any) -> Trouble:
+        lib, why = self.lib, str(error)
+        if error.get_error_code() == lib.VIR_ERR_NO_DOMAIN:
+            return NotFound(f"Instance {id} could not be found.", why=why)
+        if error.get_error_code() in (lib.VIR_ERR_OPERATION_TIMEOUT, lib.VIR_ERR_AGENT_UNRESPONSIVE):
+            return Unavailable("The hypervisor of this host is busy with the server.", why=why)
+        for mark, said in REASONS.items():
+            if mark.lower() in why.lower():
+                return Refused(said, why=why)
+        return Refused("The hypervisor of this host could not do it.", why=why)
+
+    def _define(self, machine: Machine) -> None:
+        """Tells libvirt; the same again is no harm."""
+        text = xml.domain_xml(machine, self._place(machine))
+        _put(self._directory(machine.id) / "domain.xml", text.encode(), 0o600)
+        try:
+            self.link.call(lambda conn: conn.defineXML(text))
+        except self.lib.libvirtError as e:
+            raise self._trouble(machine.id, e) from None
+
+    def _run(self, machine: Machine) -> None:
+        """Until it runs: from off, from saved, from paused."""
+
+        def act(domain: Any) -> None:
+            if domain.state()[0] == self.lib.VIR_DOMAIN_PMSUSPENDED:
+                domain.pMWakeup()
+            elif not domain.isActive():
+                try:
+                    domain.create()
+                except self.lib.libvirtError:
+                    if not domain.isActive():
+                        raise
+            if domain.state()[0] == self.lib.VIR_DOMAIN_PAUSED:  # now, or when it was saved
+                domain.resume()
+
+        self._make_taps(machine)
+        with self.boots:
+            self._on(machine.id, act, timeout_s=self._long(machine))
+
+    def _turned_off(self, domain: Any) -> None:
+        if domain.isActive():
+            try:
+                domain.destroy()
+            except self.lib.libvirtError:
+                if domain.isActive():
+                    raise
+
+    def _undefined(self, domain: Any) -> None:
+        lib = self.lib
+        if domain.isPersistent():
+            flags = lib.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | lib.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+            flags |= lib.VIR_DOMAIN_UNDEFINE_NVRAM | lib.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+            domain.undefineFlags(flags)
+
+    def _forget_saved(self, domain: Any) -> None:
+        if domain.hasManagedSaveImage():
+            domain.managedSaveRemove(0)
+
+    def _asked_to_end(self, domain: Any) -> None:
+        """By the power button. A guest that is paused would not notice it."""
+        with contextlib.suppress(self.lib.libvirtError):  # it may just have ended
+            if domain.state()[0] == self.lib.VIR_DOMAIN_PAUSED:
+                domain.resume()
+            domain.shutdownFlags(self.lib.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+
+    def _rebooted(self, id: str, timeout_s: float) -> bool:
+        """With the guest's help. libvirt turns the power-off that comes of it into a reset, so the machine never
+        looks off meanwhile, and the reboot comes to its end also when we do not."""
+
+        def act(domain: Any) -> bool:
+            if domain.state()[0] != self.lib.VIR_DOMAIN_RUNNING:
+                return False
+            domain.reboot(self.lib.VIR_DOMAIN_REBOOT_ACPI_POWER_BTN)
+            return True
+
+        end = self.clock.now() + timeout_s
+        with self._watch(id) as told:
+            while (left := end - self.clock.now()) > 0:
+                try:
+                    if not self._on(id, act):
+                        return False
+                except NotFound:
+                    return False
+                if self._hear(told, "rebooted", min(left, 10.0)):
+                    return True
+        return False
+
+    def _long(self, machine: Machine) -> float:
+        """How long a call may take that moves all of a guest's memory."""
+        return self.options.call_timeout_s + (machine.memory_mb << 20) / SAVE_BYTES_PER_S
+
+    # ---- taps, where libvirt may not make them
+
+    def _taps(self, machine: Machine) -> list[tuple[str, str, int]]:
+        """(name, bridge, MTU) of those that are ours to make."""
+        if os.geteuid() == 0:
+            return []
+        return [(nic.device, nic.bridge, nic.mtu) for nic in machine.nics if nic.vif_type == "bridge"]
+
+    def _make_taps(self, machine: Machine) -> None:
+        for name, bridge, mtu in self._taps(machine):
+            if not _is_link(name):
+                _ip("tuntap", "add", name, "mode", "tap", "user", str(os.geteuid()), "vnet_hdr")
+            _ip("link", "set", name, "mtu", str(mtu), "master", bridge, "up")
+
+    def _remove_taps(self, machine: Machine) -> None:
+        for name, _, _ in self._taps(machine):
+            if _is_link(name):
+                _ip("link", "delete", name)
+
+    # ---- a server's directory
+
+    def _directory(self, id: str) -> Path:
+        if not id or "/" in id or id.startswith("."):
+            raise NotFound(f"Instance {id} could not be found.")
+        return self.instances / id
+
+    def _remember(self, machine: Machine) -> None:
+        kept = msgspec.structs.replace(machine, admin_password="")
+        _put(self._directory(machine.id) / "machine.json", msgspec.json.encode(kept), 0o600)
+        self.epochs[machine.id] = machine.epoch
+
+    def _machine(self, id: str) -> Machine | None:
+        try:
+            return msgspec.json.decode((self._directory(id) / "machine.json").read_bytes(), type=Machine)
+        except FileNotFoundError:
+            return None
+        except msgspec.MsgspecError as e:
+            logger.error("the machine of %s cannot be read: %s", id, e)
+            return None
+
+    def _known(self, id: str) -> Machine:
+        if machine := self._machine(id):
+            return machine
+        raise NotFound(f"Instance {id} could not be found.")
+
+    def _epoch(self, id: str) -> int:
+        if id not in self.epochs:
+            machine = self._machine(id)
+            self.epochs[id] = machine.epoch if machine else 0
+        return self.epochs[id]
+
+    def _place(self, machine: Machine) -> xml.Place:
+        directory, options = self._directory(machine.id), self.options
+        try:
+            laid = msgspec.json.decode((directory / "disks.json").read_bytes(), type=dict[str, xml.Laid])
+        except OSError:
+            raise Refused("The disks of the server are missing on this host.") from None
+        drive = directory / xml.CONFIG_DRIVE
+        if machine.config_drive and not drive.exists():
+            disks.config_drive(drive, lambda: self.config_drive(machine), self.mode)
+        mode = options.cpu_mode
+        if mode == "auto":
+            mode = "host-model" if self.virt_type == "kvm" else "maximum"
+        return xml.Place(
+            emulator=self.emulator,
+            virt_type=self.virt_type,
+            disks=laid,
+            console=str(directory / "console.log"),
+            owner=self.owner,
+            config_drive=str(drive) if machine.config_drive else "",
+            vnc="" if self.shared else str(self._vnc(machine.id)),
+            machine_type=options.machine_type,
+            cpu_mode=mode,
+            cpu_model=self._cpu_model(),
+            disk_cache=options.disk_cache,
+            spare_slots=options.hotplug_slots,
+            tcg_cache_mb=options.tcg_cache_mb,
+            taps="libvirt" if os.geteuid() == 0 else "ready",
+        )
+
+    def _cpu_model(self) -> str:
+        if self.options.cpu_mode != "custom" or not self.options.cpu_models:
+            return ""
+        can = self.abilities.cpu_models if self.abilities else []
+        return next((m for m in self.options.cpu_models if m in can), self.options.cpu_models[0])
+
+    def _vnc(self, id: str) -> Path:
+        """In the directory for sockets, whose name is short enough."""
+        where = self.daemon.run if isinstance(self.daemon, Private) else self.state_dir
+        return where / f"{id}.vnc"
+
+    def _owner(self, ids: Ids) -> str:
+        if isinstance(self.daemon, Private):
+            return self.daemon.host_uuid
+        kept = self.state_dir / "host_uuid"
+        if not kept.exists():
+            _put(kept, ids.uuid().encode(), 0o600)
+        return kept.read_text().strip()
+
+    def _sweep(self) -> None:
+        """What a destroy did not come to."""
+        for gone in self.instances.glob(".*"):
+            shutil.rmtree(gone, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _alone(self, id: str) -> Iterator[None]:
+        """One act at a time changes what a server has here. Held for moments, never while a guest is waited for."""
+        with self.lock:
+            own = self.locks.get(id) or _Own()
+            self.locks[id] = own
+        with own.lock:
+            yield
+
+    # ---- what libvirt says unasked
+
+    def _connected(self, conn: Any) -> None:
+        """With each new connection: hear what happens from now on, and find out what happened meanwhile."""
+        lib = self.lib
+        conn.domainEventRegisterAny(None, lib.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
+        conn.domainEventRegisterAny(None, lib.VIR_DOMAIN_EVENT_ID_REBOOT, self._reset, None)
+        directories = {p.name for p in self.instances.glob("[!.]*")}
+        for id, power, _ in self._domains(conn, directories):
+            self._saw(id, power)
+        with self.lock:
+            for watchers in self.watchers.values():
+                for told in watchers:
+                    told.put("changed")
+
+    def _lifecycle(self, conn: Any, domain: Any, event: int, detail: int, opaque: object) -> None:
+        id, lib = domain.UUIDString(), self.lib
+        if not (self.instances / id).is_dir():
+            return
+        power: Power | None = None
+        if event in (lib.VIR_DOMAIN_EVENT_STARTED, lib.VIR_DOMAIN_EVENT_RESUMED):
+            power = "running"
+        elif event == lib.VIR_DOMAIN_EVENT_SUSPENDED:
+            power = "paused"
+        elif event == lib.VIR_DOMAIN_EVENT_PMSUSPENDED:
+            power = "suspended"
+        elif event == lib.VIR_DOMAIN_EVENT_CRASHED:
+            power = "crashed"
+        elif event == lib.VIR_DOMAIN_EVENT_STOPPED:
+            failed = (lib.VIR_DOMAIN_EVENT_STOPPED_CRASHED, lib.VIR_DOMAIN_EVENT_STOPPED_FAILED)
+            saved = detail == lib.VIR_DOMAIN_EVENT_STOPPED_SAVED
+            power = "suspended" if saved else "crashed" if detail in failed else "shutdown"
+            self._notify(id, "stopped")
+        if power:
+            self._saw(id, power)
+
+    def _reset(self, conn: Any, domain: Any, opaque: object) -> None:
+        self._notify(domain.UUIDString(), "rebooted")
+
+    def _saw(self, id: str, power: Power) -> None:
+        before = self.known.get(id)
+        self.known[id] = power
+        if before not in (None, power):
+            self.news.put((id, power))
+
+    def _notify(self, id: str, told: Told) -> None:
+        with self.lock:
+            for watcher in self.watchers.get(id, ()):
+                watcher.put(told)
+
+    @contextlib.contextmanager
+    def _watch(self, id: str) -> Iterator["queue.SimpleQueue[Told]"]:
+        """What is told of a machine from now on."""
+        told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        with self.lock:
+            self.watchers.setdefault(id, []).append(told)
+        try:
+            yield told
+        finally:
+            with self.lock:
+                self.watchers[id].remove(told)
+                if not self.watchers[id]:
+                    del self.watchers[id]
+
+    def _hear(self, told: "queue.SimpleQueue[Told]", what: Told, timeout_s: float) -> bool:
+        """Waits until it is told. False when it was not, or when something may have been missed meanwhile."""
+        end = self.clock.now() + timeout_s
+        while (left := end - self.clock.now()) > 0:
+            try:
+                heard = told.get(timeout=left)
+            except queue.Empty:
+                return False
+            if heard in (what, "changed"):
+                return heard == what
+        return False
+
+    def _tell(self) -> None:
+        """A thread of its own: who listens may call us, and may take his time."""
+        while news := self.news.get():
+            for listener in self.listeners:
+                try:
+                    listener(*news)
+                except Exception:
+                    logger.exception("somebody who was told of %s stumbled", news[0])
+
+    def _trim(self) -> None:
+        while not self.closing.wait(TRIM_EVERY_S):
+            self.trim_console_logs()
+
+    def trim_console_logs(self) -> None:
+        """Keeps each at most a quarter longer than the option says."""
+        most = self.compute.console_log_max_bytes
+        for path in self.instances.glob("[!.]*/console.log"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_blocks * 512 > most + max(most // 4, 2 * BLOCK):
+                    _behead(path, most)
+
+
+class _Own:
+    """A server's lock; it goes when nobody holds or wants it."""
+
+    __slots__ = ("__weakref__", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+
+# What libvirt says, and what a user is told of it.
+REASONS = {
+    "Cannot allocate memory": "There is not enough memory on this host for the server.",
+    "cannot set up guest memory": "There is not enough memory on this host for the server.",
+    "No space left on device": "There is not enough disk space on this host.",
+    "already exists with uuid": "This host already has a machine of this name.",
+    "Cannot get interface MTU": "A network of the server is missing on this host.",
+    "Unable to add bridge": "A network of the server is missing on this host.",
+    "No such device": "A network of the server is missing on this host.",
+    "does not support": "The hypervisor of this host does not support what the server asks for.",
+    "unsupported configuration": "The hypervisor of this host does not support what the server asks for.",
+}
+
+
+def _put(path: Path, content: bytes, mode: int) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as out:
+        out.write(content)
+    part.replace(path)
+
+
+def _is_link(name: str) -> bool:
+    """In our network namespace; /sys may be another's."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
+
+
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode:
+        raise Refused("A network of the server is missing on this host.", why=done.stderr.strip())
+
+
+# ---- files with their head off
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _behead(path: Path, keep_bytes: int) -> None:
+    """Gives back the disk space of all but the end. Who writes to it notices nothing.
+
+    Where the file system cannot (it is old, or over a network), the end is copied aside and the file emptied; what
+    is written between the two is lost.
+    """
+    with path.open("rb+") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = (size - keep_bytes) // BLOCK * BLOCK
+        if head <= 0:
+            return
+        mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        if _libc.fallocate(file.fileno(), mode, 0, head) == 0:
+            return
+        path.with_name(path.name + ".0").write_bytes(_tail(path, keep_bytes))
+        file.truncate(0)
+
+
+def _tail(path: Path, most: int) -> bytes:
+    """The end of it, from where there is something; b"" where it is not."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = os.lseek(file.fileno(), max(0, size - most), os.SEEK_DATA)
+            file.seek(start)
+            return file.read(most)
+    except OSError:  # not there, or nothing but a hole
+        return b""
