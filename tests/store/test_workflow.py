@@ -391,6 +391,17 @@ def test_a_deadline_is_kept_to_the_second(desk: Desk) -> None:
     assert desk.row().due == 100  # not 73 + 60
 
 
+def test_who_was_not_there_to_hear_the_answer_asks_once_more_before_he_judges(desk: Desk) -> None:
+    """The machine slept for a night in the middle of a build; the host has done it, and its answer is in its ledger."""
+    desk.start(one)
+    desk.clock.at = 30_000
+    desk.engine.sweep()
+    assert desk.sent() == ["r/0", "r/0"] and desk.state() == "running" and desk.out[1].until > 30_000
+    desk.clock.at = 30_031
+    desk.engine.sweep()
+    assert [m.undoes for m in desk.out if m.undoes] == ["r/0"]
+
+
 def test_patience_without_end_is_patient_for_years(desk: Desk) -> None:
     """2 ** tries outgrows a float after some 1,024 tries, which is 17 hours."""
     desk.start(one)
@@ -998,6 +1009,32 @@ def test_a_page_of_actions_is_one_query(desk: Desk) -> None:
     with desk.db.read() as tx:
         before = desk.db.statements
         assert len(journal.actions(tx, "s")) == 50 and desk.db.statements == before + 1
+
+
+def test_what_a_run_was_told_is_forgotten_when_it_is_over(desk: Desk) -> None:
+    desk.start(typed, Job("a secret", {"x": 1}), id="r")
+    desk.start(forward, 7, id="stuck")
+    assert (desk.row().args, desk.row("stuck").args) == ("null", "7")
+
+
+def test_the_load_says_how_many_and_how_late(desk: Desk) -> None:
+    desk.start(one, 1, id="a")
+    desk.start(forward, 1, id="b")
+    desk.start(writes, 1, id="c")
+    with desk.db.read() as tx:
+        assert journal.load(tx, 5) == journal.Load(1, 1, 0)
+        assert journal.load(tx, 25) == journal.Load(1, 1, 15)
+    desk.clock.at = 20
+    desk.start(one, 1, id="d", carry=False)
+    with desk.db.read() as tx:
+        assert journal.load(tx, 25) == journal.Load(2, 1, 15)
+
+
+def test_an_ill_database_does_not_tell_what_it_was_told(desk: Desk) -> None:
+    with pytest.raises(sa.exc.IntegrityError) as e, desk.db.tx() as tx:
+        for _ in range(2):
+            start(tx, typed, Job("a secret", {}), id="r", subject="s", now=0)
+    assert "a secret" not in str(e.value)
 
 
 def test_old_journals_are_forgotten_in_bounded_bites_and_only_those(desk: Desk) -> None:

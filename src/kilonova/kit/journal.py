@@ -273,7 +273,7 @@ class Load(msgspec.Struct, frozen=True):
 
 def load(tx: Tx, now: float) -> Load:
     """Two looks into one index, whatever the age of the book."""
-    n = dict(tx.execute(OPEN_COUNTS).tuples().all())
+    n: dict[str, int] = {row[0]: row[1] for row in tx.execute(OPEN_COUNTS)}
     due = tx.execute(LONGEST_DUE, {"now": now}).scalar()
     return Load(n.get("running", 0), n.get("stuck", 0), 0.0 if not due else max(0.0, now - due))
 
