@@ -50,5 +50,5 @@ def _nothing(call: Call, **_: str) -> None:
 
 for methods, path, *actions in GONE:
     for method in methods.split():
-        for action in actions or [None]:
+        for action in actions or (None,):
             R.add(method, f"/v2.1{path}", action=action, gone=True)(_nothing)
