@@ -120,8 +120,14 @@ class Ground:
         """A namespace with its loopback up. True when it was not there before."""
         if self.identity(name) is not None:
             return False
-        (NETNS / name).unlink(missing_ok=True)  # left by `ip netns add` that died half-way
-        self._host_run("ip", "netns", "add", name)
+        for last in (False, True):
+            (NETNS / name).unlink(missing_ok=True)  # left by `ip netns add` that died half-way
+            try:
+                self._host_run("ip", "netns", "add", name)
+                break
+            except Unavailable:  # two that make the machine's first namespace at once disturb each other
+                if last:
+                    raise
         self.run(["ip", "link", "set", "lo", "up"], name)
         return True
 
