@@ -1,0 +1,441 @@
+"""A whole cloud in one thread, for stories: `cloud.boot(…)`, `server.act("stop")`, `cloud.settle()`, `cloud.check()`.
+
+API, conductor, scheduler, hosts, identity, images and networks are the real ones, on SQLite in a directory of the
+test's own; hypervisors are simulated.  Letters lie in a list until `settle` brings them, and time passes when
+nothing else can be done.  `wrong` is the one list of what must be true of any cloud at rest.
+"""
+
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from kilonova.api.app import service as compute_service
+from kilonova.api.host_book import HostBook
+from kilonova.api.registry import World as ApiWorld
+from kilonova.clients import Inside, Login, Neighbours, neighbours
+from kilonova.companions import network
+from kilonova.companions.identity import SERVICE_USER
+from kilonova.compute.sims import SimHosts
+from kilonova.conductor.app import Conductor
+from kilonova.kit.ask import asked
+from kilonova.kit.bus import Answered, answer_to, letter, opened
+from kilonova.kit.clock import Ids
+from kilonova.kit.db import Db, Tx
+from kilonova.kit.errors import Unavailable
+from kilonova.kit.http import Mount
+from kilonova.kit.journal import RUNS, STEPS, fault_of
+from kilonova.model import options
+from kilonova.model.ask import amounts
+from kilonova.model.options import Config
+from kilonova.model.server import Server
+from kilonova.model.states import VM
+from kilonova.scheduler.select import Scheduler
+from kilonova.store import hosts, networks, placement, servers
+from kilonova.virt.sim import SimState, copy
+from tests.cloud.embedded import Embedded, Person
+
+RESTING = {
+    VM.active,
+    VM.stopped,
+    VM.paused,
+    VM.suspended,
+    VM.error,
+    VM.deleted,
+    VM.rescued,
+    VM.resized,
+    VM.soft_deleted,
+}
+POWER = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
+
+
+class StoryBus:
+    """Letters in one list; who serves an address is called when somebody pumps."""
+
+    def __init__(self) -> None:
+        self.doors: dict[str, Callable[[bytes], None]] = {}
+        self.letters: deque[tuple[str, bytes]] = deque()
+        self.lose: Callable[[str, bytes], bool] = lambda to, raw: False
+
+    def serve(self, address: str, receive: Callable[[bytes], None], threads: int = 1) -> Callable[[], None]:
+        self.doors[address] = receive
+        return lambda: self.doors.pop(address, None) and None
+
+    def serve_many(self, receivers: Mapping[str, Callable[[bytes], None]], threads: int = 1) -> Callable[[], None]:
+        self.doors |= receivers
+        return lambda: [self.doors.pop(a, None) for a in receivers] and None
+
+    def send(self, to: str, raw: bytes) -> None:
+        if not self.lose(to, raw):
+            self.letters.append((to, raw))
+
+
+class Cloud:
+    """`hosts` simulated ones. Everything is called by whoever tells the story; nothing runs by itself."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        hosts: int = 3,
+        config: Config | None = None,
+        sim: options.Sim | None = None,
+        seed: int = 1,
+        down: Iterable[str] = (),
+    ) -> None:
+        self.config = config or Config()
+        self.dice = random.Random(seed)
+        self.ids = Ids(random.Random(seed))
+        self.services = Embedded(directory)
+        self.clock, self.db = self.services.clock, self.services.db
+        self.bus, self.woken = StoryBus(), deque[str]()
+        self.sim = msgspec.structs.replace(sim or options.Sim(cpus=8, memory_mb=16_384, disk_gb=100), hosts=hosts)
+        self.states: dict[str, SimState] = {}
+        self.dead: set[str] = set(down)
+        gate = self.services.realm.gate
+        self.networks = network.World(self.db, self.clock, self.ids, self.config.network)
+        self.network = network.make_service(self.networks, gate)
+        url = self.services.url
+        first = self.services.first
+        login = Login(SERVICE_USER, first.service_password)
+        self.neighbours: Neighbours = neighbours(
+            self.clock,
+            login,
+            identity=self.services.carrier_of("/identity"),
+            image=self.services.carrier_of("/image"),
+            network=Inside(self.network, url + "/network"),
+        )
+        self.book = HostBook(self.db, self.clock, self.config)
+        self.start_conductor()
+        api = ApiWorld(
+            self.db, self.clock, self.ids, self.config, self.neighbours, self.book, self.woken.append, self.ask
+        )
+        self.api = compute_service(api, gate)
+        whole = {"/compute": self.api, "/network": self.network}
+        whole |= {"/identity": self.services.identity, "/image": self.services.image}
+        self.services.carrier = Inside(Mount(whole, root=self.services.identity), url)
+        self.start_hosts()
+        self.user = self.services.person("alice", "member")
+        self.admin = self.services.admin()
+        network.bootstrap(self.networks, first.admin_project_id)
+        self.make_flavors()
+        self.image_id = self.make_image()
+        self.tick()
+
+    # -- processes
+
+    def start_conductor(self) -> None:
+        """As after a crash: what was in memory is gone."""
+        self.scheduler = Scheduler(self.db, clock=self.clock, dice=random.Random(self.dice.random()))
+        self.conductor = Conductor(
+            "c0",
+            self.db,
+            self.bus,
+            self.neighbours,
+            self.scheduler.choose,
+            clock=self.clock,
+            ids=self.ids,
+            dice=random.Random(self.dice.random()),
+            config=self.config,
+        )
+        self.conductor.world.wake = self.woken.append
+        self.conductor.engine.recover()
+        self.bus.serve("conductor", self.conductor.engine.receive)
+
+    def start_hosts(self) -> None:
+        """The same: machines are still there."""
+        self.clock.sleep(0.001)  # another life begins at another moment
+        self.hosts = SimHosts(
+            self.bus, clock=self.clock, options=self.sim, compute=self.config.compute, states=self.states, prefix="h"
+        )
+        for name, host in self.hosts.hosts.items():
+            self.bus.serve(name, host.receive)
+            self.bus.serve(asked(name), host.answer)
+        self.report()
+
+    def report(self) -> None:
+        for name, h in self.hosts.hosts.items():
+            if name not in self.dead:
+                self.bus.send("conductor", letter(h.report()))
+
+    # -- time
+
+    def tick(self) -> None:
+        """All letters and wake-ups, until there are none."""
+        while self.bus.letters or self.woken:
+            while self.bus.letters:
+                self.clock.sleep(0.001)
+                to, raw = self.bus.letters.popleft()
+                if to not in self.dead and (door := self.bus.doors.get(to)):
+                    door(raw)
+            while self.woken:
+                self.conductor.engine.carry(self.woken.popleft())
+
+    def settle(self, limit_s: float = 4000.0) -> None:
+        """Until nobody is at work, and what hosts say was heard once more."""
+        until, told = self.clock.now() + limit_s, self.clock.now()
+        for _ in range(2):
+            self.tick()
+            while (due := self.next_due()) is not None and self.clock.now() < until:
+                self.clock.at = max(self.clock.at, min(due, told + 10.0))
+                if self.clock.now() >= told + 10.0:
+                    told = self.clock.now()
+                    self.report()
+                    self.mend("beats")
+                self.conductor.engine.sweep(1000)
+                self.tick()
+            self.report()
+            self.tick()
+            self.mend("beats")
+
+    def pass_time(self, seconds: float) -> None:
+        """Hosts go on to report, reconcilers have their turns."""
+        until = self.clock.now() + seconds
+        while self.clock.now() < until:
+            self.clock.at = min(until, self.clock.now() + 10.0)
+            self.report()
+            self.tick()
+            self.conductor.reconcilers.turn()
+            self.conductor.engine.sweep(1000)
+            self.tick()
+
+    def next_due(self) -> float | None:
+        with self.db.read() as tx:
+            at: float | None = tx.execute(sa.select(sa.func.min(RUNS.c.due)).where(RUNS.c.state == "running")).scalar()
+            return at
+
+    def mend(self, name: str) -> list[str]:
+        return self.conductor.reconcilers.run_once(name)
+
+    # -- asking
+
+    def json(
+        self, method: str, path: str, body: Any = None, *, ok: int = 200, token: str = "", version: str = "2.96"
+    ) -> Any:
+        """Of the Compute API, as alice."""
+        self.clock.sleep(0.001)
+        told = {"OpenStack-API-Version": f"compute {version}"}
+        answer = self.services.ask(method, f"/compute/v2.1{path}", body, token or self.user.token, **told)
+        said = answer.read()
+        assert answer.status == ok, (answer.status, said)
+        return msgspec.json.decode(said) if said else None
+
+    def ask(self, host: str, call: Any, timeout_s: float = 10.0) -> Any:
+        """A question to a host, answered at once."""
+        found: list[Answered] = []
+        back = "asker-story"
+        self.bus.serve(back, lambda raw: found.append(msgspec.msgpack.decode(opened(raw).body, type=Answered)))  # type: ignore[union-attr]
+        self.bus.send(asked(host), letter(call, key="q", reply=back))
+        self.tick()
+        if not found:
+            raise Unavailable(f"{host} did not answer in time.")
+        if found[0].fault:
+            raise found[0].fault.trouble()
+        return msgspec.json.decode(found[0].answer or "null", type=answer_to(type(call)))
+
+    def make_flavors(self) -> None:
+        sizes = {"small": (1, 512, 1), "large": (4, 4096, 20), "huge": (8, 40_000, 20)}
+        for name, (vcpus, ram, disk) in sizes.items():
+            body = {"flavor": {"name": name, "id": name, "vcpus": vcpus, "ram": ram, "disk": disk}}
+            self.json("POST", "/flavors", body, token=self.admin)
+
+    def make_image(self) -> str:
+        wish = {"name": "tiny", "disk_format": "raw", "container_format": "bare", "visibility": "public"}
+        made = self.services.json("POST", "/image/v2/images", wish, self.admin, ok=201)
+        path = f"/image/v2/images/{made['id']}/file"
+        self.services.ask("PUT", path, b"\0" * 512, self.admin, Content_Type="application/octet-stream").read()
+        id: str = made["id"]
+        return id
+
+    def boot(
+        self,
+        name: str = "one",
+        *,
+        flavor: str = "small",
+        settle: bool = True,
+        networks: Any = "auto",
+        ok: int = 202,
+        **more: Any,
+    ) -> "Handle":
+        wish = {"name": name, "flavorRef": flavor, "imageRef": self.image_id, "networks": networks, **more}
+        said = self.json("POST", "/servers", {"server": wish}, ok=ok, token=self.admin if "host" in more else "")
+        made = Handle(self, said["server"]["id"])
+        if settle:
+            self.settle()
+        return made
+
+    # -- judging
+
+    def check(self) -> list[str]:
+        holds = {name: copy(state) for name, state in self.states.items() if name not in self.dead}
+        return wrong(self.db, holds)
+
+
+class Handle:
+    """A server, by its id."""
+
+    def __init__(self, cloud: Cloud, id: str) -> None:
+        self.cloud, self.id = cloud, id
+
+    def show(self) -> Any:
+        return self.cloud.json("GET", f"/servers/{self.id}", token=self.cloud.admin)["server"]
+
+    @property
+    def status(self) -> str:
+        text: str = self.show()["status"]
+        return text
+
+    @property
+    def row(self) -> Server:
+        with self.cloud.db.read() as tx:
+            return servers.get(tx, self.id)
+
+    def act(self, action: str, said: Any = None, *, settle: bool = True, ok: int = 202) -> Any:
+        """ "os-stop", "pause", "reboot" with {"type": "HARD"}, …"""
+        answer = self.cloud.json("POST", f"/servers/{self.id}/action", {action: said}, ok=ok)
+        if settle:
+            self.cloud.settle()
+        return answer
+
+    def delete(self, *, settle: bool = True, ok: int = 204) -> None:
+        self.cloud.json("DELETE", f"/servers/{self.id}", ok=ok)
+        if settle:
+            self.cloud.settle()
+
+    def events(self) -> list[tuple[str, str | None]]:
+        """(event, result) of all actions, the oldest first."""
+        path = f"/servers/{self.id}/os-instance-actions"
+        shown = []
+        for a in reversed(self.cloud.json("GET", path, token=self.cloud.admin)["instanceActions"]):
+            one = self.cloud.json("GET", f"{path}/{a['request_id']}", token=self.cloud.admin)["instanceAction"]
+            shown += [(e["event"], e["result"]) for e in one["events"]]
+        return shown
+
+    @property
+    def state(self) -> SimState:
+        host = self.row.host
+        assert host is not None
+        return self.cloud.states[host]
+
+
+# ---- what must be true of any cloud at rest
+
+
+def wrong(
+    db: Db,
+    holds: Mapping[str, Mapping[str, tuple[str, int]]],
+    ports: Iterable[tuple[str, str, str]] | None = None,
+) -> list[str]:
+    """What is not as it must be, in words; nothing: all is well.
+
+    `holds`: of each host that works, what it has: {server: (power, epoch)}.  `ports`: (id, device, host) of all ports
+    that belong to servers; None: they are looked up in our own network service.
+    """
+    with db.read() as tx:
+        all = [servers.of(r) for r in tx.execute(servers.SELECT)]
+        said = _runs(tx)
+        said += _claims(tx, all)
+        said += _machines(all, holds)
+        said += _ports(all, _our_ports(tx) if ports is None else ports)
+        said += [line for s in all for line in _resting(tx, s)]
+    return said
+
+
+def _runs(tx: Tx) -> list[str]:
+    runs = tx.execute(sa.select(RUNS)).all()
+    said = [f"run {r.workflow} of {r.subject} is {r.state}: {r.fault}" for r in runs if r.state in ("running", "stuck")]
+    ended = sa.select(STEPS.c.step, STEPS.c.run).join(RUNS, RUNS.c.id == STEPS.c.run)
+    loose = tx.execute(ended.where(STEPS.c.finished.is_(None), RUNS.c.state.in_(["done", "failed"]))).all()
+    return said + [f"step {s.step} of run {s.run} never ended" for s in loose]
+
+
+def _claims(tx: Tx, all: list[Server]) -> list[str]:
+    said = []
+    of = {n.uuid: n.host for n in tx.execute(sa.select(hosts.NODES))}
+    sums: dict[tuple[str, str], int] = defaultdict(int)
+    held: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
+    for a in tx.execute(sa.select(placement.ALLOCATIONS)):
+        sums[a.provider, a.resource_class] += a.amount
+        held[a.consumer][of.get(a.provider, a.provider)][a.resource_class] = a.amount
+    for i in tx.execute(sa.select(placement.INVENTORIES)):
+        have = sums.pop((i.provider, i.resource_class), 0)
+        if i.used != have:
+            said.append(f"{of.get(i.provider)}: {i.used} {i.resource_class} used, {have} claimed")
+        if have > (i.total - i.reserved) * i.allocation_ratio:
+            said.append(f"{of.get(i.provider)}: {have} {i.resource_class} claimed of {i.total}")
+    said += [f"{n} {name} claimed of {provider}, which has none" for (provider, name), n in sums.items()]
+    for s in all:
+        expect = {s.host: amounts(s.flavor)} if s.host and s.deleted_at is None else {}
+        found = {h: dict(c) for h, c in held.pop(s.id, {}).items()}
+        if found != expect:
+            said.append(f"{s.id} ({s.vm_state}) on {s.host} holds {found}")
+    return said + [f"{consumer} is no server and holds {dict(h)}" for consumer, h in held.items()]
+
+
+def _machines(all: list[Server], holds: Mapping[str, Mapping[str, tuple[str, int]]]) -> list[str]:
+    said = []
+    at: dict[str, dict[str, tuple[str, int]]] = defaultdict(dict)
+    for host, machines in holds.items():
+        for id, how in machines.items():
+            at[id][host] = how
+    for s in all:
+        found = at.pop(s.id, {})
+        wanted = {s.host} if s.host in holds and s.deleted_at is None else set()
+        if set(found) != wanted and not (s.vm_state == VM.error and not found):
+            said.append(f"{s.id} ({s.vm_state}) on {s.host} has machines on {sorted(found)}")
+        for host, (power, epoch) in found.items():
+            if host in wanted and POWER[power] != s.power_state and s.vm_state != VM.error:
+                said.append(f"{s.id} ({s.vm_state}) is {power} on {host}, written is {s.power_state}")
+            if host in wanted and epoch != s.epoch:
+                said.append(f"{s.id} on {host} is of epoch {epoch}, written is {s.epoch}")
+    return said + [f"{id} is no server and has machines on {sorted(found)}" for id, found in at.items()]
+
+
+def _our_ports(tx: Tx) -> list[tuple[str, str, str]]:
+    p = networks.Port
+    return [
+        (x.id, x.device_id, x.binding_host_id)
+        for x in networks.find(tx, p)
+        if x.device_id and x.device_owner.startswith("compute:")
+    ]
+
+
+def _ports(all: list[Server], ports: Iterable[tuple[str, str, str]]) -> list[str]:
+    said = []
+    of: dict[str, dict[str, str]] = defaultdict(dict)
+    for id, device, host in ports:
+        of[device][id] = host
+    for s in all:
+        wanted = {p.port_id: s.host for p in s.plugs} if s.deleted_at is None and s.host else {}
+        if (found := of.pop(s.id, {})) != wanted:
+            said.append(f"{s.id} ({s.vm_state}) on {s.host} has ports {found}, written are {wanted}")
+    return said + [f"{device} is no server and has ports {sorted(found)}" for device, found in of.items()]
+
+
+def _resting(tx: Tx, s: Server) -> list[str]:
+    said = []
+    if s.task_state is not None or s.vm_state not in RESTING:
+        said.append(f"{s.id} rests as {s.vm_state}, {s.task_state}")
+    if s.vm_state == VM.error and (s.fault_run is None or fault_of(tx, s.fault_run) is None):
+        said.append(f"{s.id} is in error, and nobody says why")
+    if (s.vm_state == VM.deleted) != (s.deleted_at is not None):
+        said.append(f"{s.id} is {s.vm_state}, deleted at {s.deleted_at}")
+    return said
+
+
+@contextmanager
+def telling(directory: Path, **how: Any) -> Any:
+    """A cloud that is well at the end of the story."""
+    cloud = Cloud(directory, **how)
+    yield cloud
+    cloud.settle()
+    assert cloud.check() == []
+    cloud.db.close()
+
+
+__all__ = ["Cloud", "Handle", "Person", "StoryBus", "telling", "wrong"]
