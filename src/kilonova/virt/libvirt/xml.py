@@ -86,7 +86,7 @@ def domain_xml(machine: Machine, at: Place) -> str:
         word for nic in machine.nics if nic.vif_type == "user" for word in _user_network(nic, machine, kind)
     ]:
         line = element(f"{{{QEMU}}}commandline")
-        line.extend(element(f"{{{QEMU}}}arg", value=word) for word in arguments)
+        line.extend([element(f"{{{QEMU}}}arg", value=word) for word in arguments])
         domain.append(line)
     ElementTree.indent(domain)
     return ElementTree.tostring(domain, encoding="unicode")
@@ -191,10 +191,10 @@ def _clock(machine: Machine) -> Element:
 def _devices(machine: Machine, at: Place, kind: str) -> Element:
     made = element("devices", None, element("emulator", at.emulator))
     made.extend(_controllers(machine, at, kind))
-    made.extend(_disk(disk, at) for disk in machine.disks)
+    made.extend([_disk(disk, at) for disk in machine.disks])
     if at.config_drive:
         made.append(_config_drive(machine, at, kind))
-    made.extend(_nic(nic, at) for nic in machine.nics if nic.vif_type != "user")
+    made.extend([_nic(nic, at) for nic in machine.nics if nic.vif_type != "user"])
     made.append(
         element("serial", None, element("log", file=at.console, append="on"), element("target", port="0"), type="pty")
     )

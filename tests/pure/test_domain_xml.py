@@ -1,0 +1,193 @@
+"""A `Machine` in libvirt's words: what must be in them whatever a machine is like."""
+
+import re
+import string
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kilonova.kit.errors import Refused
+from kilonova.model.machine import Disk, FixedIp, Identity, ImageSource, Machine, Nic
+from kilonova.virt.libvirt.xml import NAMESPACE, QEMU, Laid, Layer, Place, domain_xml, epoch_of
+
+ID = "0b1c2d3e-0000-4000-8000-00000000002a"
+LAID = Laid([Layer("/srv/instances/x/disk.vda", "qcow2"), Layer("/srv/cache/image", "raw")])
+PLACE = Place("/usr/bin/qemu-system-x86_64", "qemu", {"vda": LAID}, "/srv/instances/x/console.log", owner="host-uuid")
+ROOT = Disk("vda", ImageSource("image", "raw", 1), size_bytes=1 << 30, boot_index=0)
+NIC = Nic("port", "network", "fa:16:3e:00:00:01", "tap01234567-89", bridge="brq0123", mtu=1442)
+
+
+def machine(**changes: object) -> Machine:
+    made = Machine(
+        id=ID,
+        name="instance-0000002a",
+        vcpus=2,
+        memory_mb=512,
+        disks=[ROOT],
+        nics=[NIC],
+        identity=Identity(uuid=ID, name="one", hostname="one", project_id="p"),
+        epoch=7,
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def made(of: Machine, at: Place = PLACE) -> ElementTree.Element:
+    return ElementTree.fromstring(domain_xml(of, at))
+
+
+def at(**changes: object) -> Place:
+    return msgspec.structs.replace(PLACE, **changes)
+
+
+# What an XML document can hold; other control characters are refused long before.
+words = st.text(st.characters(codec="utf-8", categories=("L", "M", "N", "P", "S", "Z"))).map(str.strip)
+
+
+@given(name=words, flavor=words, path=st.text(string.printable.strip(), min_size=1))
+def test_no_name_can_break_out(name: str, flavor: str, path: str) -> None:
+    identity = Identity(uuid=ID, name=name, hostname="h", project_id="p")
+    laid = Laid([Layer(path, "qcow2"), Layer("/b" + path, "raw")])
+    root = made(machine(identity=identity, flavor_name=flavor), at(disks={"vda": laid}))
+    assert [e.tag for e in root] == [e.tag for e in made(machine())]
+    ours = root.find(f"metadata/{{{NAMESPACE}}}server")
+    assert ours is not None
+    assert (ours.findtext(f"{{{NAMESPACE}}}name") or "") == name
+    assert (ours.findtext(f"{{{NAMESPACE}}}flavor") or "") == flavor
+    assert [s.get("file") for s in root.iterfind("devices/disk[1]//source")] == [path, "/b" + path]
+
+
+def test_our_mark_says_whose_and_how_old() -> None:
+    mark = made(machine()).find(f"metadata/{{{NAMESPACE}}}server")
+    assert mark is not None
+    assert epoch_of(ElementTree.tostring(mark, encoding="unicode")) == ("host-uuid", 7)
+    with pytest.raises(ValueError):
+        epoch_of("<broken")
+
+
+def test_every_format_is_said_down_to_the_last_file() -> None:
+    """Nothing may be left to be guessed from bytes that a guest or an uploader wrote."""
+    laid = {
+        "vda": Laid([Layer("/top", "qcow2"), Layer("/middle", "qcow2"), Layer("/base", "raw")]),
+        "vdb": Laid([Layer("/blank", "raw")]),
+        "sda": Laid([Layer("/iso", "raw")], read_only=True),
+    }
+    cd = Disk("sda", ROOT.source, kind="cdrom", bus="sata")
+    root = made(
+        machine(disks=[ROOT, Disk("vdb", ROOT.source), cd], config_drive=True), at(disks=laid, config_drive="/c")
+    )
+    for disk in root.iterfind("devices/disk"):
+        driver, backing = disk.find("driver"), disk.find("backingStore")
+        assert driver is not None and driver.get("type") in ("raw", "qcow2")
+        assert backing is not None
+        while len(backing):
+            assert backing.get("type") == "file" and backing.find("format") is not None
+            inner = backing.find("backingStore")
+            assert inner is not None
+            backing = inner
+    assert len(root.findall("devices/disk[1]//backingStore")) == 3
+    assert [d.find("readonly") is not None for d in root.iterfind("devices/disk")] == [False, False, True, True]
+
+
+def test_a_disk_that_lies_nowhere_is_refused() -> None:
+    with pytest.raises(Refused, match="vda"):
+        domain_xml(machine(), at(disks={}))
+
+
+def test_slots_for_later() -> None:
+    def ports(of: Machine, place: Place = PLACE) -> int:
+        return len(made(of, place).findall("devices/controller[@model='pcie-root-port']"))
+
+    assert ports(machine(nics=[])) + 1 == ports(machine())
+    assert ports(machine()) - ports(machine(), at(spare_slots=0)) == PLACE.spare_slots
+    assert ports(machine(machine_type="pc")) == 0
+
+
+@pytest.mark.parametrize(
+    ("bus", "kind", "device", "target"),
+    [
+        ("virtio", "q35", "disk", ("virtio", "vdz")),
+        ("virtio", "pc", "cdrom", ("ide", "hdd")),
+        ("scsi", "q35", "cdrom", ("scsi", "sdz")),
+        ("sata", "q35", "cdrom", ("sata", "sdz")),
+        ("ide", "pc", "cdrom", ("ide", "hdd")),
+    ],
+)
+def test_a_config_drive_is_where_the_guest_can_see_it(
+    bus: str, kind: str, device: str, target: tuple[str, str]
+) -> None:
+    disk = msgspec.structs.replace(ROOT, bus=bus)
+    root = made(machine(disks=[disk], machine_type=kind, config_drive=True), at(config_drive="/c"))
+    drive = root.find("devices/disk[2]")
+    assert drive is not None and drive.get("device") == device
+    found = drive.find("target")
+    assert found is not None and (found.get("bus"), found.get("dev")) == target
+
+
+def test_nics() -> None:
+    card = made(machine()).find("devices/interface")
+    assert card is not None and card.get("type") == "bridge"
+    said = {tag: card.find(tag) for tag in ("mac", "source", "target", "model", "mtu", "rom")}
+    assert {tag: e.attrib for tag, e in said.items() if e is not None} == {
+        "mac": {"address": NIC.mac},
+        "source": {"bridge": NIC.bridge},
+        "target": {"dev": NIC.device},
+        "model": {"type": "virtio"},
+        "mtu": {"size": "1442"},
+        "rom": {"enabled": "no"},
+    }
+    ready = made(machine(), at(taps="ready")).find("devices/interface")
+    assert ready is not None and ready.get("type") == "ethernet"
+    with pytest.raises(Refused, match="unbound"):
+        domain_xml(machine(nics=[msgspec.structs.replace(NIC, vif_type="unbound")]), PLACE)
+
+
+def test_qemus_own_network() -> None:
+    details: dict[str, str | int | bool] = {
+        "guestfwd": "tcp:10.0.0.9:80-cmd:/bin/x a,b",
+        "hostfwd": "tcp::22-:22\ntcp::80-:80",
+    }
+    ip = FixedIp("10.0.0.5", prefix=24, gateway="10.0.0.1")
+    nic = msgspec.structs.replace(NIC, vif_type="user", ips=[ip], details=details)
+    root = made(machine(nics=[NIC, nic]))
+    line = [a.get("value", "") for a in root.iterfind(f"{{{QEMU}}}commandline/{{{QEMU}}}arg")]
+    assert len(root.findall("devices/interface")) == 1
+    netdev = re.split(r"(?<!,),(?!,)", line[1])
+    assert {"net=10.0.0.0/24", "host=10.0.0.1", "dhcpstart=10.0.0.5", "hostfwd=tcp::22-:22"} <= set(netdev)
+    assert "guestfwd=tcp:10.0.0.9:80-cmd:/bin/x a,,b" in netdev  # a comma that is meant
+    assert "bus=pcie.0" in line[3] and "addr=0x11" in line[3]
+
+
+def test_cpus() -> None:
+    cpu = made(machine(vcpus=4, cpu_cores=2, cpu_threads=2)).find("cpu/topology")
+    assert cpu is not None and cpu.attrib == {"sockets": "1", "cores": "2", "threads": "2"}
+    with pytest.raises(Refused, match="3 CPUs"):
+        domain_xml(machine(vcpus=3, cpu_cores=2), PLACE)
+    assert made(machine(), at(cpu_mode="none")).find("cpu") is None
+    custom = made(machine(), at(cpu_mode="custom", cpu_model="Nehalem")).find("cpu")
+    assert custom is not None and (custom.get("match"), custom.findtext("model")) == ("exact", "Nehalem")
+
+
+def test_emulated_guests_are_told_a_bound_and_others_are_not() -> None:
+    assert made(machine()).findtext("features/tcg/tb-cache") == "64"
+    kvm = made(machine(), at(virt_type="kvm", cpu_mode="host-model"))
+    assert kvm.get("type") == "kvm" and kvm.find("features/tcg") is None
+
+
+def test_uefi_and_secure_boot() -> None:
+    plain = made(machine(firmware="uefi")).find("os/firmware/feature")
+    assert plain is not None and plain.get("enabled") == "no"
+    secure = made(machine(firmware="uefi", properties={"os_secure_boot": "required"}))
+    feature, smm = secure.find("os/firmware/feature"), secure.find("features/smm")
+    assert feature is not None and feature.get("enabled") == "yes"
+    assert smm is not None and smm.get("state") == "on"
+
+
+def test_guests_find_out_that_they_are_in_an_openstack_cloud() -> None:
+    assert made(machine()).findtext("sysinfo/system/entry[@name='product']") == "OpenStack Compute"
+
+
+def test_the_password_is_nowhere() -> None:
+    assert "hunter2" not in domain_xml(machine(admin_password="hunter2"), PLACE)
