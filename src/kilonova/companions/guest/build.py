@@ -190,9 +190,7 @@ def _build(packages: list[Path], version: str, work: Path, progress: Callable[[s
     with (image / "disk").open("wb") as out:
         disk.write_disk(out, kernel=kernel, initrd=initrd, command_line=COMMAND_LINE, root=root)
     files = [image / name for name in ("kernel", "initrd", "disk")]
-    record = _Record(
-        version, release, {f.name: f.stat().st_size for f in files}, {f.name: _sha256(f) for f in files}
-    )
+    record = _Record(version, release, {f.name: f.stat().st_size for f in files}, {f.name: _sha256(f) for f in files})
     (image / "image.json").write_bytes(msgspec.json.encode(record))
 
 
@@ -214,20 +212,7 @@ def _initrd(busybox: Path, tree: Path) -> bytes:
 
 def _root_partition(userland: Path, tree: Path, root: Path, out: Path) -> None:
     """The root file system: files/root, busybox and its names, dropbear with its libraries, the kernel's modules."""
-    shutil.copytree(HERE / "files/root", root)
-    for directory in ("bin", "dev", "proc", "sys", "run", "mnt", "tmp", "root/.ssh", "home/kilonova",
-                      "etc/dropbear", "var/lib/kilonova", "var/log", "lib64"):  # fmt: skip
-        (root / directory).mkdir(parents=True, exist_ok=True)
-    for alias, target in {"sbin": "bin", "usr": ".", "etc/mtab": "../proc/mounts", "var/run": "../run"}.items():
-        (root / alias).symlink_to(target)
-    for path in root.rglob("*"):
-        if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() or path.read_bytes()[:2] == b"#!" else 0o644)
-    for path, mode in {"etc/shadow": 0o600, "root": 0o700, "root/.ssh": 0o700, "home/kilonova": 0o700, "tmp": 0o1777}.items():
-        (root / path).chmod(mode)
-    (root / "home/kilonova/.ssh").symlink_to("/root/.ssh")
-    (root / "etc/dropbear/options").write_text("-s\n")
-
+    _skeleton(root)
     busybox = root / "bin/busybox"
     shutil.copy(_find(userland, "bin/busybox"), busybox)
     for name in subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split():
@@ -238,20 +223,43 @@ def _root_partition(userland: Path, tree: Path, root: Path, out: Path) -> None:
     (root / "bin/ssh").symlink_to("dbclient")
     _libraries(userland, root)
 
-    found, dep, alias = disk.modules(tree, (*EARLY_MODULES, *LATE_MODULES))
+    found, dep, aliases = disk.modules(tree, (*EARLY_MODULES, *LATE_MODULES))
     home = root / "lib/modules" / tree.name
     home.mkdir(parents=True)
     (home / "modules.dep").write_text(dep)
-    (home / "modules.alias").write_text(alias)
+    (home / "modules.alias").write_text(aliases)
     for name, content in found.items():
         (home / f"{name}.ko").write_bytes(content)
+    _file_system(userland, root, out)
 
+
+def _skeleton(root: Path) -> None:
+    """files/root with the directories, links and modes that a wheel does not carry."""
+    shutil.copytree(HERE / "files/root", root)
+    for directory in ("bin", "dev", "proc", "sys", "run", "mnt", "tmp", "root/.ssh", "home/kilonova", "etc/dropbear",
+                      "var/lib/kilonova", "var/log", "lib64"):  # fmt: skip
+        (root / directory).mkdir(parents=True, exist_ok=True)
+    (root / "etc/dropbear/options").write_text("-s\n")
+    for path in root.rglob("*"):
+        path.chmod(0o755 if path.is_dir() or path.read_bytes()[:2] == b"#!" else 0o644)
+    modes = {"etc/shadow": 0o600, "root": 0o700, "root/.ssh": 0o700, "home/kilonova": 0o700, "tmp": 0o1777}
+    for name, mode in modes.items():
+        (root / name).chmod(mode)
+    links = {"sbin": "bin", "usr": ".", "etc/mtab": "../proc/mounts", "var/run": "../run",
+             "home/kilonova/.ssh": "/root/.ssh"}  # fmt: skip
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+
+
+def _file_system(userland: Path, root: Path, out: Path) -> None:
     features = "^64bit,^metadata_csum,^orphan_file"
     options = ["-q", "-t", "ext4", "-L", "kilonova", "-O", features, "-b", "4096", "-I", "256", "-N", "2048",
-               "-J", "size=4", "-m", "0", "-E", "root_owner=0:0,lazy_itable_init=0", "-d", root]  # fmt: skip
-    command = [*_run_from(userland), _find(userland, "sbin/mke2fs"), *options, out, f"{ROOT_MIB}M"]
+               "-J", "size=4", "-m", "0", "-E", "root_owner=0:0,lazy_itable_init=0"]  # fmt: skip
+    mke2fs: list[str | Path] = [*_run_from(userland), _find(userland, "sbin/mke2fs"), *options]
     environment = {**os.environ, "MKE2FS_CONFIG": str(userland / "etc/mke2fs.conf"), "LC_ALL": "C"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*mke2fs, "-d", root, out, f"{ROOT_MIB}M"], env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         reason = done.stderr.strip() or f"mke2fs ended with {done.returncode}"
         raise Unavailable(f"the guest's root file system could not be made: {reason}")
