@@ -12,7 +12,7 @@ from kilonova.companions import identity as companion
 from kilonova.kit.clock import WallClock
 from kilonova.kit.errors import Unavailable, Unknown
 from kilonova.model import options
-from tests.cloud.embedded import ADMIN, Embedded, project
+from tests.cloud.embedded import ADMIN, Embedded, driven_with_junk, project
 
 V3 = "/identity/v3"
 
@@ -458,6 +458,14 @@ def test_no_secret_lies_in_the_database(cloud):
     raw = b"".join(f.read_bytes() for f in Path(cloud.directory).glob("cloud.sqlite*"))
     assert ADMIN.encode() not in raw and b"joe's" not in raw
     assert (cloud.directory / "service-password").read_bytes() not in raw
+
+
+def test_junk_is_never_our_fault(cloud):
+    words = ["name", "password", "domain_id", "enabled", "description", "id", "roles", "expires_at", "type", "url", "blob",
+             "service_id", "interface", "region_id", "tags", "options", "user", "methods", "identity", "scope",
+             "project_id", "resource_limit", "default_limit", "tenant_id", "effective", "user.id", "whatever"]  # fmt: skip
+    real = [cloud.first.demo_project_id, cloud.first.service_user_id]
+    driven_with_junk(cloud, companion.R, "/identity", cloud.admin(), words, real)
 
 
 # ---- how other services ask

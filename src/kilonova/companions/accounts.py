@@ -137,7 +137,7 @@ def _later(text: str | None, now: float) -> float | None:
         return None
     try:
         at = parsed(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise Invalid("expires_at must be a moment in ISO 8601.") from None
     if at <= now:
         raise Invalid("expires_at must be in the future.")
