@@ -19,8 +19,10 @@ from kilonova.companions import network
 from kilonova.companions.network import World, rewire
 from kilonova.companions.network.frame import R
 from kilonova.companions.network.world import Loom
+from kilonova.companions.wires.filters import checked
 from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, meta
+from kilonova.kit.errors import Refused as RefusedByHost
 from kilonova.kit.errors import Unavailable, Unknown
 from kilonova.kit.http import Server, listen
 from kilonova.kit.routes import Context, Route
@@ -410,7 +412,7 @@ def test_a_port_without_a_guard_has_no_groups(net: Net) -> None:
 
 def test_names_of_ports(net: Net) -> None:
     port = net.make("port", "demo", network_id=net.private, dns_name="web")
-    assert port["dns_assignment"][0]["fqdn"] == "web.openstacklocal."
+    assert port["dns_assignment"][0]["fqdn"] == "web.novalocal."
     refused(400, "HTTPBadRequest", lambda: net.make("port", "demo", network_id=net.private, dns_name="-no-"))
 
 
@@ -937,13 +939,17 @@ JUNK = st.one_of(
 
 
 class Quarry:
-    """A network with one of everything, and the ids of it by the words that name them."""
+    """A network with one of everything, and the ids of it by the words that name them.
 
-    def __init__(self, net: Net) -> None:
-        self.net = net
+    Its wires make nothing, but say what they could not make: whatever the API takes, a host must be able to have.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.impossible: list[str] = []
+        self.net = net = Net(directory, {"host-1": self.look, "host-2": self.look})
         n, s = net.network("demo")
-        port = net.make("port", "demo", network_id=n)["id"]
-        router = net.make("router", "demo")["id"]
+        port = net.make("port", network_id=n, project_id="demos", binding__host_id="host-1")["id"]
+        router = net.make("router", "demo", external_gateway_info={"network_id": net.public})["id"]
         net.ask("PUT", f"/routers/{router}/add_router_interface", {"subnet_id": s}, "demo")
         group = net.make("security_group", "demo", name="g")
         rule = net.make("security_group_rule", "demo", security_group_id=group["id"], direction="ingress")["id"]
@@ -960,6 +966,12 @@ class Quarry:
             "security_group_rule": [rule, stranger],
             "floatingip": [fip, stranger],
         }
+
+    def look(self, wiring: Wiring) -> None:
+        try:
+            checked(wiring)
+        except RefusedByHost as e:
+            self.impossible.append(e.said)
 
     def named(self, name: str) -> list[str]:
         """Ids that fit a field or a collection of this name."""
@@ -1028,7 +1040,7 @@ def _spoiled(parts: tuple[Any, int, Any]) -> Any:
 
 @pytest.fixture
 def quarry(tmp_path: Path) -> Iterator[Quarry]:
-    quarry = Quarry(Net(tmp_path))
+    quarry = Quarry(tmp_path)
     yield quarry
     quarry.net.db.close()
 
@@ -1073,6 +1085,8 @@ def test_junk_is_the_callers_fault(quarry: Quarry, route: Route) -> None:
             assert answer["NeutronError"]["message"] and answer["NeutronError"]["type"]
 
     throw()
+    rewire(quarry.net.world)
+    assert not quarry.impossible
 
 
 # ---- a real client

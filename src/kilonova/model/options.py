@@ -326,7 +326,7 @@ class Network(Struct, frozen=True):
     dns_servers: A[tuple[str, ...], Meta(description="Told to guests; empty, those of this machine.")] = ()
     mtu: A[int, Meta(description="Of networks that ask for none.", ge=576, le=9216)] = 1500
     dhcp_lease_s: A[int, Meta(description="How long a guest may keep an address unasked.", ge=120)] = 86_400
-    dns_domain: A[str, Meta(description="Follows the names of ports.")] = "openstacklocal"
+    dns_domain: A[str, Meta(description="Follows the names of ports, in the API and in what DHCP tells.")] = "novalocal"
     auto_cidr: A[str, Meta(description="Addresses of networks made for projects that ask for `auto`.")] = "10.1.0.0/24"
     quota_network: A[int, Meta(description="Networks of a project, at most; -1 is no limit.", ge=-1)] = 100
     quota_subnet: A[int, Meta(description="Subnets of a project.", ge=-1)] = 100

@@ -37,6 +37,8 @@ def wiring(tx: Tx, world: World, host: str) -> Wiring:
         networks=_networks(tx, world, networks.values(), subnets),
         ports=_ports(tx, ports, networks),
         routers=routers,
+        domain=world.config.dns_domain,
+        lease_s=world.config.dhcp_lease_s,
     )
 
 
@@ -82,6 +84,8 @@ def _subnet(world: World, s: store.Subnet, dhcp_address: str | None) -> SubnetWi
         routes=[(to, hop) for to, hop in s.host_routes],
         dhcp=s.enable_dhcp and dhcp_address is not None,
         dhcp_address=dhcp_address,
+        ra_mode=s.ipv6_ra_mode or "",  # type: ignore[arg-type]
+        address_mode=s.ipv6_address_mode or "",  # type: ignore[arg-type]
     )
 
 
@@ -142,15 +146,13 @@ def _rules(tx: Tx, groups: set[str]) -> dict[str, list[Rule]]:
     by_group = store.rules_of(tx, groups)
     remote = {r.remote_group_id for several in by_group.values() for r in several if r.remote_group_id}
     members = store.members(tx, remote) if remote else {}
-    return {g: [w for r in several if (w := _rule(r, members))] for g, several in by_group.items()}
+    return {g: [_rule(r, members) for r in several] for g, several in by_group.items()}
 
 
-def _rule(r: store.Rule, members: dict[str, list[str]]) -> Rule | None:
+def _rule(r: store.Rule, members: dict[str, list[str]]) -> Rule:
     version = 6 if r.ethertype == "IPv6" else 4
     if r.remote_group_id:
         remotes = sorted({ipam.prefix(a) for a in members.get(r.remote_group_id, ()) if (":" in a) == (version == 6)})
-        if not remotes:
-            return None
     else:
         remotes = [ipam.prefix(r.remote_ip_prefix) if r.remote_ip_prefix else ANYWHERE[version]]
     return Rule(
@@ -160,6 +162,7 @@ def _rule(r: store.Rule, members: dict[str, list[str]]) -> Rule | None:
         port_min=r.port_range_min,
         port_max=r.port_range_max,
         remotes=remotes,
+        remote_group=r.remote_group_id or "",
     )
 
 
