@@ -9,6 +9,7 @@ A connection that was allowed stays allowed only as long as the rules say so: pa
 against the rules each time, and when one is refused the connection is marked, which stops its replies as well.
 """
 
+import functools
 import ipaddress
 import re
 from collections.abc import Iterable
@@ -72,7 +73,9 @@ class Groups:
 
 def guarded(port: PortWire, groups: Groups) -> Guarded:
     """Pure. Raises Refused where a port's words are none of a network's."""
-    return Guarded(_forged(port), _direction(port, "egress", groups), _direction(port, "ingress", groups))
+    said, pairs = tuple(address for _, address in port.addresses), tuple((m.lower(), a) for m, a in port.allowed_pairs)
+    forged = _forged(port.mac.lower(), said, pairs)
+    return Guarded(forged, _direction(port, "egress", groups), _direction(port, "ingress", groups))
 
 
 class Around(msgspec.Struct, frozen=True):
@@ -217,6 +220,7 @@ def collapsed(remotes: Iterable[str], version: int) -> list[str]:
     return [_shown(net) for net in ipaddress.collapse_addresses(nets)]  # type: ignore[type-var]
 
 
+@functools.lru_cache(4096)
 def link_local(mac: str) -> str:
     """A guest's first IPv6 address (RFC 4291, appendix A)."""
     b = bytes.fromhex(mac.replace(":", ""))
@@ -249,14 +253,13 @@ def _known_connections() -> tuple[str, ...]:
     )
 
 
-def _forged(port: PortWire) -> tuple[str, ...]:
-    """Ends in accept or drop. Anything but ARP, IPv4 and IPv6 is dropped, VLAN tags too."""
-    own = [(port.mac.lower(), address) for _, address in port.addresses]
-    pairs = [(mac.lower(), address) for mac, address in port.allowed_pairs]
-    if odd := [mac for mac, _ in pairs if not MAC.fullmatch(mac)]:
-        raise Refused(f"Port {port.id}: {odd[0]!r} is no MAC address.")
-    macs = sorted({port.mac.lower(), *(mac for mac, _ in pairs)})
-    said = [address for _, address in own + pairs]
+@functools.lru_cache(4096)
+def _forged(mac: str, addresses: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """Ends in accept or drop. Anything but ARP, IPv4 and IPv6 is dropped, VLAN tags too: no rule would see in them."""
+    if odd := [m for m, _ in pairs if not MAC.fullmatch(m)]:
+        raise Refused(f"{odd[0]!r} is no MAC address.")
+    macs = sorted({mac, *(m for m, _ in pairs)})
+    said = [*addresses, *(address for _, address in pairs)]
     v4, v6 = collapsed(said, 4), collapsed([*said, *map(link_local, macs)], 6)
     lines = ["ether type != { ip, arp, ip6 } drop", f"ether saddr != {_either(macs)} drop"]
     lines += [f"arp saddr ether != {_either(macs)} drop"]
@@ -287,48 +290,46 @@ def _direction(port: PortWire, way: str, groups: Groups) -> tuple[str, ...]:
 
 def _rule(rule: Rule, groups: Groups) -> str:
     """One line that ends in return; empty for a rule that can match nobody."""
-    words = []
     if not rule.remotes:
         return ""
-    if not _everybody(rule):
-        end = "saddr" if rule.direction == "ingress" else "daddr"
-        named = groups.name(rule)
-        remotes = [f"@{named}"] if named else collapsed(rule.remotes, rule.version)
-        if not remotes:
-            return ""
-        words.append(f"{'ip' if rule.version == 4 else 'ip6'} {end} {remotes[0] if named else _either(remotes)}")
+    everybody = any(remote in EVERYBODY.values() for remote in rule.remotes)
+    named = "" if everybody else groups.name(rule)
+    remotes = () if everybody or named else tuple(rule.remotes)
+    if remotes and not collapsed(remotes, rule.version):
+        return ""
+    return _line(rule.direction, rule.version, rule.protocol or "", rule.port_min, rule.port_max, named, remotes)
+
+
+@functools.lru_cache(4096)
+def _line(
+    direction: str, version: int, protocol: str, low: int | None, high: int | None, named: str, remotes: tuple[str, ...]
+) -> str:
+    """Neither a set's name nor remotes: everybody."""
+    if named or remotes:
+        end = "saddr" if direction == "ingress" else "daddr"
+        words = ["ip" if version == 4 else "ip6", end, f"@{named}" if named else _either(collapsed(remotes, version))]
     else:
-        words.append(f"meta nfproto ipv{rule.version}")
-    if rule.protocol not in (None, "", "any", "0"):
-        words += _protocol(rule)
+        words = [f"meta nfproto ipv{version}"]
+    if protocol.lower() not in ("", "any", "0"):
+        words += _protocol(protocol.lower(), version, low, high)
     return " ".join([*words, "return"])
 
 
-def _protocol(rule: Rule) -> list[str]:
-    text = str(rule.protocol).lower()
+def _protocol(text: str, version: int, low: int | None, high: int | None) -> list[str]:
     number = PROTOCOLS.get(text, int(text) if text.isdecimal() else -1)
     if not 0 <= number <= 255:
-        raise Refused(f"{rule.protocol!r} is no protocol that this host can filter.")
+        raise Refused(f"{text!r} is no protocol that this host can filter.")
     if number in (ICMP, ICMP6):
-        number = ICMP if rule.version == 4 else ICMP6
+        number, what = (ICMP, "icmp") if version == 4 else (ICMP6, "icmpv6")
         words = [f"meta l4proto {number}"]
-        what = "icmp" if rule.version == 4 else "icmpv6"
-        words += [f"{what} type {int(rule.port_min)}"] if rule.port_min is not None else []
-        words += (
-            [f"{what} code {int(rule.port_max)}"] if rule.port_min is not None and rule.port_max is not None else []
-        )
+        if low is not None:
+            words += [f"{what} type {int(low)}"] + ([f"{what} code {int(high)}"] if high is not None else [])
         return words
     words = [f"meta l4proto {number}"]
-    if number in WITH_PORTS and (rule.port_min is not None or rule.port_max is not None):
-        low = rule.port_min if rule.port_min is not None else rule.port_max
-        high = rule.port_max if rule.port_max is not None else low
-        if (low, high) != (1, 65535):
-            words.append(f"th dport {int(low or 0)}" + (f"-{int(high or 0)}" if high != low else ""))
+    first, last = low if low is not None else high, high if high is not None else low
+    if number in WITH_PORTS and first is not None and last is not None and (first, last) != (1, 65535):
+        words.append(f"th dport {int(first)}" + (f"-{int(last)}" if last != first else ""))
     return words
-
-
-def _everybody(rule: Rule) -> bool:
-    return any(remote in ("0.0.0.0/0", "::/0") for remote in rule.remotes)
 
 
 def _either(values: list[str]) -> str:
@@ -339,6 +340,7 @@ def _shown(net: ipaddress.IPv4Network | ipaddress.IPv6Network) -> str:
     return str(net.network_address) if net.prefixlen == net.max_prefixlen else str(net)
 
 
+@functools.lru_cache(16384)
 def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     try:
         return ipaddress.ip_network(text, strict=False)
