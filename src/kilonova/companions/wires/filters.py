@@ -183,7 +183,7 @@ def tables(
 
 
 def checked(wiring: Wiring) -> None:
-    """What will stand in commands and rules must be what it says it is. Raises Refused."""
+    """What will stand in commands and files must be what it says it is; `guarded` looks at the rules. Raises Refused."""
     for network in wiring.networks:
         if not DEVICE.fullmatch(network.bridge) or not NAME.fullmatch(network.id) or not 68 <= network.mtu <= 65535:
             raise Refused(f"Network {network.id!r} has no sensible bridge or MTU.")
@@ -192,6 +192,8 @@ def checked(wiring: Wiring) -> None:
     for port in wiring.ports:
         if not DEVICE.fullmatch(port.device) or not MAC.fullmatch(port.mac.lower()):
             raise Refused(f"Port {port.id!r} has no sensible device or MAC address.")
+        for _, address in port.addresses:
+            _address(address)
     for router in wiring.routers:
         legs = [*router.legs, *([router.outside] if router.outside else [])]
         known = {n.id for n in wiring.networks}
@@ -348,6 +350,7 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
         raise Refused(f"{text!r} is neither an address nor a CIDR.") from None
 
 
+@functools.lru_cache(16384)
 def _address(text: str) -> None:
     try:
         ipaddress.ip_address(text)
