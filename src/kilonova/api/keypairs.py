@@ -16,7 +16,7 @@ from kilonova.kit.clock import iso_us
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Invalid, OverQuota
 from kilonova.kit.routes import Call
-from kilonova.kit.versions import required, since, was
+from kilonova.kit.versions import UNSET, UnsetType, required, since, was
 from kilonova.store import catalog, quotas
 
 OldName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\s)[_\- a-zA-Z0-9]+(?<!\s)\Z")]
@@ -25,7 +25,7 @@ NewName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\s)[_\
 
 class NewKey(msgspec.Struct, forbid_unknown_fields=True):
     name: Annotated[NewName, was(OldName, until="2.91")]
-    public_key: Annotated[str | None, was(str | None, until="2.91"), required(since="2.92")] = None
+    public_key: Annotated[str | UnsetType, required(since="2.92")] = UNSET
     type: Annotated[Literal["ssh", "x509"], since("2.2")] = "ssh"
     user_id: Annotated[str | None, since("2.10")] = None
 
@@ -83,7 +83,7 @@ def show(call: Call, id: str) -> dict[str, Any]:
 def create(call: Call) -> dict[str, Any]:
     wish: NewKey = call.body.keypair
     user = _whose(call, [wish.user_id] if wish.user_id else [])
-    if wish.public_key is None:
+    if isinstance(wish.public_key, UnsetType):
         private, public = _made(wish.type, call.context.user_id)
     else:
         private, public = None, wish.public_key

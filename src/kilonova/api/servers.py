@@ -460,13 +460,13 @@ class Output(msgspec.Struct, forbid_unknown_fields=True):
     late=True,
 )
 def console_output(call: Call, id: str) -> dict[str, str]:
-    with call.world.db.read() as tx:
-        server = the_server(call, tx, id)
     lines = None if call.body.length is None else int(call.body.length)
     if lines is not None and lines < -1:
         raise Invalid(
             f"Invalid input for field/attribute length. Value: {lines}. {lines} is less than the minimum of -1"
         )
+    with call.world.db.read() as tx:
+        server = the_server(call, tx, id)
     if not server.host or server.vm_state == VM.building:
         raise Conflict(f"Instance {id} is not ready")
     try:
