@@ -19,9 +19,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from kilonova.companions import image_schemas as schemas
+from kilonova.companions import image_search
 from kilonova.companions.blobs import Blobs, Draft, Taken, pieces
 from kilonova.companions.witness import sender_gone
-from kilonova.kit.clock import Clock, Ids, iso, parsed
+from kilonova.kit.clock import Clock, Ids, iso
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.errors import (
     Conflict,
@@ -389,31 +391,20 @@ def _seen(call: Call, id: str) -> Image:
 
 
 LIMIT, LIMIT_MAX = 25, 1000
-EXACT = (
-    "id",
-    "name",
-    "status",
-    "owner",
-    "disk_format",
-    "container_format",
-    "checksum",
-    "os_hash_algo",
-    "os_hash_value",
-)
-WHOLE = ("min_disk", "min_ram", "size")
 
 
 @R.get("/v2/images", policy="get_images")
 def listing(call: Call) -> Any:
     said = urllib.parse.parse_qsl(call.raw_query, keep_blank_values=True)
     one = dict(said)
-    limit = min(_number(one.get("limit", str(LIMIT)), "limit"), LIMIT_MAX)
-    search, order = _search(call, said), _order(said)
+    limit = min(image_search.number(one.get("limit", str(LIMIT)), "limit"), LIMIT_MAX)
+    viewer = None if call.context.is_admin or call.context.system else call.context.project_id or "-"
+    asked, order = image_search.search(viewer, said), image_search.order(said)
     with call.world.db.read() as tx:
         marker = None
         if one.get("marker"):
             marker, _ = _find(tx, call, one["marker"])
-        found = store.page(tx, search, order, limit=limit + 1, marker=marker) if limit else []
+        found = store.page(tx, asked, order, limit=limit + 1, marker=marker) if limit else []
     kept = [(k, v) for k, v in said if k != "marker"]
 
     def link(more: list[tuple[str, str]]) -> str:
@@ -428,133 +419,6 @@ def listing(call: Call) -> Any:
     if len(found) > limit:
         body["next"] = link([("marker", found[limit - 1].id)])
     return body
-
-
-def _search(call: Call, said: list[tuple[str, str]]) -> store.Search:
-    """The query's filters; a name we do not know is a property of the image."""
-    equal: dict[str, list[Any]] = {}
-    least: dict[str, float] = {}
-    most: dict[str, float] = {}
-    below: dict[str, float] = {}
-    properties: dict[str, str] = {}
-    tags: list[str] = []
-    visibility, member_status, hidden = None, "accepted", False
-    for name, value in said:
-        if name in ("limit", "marker", "sort", "sort_key", "sort_dir"):
-            continue
-        if name == "visibility":
-            visibility = _one_of(value, name, ("public", "private", "shared", "community", "all"))
-        elif name == "member_status":
-            member_status = _one_of(value, name, ("accepted", "pending", "rejected", "all"))
-        elif name == "os_hidden":
-            hidden = _truth(value, name)
-        elif name == "protected":
-            equal["protected"] = [_truth(value, name)]
-        elif name == "tag":
-            tags.append(value)
-        elif name in ("size_min", "size_max"):
-            (least if name == "size_min" else most)["size"] = _number(value, name)
-        elif name in WHOLE:
-            equal[name] = [_number(value, name)]
-        elif name in ("created_at", "updated_at"):
-            _moments(name, value, least, below)
-        elif name in EXACT:
-            column = {"os_hash_algo": "hash_algo", "os_hash_value": "hash_value"}.get(name, name)
-            equal[column] = _several(value) if value.startswith("in:") else [value]
-        elif name in ("virtual_size", "deleted", "is_public", "changes-since"):
-            raise Invalid(f"Invalid filter: {name}")
-        else:
-            properties[name] = value
-    if any(len(v) > 1000 for v in equal.values()) or len(properties) > PROPERTIES_MAX or len(tags) > TAGS_MAX:
-        raise Invalid("Too many filters.")
-    return store.Search(
-        viewer=None if call.context.is_admin or call.context.system else call.context.project_id or "-",
-        visibility=visibility,
-        member_status=member_status,
-        hidden=hidden,
-        equal=equal,
-        least=least,
-        most=most,
-        below=below,
-        tags=tags,
-        properties=properties,
-    )
-
-
-def _order(said: list[tuple[str, str]]) -> list[store.Order]:
-    """`sort=name:asc,size` or `sort_key=name&sort_dir=asc`; newest first where nothing is said."""
-    keys = [v for k, v in said if k == "sort_key"]
-    dirs = [v for k, v in said if k == "sort_dir"]
-    sort = [v for k, v in said if k == "sort"]
-    if sort and (keys or dirs):
-        raise Invalid("Old and new sorting syntax cannot be combined")
-    if sort:
-        parts = [p.strip().partition(":") for p in sort[-1].split(",") if p.strip()]
-        pairs = [(key, direction or "desc") for key, _, direction in parts]
-    else:
-        if len(dirs) > 1 and len(dirs) != len(keys or ["created_at"]):
-            raise Invalid("Number of sort dirs does not match the number of sort keys")
-        keys = keys or ["created_at"]
-        pairs = list(zip(keys, dirs if len(dirs) == len(keys) else (dirs or ["desc"]) * len(keys), strict=True))
-    order: dict[str, store.Order] = {}
-    for key, direction in [*pairs, ("created_at", pairs[-1][1]), ("id", pairs[-1][1])]:
-        if key not in store.SORTED:
-            raise Invalid(f"Invalid sort key: {key[:64]}. It must be one of: {', '.join(store.SORTED)}.")
-        if direction not in ("asc", "desc"):
-            raise Invalid(f"Invalid sort direction: {direction[:64]}")
-        order.setdefault(key, store.Order(key, direction == "desc"))
-    return list(order.values())
-
-
-def _moments(
-    name: str,
-    value: str,
-    least: dict[str, float],
-    below: dict[str, float],
-) -> None:
-    """`gt:2026-11-20T12:00:00Z` and so on; moments are shown without their fraction, and so they are compared."""
-    operator, colon, rest = value.partition(":")
-    if not colon or operator not in ("gt", "gte", "lt", "lte", "eq", "neq"):
-        operator, rest = "eq", value
-    try:
-        at = parsed(rest)
-    except (ValueError, OverflowError):
-        raise Invalid(f'Bad "{name}" query filter format. Use ISO 8601 DateTime notation.') from None
-    if operator == "gt":
-        least[name] = at + 1
-    elif operator == "gte":
-        least[name] = at
-    elif operator == "lt":
-        below[name] = at
-    elif operator == "lte":
-        below[name] = at + 1
-    elif operator == "eq":
-        least[name], below[name] = at, at + 1
-    else:
-        raise Invalid(f"The operator {operator} is not supported for {name}.")
-
-
-def _one_of(value: str, name: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise Invalid(f"Invalid {name} value: {value[:64]}. It must be one of: {', '.join(known)}.")
-    return value
-
-
-def _truth(value: str, name: str) -> bool:
-    if value.lower() not in ("true", "false"):
-        raise Invalid(f"Invalid value for {name}: it must be true or false.")
-    return value.lower() == "true"
-
-
-def _number(value: str, name: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", value):
-        raise Invalid(f"Invalid value for {name}: it must be a whole number that is not negative.")
-    return int(value)
-
-
-def _several(value: str) -> list[str]:
-    """`in:a,b` and `in:"a,b",c`."""
-    return [q or p for q, p in re.findall(r'"([^"]*)"|([^,"]+)', value.removeprefix("in:"))] or [""]
 
 
 # ---- update
@@ -998,100 +862,23 @@ def usage(call: Call) -> Any:
 
 @R.get("/v2/schemas/image")
 def image_schema(call: Call) -> Any:
-    return _image_schema(call.world.config)
+    return schemas.image(call.world.config, CONTAINERS)
 
 
 @R.get("/v2/schemas/images")
 def images_schema(call: Call) -> Any:
-    return _many("images", _image_schema(call.world.config))
+    return schemas.many("images", schemas.image(call.world.config, CONTAINERS))
 
 
 @R.get("/v2/schemas/member")
 def member_schema(call: Call) -> Any:
-    return MEMBER_SCHEMA
+    return schemas.MEMBER
 
 
 @R.get("/v2/schemas/members")
 def members_schema(call: Call) -> Any:
     return {
         "name": "members",
-        "properties": {"members": {"type": "array", "items": MEMBER_SCHEMA}, "schema": {"type": "string"}},
+        "properties": {"members": {"type": "array", "items": schemas.MEMBER}, "schema": {"type": "string"}},
         "links": [{"rel": "describedby", "href": "{schema}"}],
     }
-
-
-def _image_schema(config: options.Image) -> dict[str, Any]:
-    text: list[str] = ["null", "string"]
-    line: dict[str, Any] = {"type": text, "maxLength": 255}
-    read_only: dict[str, dict[str, Any]] = {
-        "status": {
-            "enum": ["queued", "saving", "active", "killed", "deleted", "uploading", "importing", "deactivated"]
-        },
-        "size": {"type": ["null", "integer"]},
-        "virtual_size": {"type": ["null", "integer"]},
-        "checksum": {"type": text, "maxLength": 32},
-        "os_hash_algo": {"type": text, "maxLength": 64},
-        "os_hash_value": {"type": text, "maxLength": 128},
-        "created_at": {"type": "string"},
-        "updated_at": {"type": "string"},
-        "self": {"type": "string"},
-        "file": {"type": "string"},
-        "schema": {"type": "string"},
-        "direct_url": {"type": "string"},
-    }
-    return {
-        "name": "image",
-        "properties": {
-            "id": {
-                "type": "string",
-                "pattern": "^([0-9a-fA-F]){8}-([0-9a-fA-F]){4}-([0-9a-fA-F]){4}-([0-9a-fA-F]){4}-([0-9a-fA-F]){12}$",
-            },
-            "name": line,
-            "visibility": {"type": "string", "enum": ["community", "public", "private", "shared"]},
-            "protected": {"type": "boolean"},
-            "os_hidden": {"type": "boolean"},
-            "owner": line,
-            "disk_format": {"type": text, "enum": [None, *config.formats]},
-            "container_format": {"type": text, "enum": [None, *CONTAINERS]},
-            "min_disk": {"type": "integer"},
-            "min_ram": {"type": "integer"},
-            "tags": {"type": "array", "items": {"type": "string", "maxLength": 255}},
-            **{name: {**about, "readOnly": True} for name, about in read_only.items()},
-        },
-        "additionalProperties": {"type": "string"},
-        "links": [
-            {"rel": "self", "href": "{self}"},
-            {"rel": "enclosure", "href": "{file}"},
-            {"rel": "describedby", "href": "{schema}"},
-        ],
-    }
-
-
-def _many(name: str, item: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "properties": {
-            name: {"type": "array", "items": item},
-            "first": {"type": "string"},
-            "next": {"type": "string"},
-            "schema": {"type": "string"},
-        },
-        "links": [
-            {"rel": "first", "href": "{first}"},
-            {"rel": "next", "href": "{next}"},
-            {"rel": "describedby", "href": "{schema}"},
-        ],
-    }
-
-
-MEMBER_SCHEMA: dict[str, Any] = {
-    "name": "member",
-    "properties": {
-        "member_id": {"type": "string"},
-        "image_id": {"type": "string"},
-        "status": {"type": "string", "enum": ["pending", "accepted", "rejected"]},
-        "created_at": {"type": "string"},
-        "updated_at": {"type": "string"},
-        "schema": {"readOnly": True, "type": "string"},
-    },
-}

@@ -3,16 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import UNSET, Meta
 
 from kilonova.companions.login import Door, Gate
 from kilonova.companions.tokens import Keys
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Invalid
+from kilonova.kit.errors import Invalid, NotFound
 from kilonova.kit.policy import Rule
 from kilonova.kit.routes import Call, Routes
+from kilonova.store import identity as store
+from kilonova.store.identity import Project
 
 R = Routes("identity")
 T = TypeVar("T")
@@ -72,6 +75,65 @@ def self_link(call: Call, *path: str) -> dict[str, Any]:
 def flag(text: str | None) -> bool | None:
     """`?enabled`, `?enabled=1` and `?enabled=true` say yes."""
     return None if text is None else text.strip().lower() not in ("0", "false", "no", "off", "f", "n")
+
+
+# ---- what bodies are made of
+
+Name = Annotated[
+    str, Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]*[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")
+]
+Id = Annotated[str, Meta(min_length=1, max_length=64)]
+Text = Annotated[str, Meta(max_length=16_384)]
+
+
+class Filter(msgspec.Struct):
+    name: str | None = None
+    domain_id: str | None = None
+    enabled: str | None = None
+    parent_id: str | None = None
+    is_domain: str | None = None
+
+
+# ---- what handlers share
+
+
+def theirs(call: Call, kind: type[Any], word: str, id: str) -> Any:
+    """The thing, if policy lets the caller at it; where there is none, only who may look anywhere learns so."""
+    with looking(call) as tx:
+        thing = store.look(tx, kind, id)
+    if kind is Project and thing is not None and thing.is_domain:
+        thing = None
+    call.check({f"target.{word}.id": id, f"target.{word}.domain_id": thing.domain_id if thing else "-"})
+    if thing is None:
+        raise NotFound(f"Could not find {word}: {id}.")
+    return thing
+
+
+def domain_asked(call: Call) -> str | None:
+    """Which domain a list is of: the one asked for, else that of a domain's own token."""
+    return call.query.domain_id or call.context.domain_id
+
+
+def own_domain(call: Call) -> str:
+    if call.context.domain_id:
+        return str(call.context.domain_id)
+    return str(call.context.project_domain_id) if call.context.project_id else "default"
+
+
+def domain_there(tx: Tx, id: str) -> Project:
+    domain = store.look(tx, Project, id)
+    if domain is None or not domain.is_domain:
+        raise NotFound(f"Could not find domain: {id}.")
+    return domain
+
+
+def no_move(said: Any, is_in: str) -> None:
+    if said not in (UNSET, None, is_in):
+        raise Invalid("The domain of a thing cannot be changed.")
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in {**old, **new}.items() if v is not None}
 
 
 # ---- rules: the names and defaults of the Identity API's own
