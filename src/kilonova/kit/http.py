@@ -647,6 +647,12 @@ def listen(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     s = socket.socket(family, socket.SOCK_STREAM)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit these. A side that is dead, or stopped to take what it asked for, does not hold a thread for ever.
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    patience = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 120_000}
+    for option, value in patience.items():
+        if hasattr(socket, option):
+            s.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     try:
         s.bind((host, port))
     except OSError as e:
