@@ -125,13 +125,12 @@ def at(model: Any, version: int) -> Any:
     return functools.reduce(operator.or_, then) if origin in (typing.Union, types.UnionType) else origin[then]
 
 
-def lift(value: Any, model: type) -> Any:
+def lift(value: Any, model: Any) -> Any:
     """An instance of `at(model, v)` as an instance of `model`."""
     if not _is_struct(model) or isinstance(value, model):
         return value
-    hints = _hints(model)
-    known = {f.name: _lift_in(getattr(value, f.name), hints[f.name]) for f in msgspec.structs.fields(type(value))}
-    return model(**known)
+    source: Any = type(value)
+    return _lifting(source, model)(value)
 
 
 def lower(value: Any, version: int) -> Any:
@@ -203,17 +202,30 @@ def _structs_in(hint: Any) -> list[type]:
     return [s for a in get_args(hint) for s in _structs_in(a)]
 
 
-def _lift_in(value: Any, hint: Any) -> Any:
-    models = _structs_in(hint)
-    if not models:
-        return value
+@functools.cache
+def _lifting(source: type[msgspec.Struct], model: type[msgspec.Struct]) -> Callable[[Any], Any]:
+    names = [f.name for f in msgspec.structs.fields(source)]
+    read = operator.attrgetter(*names) if len(names) > 1 else lambda value: (getattr(value, names[0]),)
+    hints = _hints(model)
+    nested = {n: {m.__name__: m for m in found} for n in names if (found := _structs_in(hints[n]))}
+
+    def lifted(value: Any) -> Any:
+        parts = dict(zip(names, read(value), strict=True))
+        for name, models in nested.items():
+            parts[name] = _lift_in(parts[name], models)
+        return model(**parts)
+
+    return lifted
+
+
+def _lift_in(value: Any, models: dict[str, Any]) -> Any:
     if isinstance(value, msgspec.Struct):
-        name = type(value).__name__.split("_2_")[0]
-        return lift(value, next((m for m in models if m.__name__ == name), models[0]))
+        model = models.get(type(value).__name__.split("_2_")[0])
+        return lift(value, model or next(iter(models.values())))
     if isinstance(value, list):
-        return [_lift_in(v, hint) for v in value]
+        return [_lift_in(v, models) for v in value]
     if isinstance(value, dict):
-        return {k: _lift_in(v, hint) for k, v in value.items()}
+        return {k: _lift_in(v, models) for k, v in value.items()}
     return value
 
 
@@ -223,7 +235,7 @@ def _lowering(model: type, version: int) -> Callable[[Any], Any]:
     if at(model, version) is model:
         return lambda value: value
     hints = _hints(model)
-    fields = [f for f in msgspec.structs.fields(at(model, version))]
+    fields = msgspec.structs.fields(at(model, version))
     names = [f.name for f in fields]
     shape = msgspec.defstruct(
         f"{model.__name__}_2_{version}",
