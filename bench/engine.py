@@ -25,7 +25,7 @@ from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.errors import NoCapacity
 from kilonova.kit.journal import RUNS, Cause
-from kilonova.kit.workflow import Engine, Run, command, effect, record, start, workflow
+from kilonova.kit.workflow import Engine, Run, Unit, command, effect, record, start, workflow
 
 SERVERS = sa.Table(
     "bench_servers",
@@ -227,7 +227,7 @@ def replay(n: int = 2000) -> dict[str, float]:
         took[name] = time.perf_counter() - t0
     with db.tx() as tx:
         tx.execute(sa.update(RUNS).values(state="running", due=0, lease=0))
-    with _stopwatch(took, "row loaded"), _unit(engine) as unit:
+    with _stopwatch(took, "row loaded"), Unit(engine.db) as unit:
         run = engine._take(unit, "first time, records in one commit")
     assert run is not None
     with _stopwatch(took, "replayed"):
@@ -245,12 +245,6 @@ class _stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.took[self.name] = time.perf_counter() - self.began
-
-
-def _unit(engine: Engine) -> Any:
-    from kilonova.kit.workflow import Unit
-
-    return Unit(engine.db)
 
 
 def table(title: str, goes: list[dict[str, float]]) -> None:

@@ -437,6 +437,24 @@ def test_a_host_that_is_gone_is_not_waited_for_and_gets_no_undo(desk: Desk) -> N
     ]
 
 
+def test_a_host_that_lives_anew_is_sent_again_what_its_last_life_may_have_lost(desk: Desk) -> None:
+    desk.start(two)
+    desk.answer("r/0", 1)
+    with desk.db.tx() as tx:
+        assert wake_host(tx, "h") == ["r"]
+    desk.engine.sweep()
+    assert desk.sent() == ["r/0", "r/1", "r/1"]
+
+
+def test_a_start_tries_at_once_what_was_unavailable_before(desk: Desk) -> None:
+    desk.world.moods = [Unavailable("503")]
+    desk.start(tries)
+    assert desk.engine.sweep() == 0
+    again = desk.another("c")
+    again.recover()
+    assert again.sweep() == 1 and desk.state() == "failed"
+
+
 def test_a_judgement_never_overwrites_an_answer_that_came_after_the_look(desk: Desk) -> None:
     @workflow
     def judged(run: Run, n: int) -> None:
@@ -851,10 +869,12 @@ def test_a_new_life_takes_over_at_once_what_its_last_one_held(desk: Desk) -> Non
     other = desk.another("other")
     assert other.recover() == 0
     again = desk.another("c")
-    assert again.recover() == 1
+    assert again.recover() == 2
     again.sweep()
     assert desk.state() == "failed" and desk.world.done == [1, 2, -2, 3, -3, -1]
-    assert desk.sent() == ["parked/0"]  # what was parked was not touched
+    assert (
+        desk.sent() == ["parked/0"] and desk.row("parked").lease == 0
+    )  # looked at, and not sent again before its time
 
 
 class Moody:

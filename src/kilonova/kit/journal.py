@@ -165,10 +165,15 @@ def open_runs(tx: Tx, subject: str) -> list[str]:
 
 
 def wake_host(tx: Tx, host: str) -> list[str]:
-    """Let every run that waits for this host look again, now that more is known of it. Whom to wake after the commit."""
+    """Let every run that waits for this host look again, now that more is known of it. Whom to wake after the commit.
+
+    If it is gone, nobody waits any longer; if it lives, it is sent at once what it has not answered: its last life may
+    have taken letters with it.
+    """
     ids = list(tx.execute(WAITING_FOR, {"the_host": host}).scalars())
     for id in ids:
         tx.execute(WAKE, {"the_id": id})
+        tx.execute(SEND_AGAIN, {"the_id": id, "the_host": host})
     return ids
 
 
@@ -315,6 +320,9 @@ WAKE = sa.update(RUNS).where(_r.id == _b("the_id")).values(due=0.0, wakes=_r.wak
 WAITING_FOR = sa.select(_r.id).where(
     _r.state == "running",
     sa.exists().where(_s.run == _r.id, _s.host == _b("the_host"), _s.finished.is_(None)),
+)
+SEND_AGAIN = (
+    sa.update(STEPS).where(_s.run == _b("the_id"), _s.host == _b("the_host"), _s.finished.is_(None)).values(due=0.0)
 )
 AGAIN = (
     sa.update(RUNS)

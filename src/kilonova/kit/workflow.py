@@ -212,9 +212,9 @@ WORKFLOWS: dict[str, Workflow[Any]] = {}
 
 def workflow(do: Callable[["Run", A], None]) -> Workflow[A]:
     """`def build(run: Run, job: Build) -> None`: its job is decoded as what it is annotated with."""
-    flow = WORKFLOWS.setdefault(do.__name__, Workflow(do))
-    assert flow.do.__module__ == do.__module__, f"there are two workflows named {do.__name__}"
-    flow.__init__(do)  # type: ignore[misc]  # a module that is imported twice has the last word
+    known = WORKFLOWS.get(do.__name__)
+    assert known is None or known.do.__module__ == do.__module__, f"there are two workflows named {do.__name__}"
+    flow = WORKFLOWS[do.__name__] = Workflow(do)
     return flow
 
 
@@ -350,7 +350,11 @@ class Engine:
         return len(due)
 
     def recover(self) -> int:
-        """At start-up: what an earlier life of this name held is held by nobody, and due. How many runs that were."""
+        """At start-up: what an earlier life of this name held is held by nobody, and what it had parked is due.
+
+        For its letters may never have been sent, and what was unavailable then may be there now.  How many runs
+        that were.
+        """
         with self.db.tx() as tx:
             name = self.me.replace("/", "//").replace("%", "/%").replace("_", "/_")
             return tx.execute(RECOVER, {"any_of_mine": f"{name}#%"}).rowcount
@@ -921,7 +925,7 @@ RETAKE = sa.update(RUNS).where(_left).values(lease=_b("till"), epoch=_r.epoch + 
 LET_GO = sa.update(RUNS).where(_left).values(lease=0.0, due=0.0, epoch=_r.epoch + 1)
 RECOVER = (
     sa.update(RUNS)
-    .where(_r.state == "running", _r.owner.like(_b("any_of_mine"), escape="/"), _r.lease > 0)
+    .where(_r.state == "running", _r.owner.like(_b("any_of_mine"), escape="/"))
     .values(lease=0.0, due=0.0, epoch=_r.epoch + 1)
 )
 # The epoch moves with every commit, not only with every owner: a commit whose fate the database could not tell us
