@@ -18,6 +18,7 @@ import ctypes
 import logging
 import os
 import queue
+import re
 import shutil
 import socket
 import subprocess
@@ -49,6 +50,7 @@ SAVE_BYTES_PER_S = 20 << 20  # what memory is written to disk with, at least
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 BLOCK = 4096
 
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Told = Literal["stopped", "rebooted", "changed"]
 
 
@@ -171,7 +173,7 @@ class LibvirtDriver:
     def machines(self) -> list[Held]:
         """Ours: domains that bear our mark or have a directory here, and directories without a domain."""
         self._sweep()
-        directories = {p.name for p in self.instances.iterdir() if not p.name.startswith(".")}
+        directories = self._directories()
         domains = self.link.call(lambda conn: self._domains(conn, directories))
         held = [Held(id, power, self._epoch(id) if id in directories else epoch) for id, power, epoch in domains]
         here = {h.id for h in held}
@@ -295,8 +297,8 @@ class LibvirtDriver:
         if age < 0:
             return []
         used: set[str] = set()
-        for directory in self.instances.glob("[!.]*"):
-            if machine := self._machine(directory.name):
+        for id in self._directories():
+            if machine := self._machine(id):
                 used |= {d.source.image_id for d in machine.disks if isinstance(d.source, ImageSource)}
         return self.cache.evict(used, age)
 
@@ -404,10 +406,10 @@ class LibvirtDriver:
 
     def _on(self, id: str, act: Callable[[Any], T], timeout_s: float | None = None) -> T:
         """`act(domain)`. Raises NotFound where there is none, Refused with few words when libvirt would not."""
-        lib = self.lib
+        self._directory(id)
         try:
             return self.link.call(lambda conn: act(conn.lookupByUUIDString(id)), timeout_s)
-        except lib.libvirtError as e:
+        except self.lib.libvirtError as e:
             raise self._trouble(id, e) from None
 
     def _trouble(self, id: str, error: Any) -> Trouble:
@@ -523,9 +525,12 @@ class LibvirtDriver:
     # ---- a server's directory
 
     def _directory(self, id: str) -> Path:
-        if not id or "/" in id or id.startswith("."):
+        if not UUID.fullmatch(id):
             raise NotFound(f"Instance {id} could not be found.")
         return self.instances / id
+
+    def _directories(self) -> set[str]:
+        return {path.name for path in self.instances.iterdir() if UUID.fullmatch(path.name)}
 
     def _remember(self, machine: Machine) -> None:
         kept = msgspec.structs.replace(machine, admin_password="")
@@ -602,7 +607,7 @@ class LibvirtDriver:
 
     def _sweep(self) -> None:
         """What a destroy did not come to."""
-        for gone in self.instances.glob(".*"):
+        for gone in self.instances.glob(".*-*-*-*-*"):
             shutil.rmtree(gone, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -621,8 +626,7 @@ class LibvirtDriver:
         lib = self.lib
         conn.domainEventRegisterAny(None, lib.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
         conn.domainEventRegisterAny(None, lib.VIR_DOMAIN_EVENT_ID_REBOOT, self._reset, None)
-        directories = {p.name for p in self.instances.glob("[!.]*")}
-        for id, power, _ in self._domains(conn, directories):
+        for id, power, _ in self._domains(conn, self._directories()):
             self._saw(id, power)
         with self.lock:
             for watchers in self.watchers.values():

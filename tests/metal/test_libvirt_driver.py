@@ -1,0 +1,574 @@
+"""The hypervisor that is real: guests that boot, disks that somebody lies about, and daemons that die.
+
+One private libvirtd for the whole file, in a network namespace of its own where we may make one, under a directory
+whose name is too long for a socket and has what shells stumble over.
+"""
+
+import contextlib
+import hashlib
+import os
+import queue
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kilonova.companions.guest import build
+from kilonova.kit.clock import Ids, WallClock
+from kilonova.kit.errors import NotFound, Refused, Unavailable
+from kilonova.model.machine import BlankSource, Disk, Identity, ImageSource, Machine, Nic
+from kilonova.model.options import Compute, Libvirt
+from kilonova.virt.driver import Driver, Held
+from kilonova.virt.libvirt import host
+from kilonova.virt.libvirt.daemon import Private
+from kilonova.virt.libvirt.disks import ImageCache
+from kilonova.virt.libvirt.driver import LibvirtDriver
+from kilonova.virt.libvirt.keeper import started
+
+pytest.importorskip("libvirt", reason="libvirt's Python module is not installed")
+PATH = f"{os.environ.get('PATH')}:/usr/sbin:/sbin"
+ABSENT = [p for p in ("libvirtd", "qemu-system-x86_64", "qemu-img") if not shutil.which(p, path=PATH)]
+pytestmark = [pytest.mark.metal, pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")]
+
+AS_ROOT = os.geteuid() == 0
+BOOT_S = 120.0  # idle it is 5
+MIB = 1 << 20
+
+
+class Lab:
+    """A host with its images, and what a test wants to know of it."""
+
+    def __init__(self, state_dir: Path, images: dict[str, bytes | Path], netns: str | None) -> None:
+        self.state_dir, self.images, self.netns = state_dir, images, netns
+        self.fetched: list[str] = []
+        self.drives: list[Machine] = []
+        self.numbers = iter(range(1, 1000))
+        self.driver = self.another()
+
+    def another(self, options: Libvirt | None = None, compute: Compute | None = None) -> LibvirtDriver:
+        """As a new life of Kilonova makes it."""
+        return LibvirtDriver(
+            self.state_dir,
+            options,
+            compute,
+            clock=WallClock(),
+            ids=Ids(),
+            fetch=self.fetch,
+            config_drive=self.drive,
+            netns=self.netns,
+            hostname="metal",
+        )
+
+    def fetch(self, image_id: str, write: Callable[[bytes], object]) -> None:
+        self.fetched.append(image_id)
+        image = self.images[image_id]
+        content = image.read_bytes() if isinstance(image, Path) else image
+        for at in range(0, len(content), 1 << 16):
+            write(content[at : at + (1 << 16)])
+
+    def drive(self, machine: Machine) -> bytes:
+        self.drives.append(machine)
+        return b"a config drive".ljust(4096, b"\0")
+
+    def source(self, image_id: str, disk_format: str, **said: Any) -> ImageSource:
+        image = self.images[image_id]
+        size = image.stat().st_size if isinstance(image, Path) else len(image)
+        return msgspec.convert(
+            {"image_id": image_id, "disk_format": disk_format, "size_bytes": size, "type": "image", **said}, ImageSource
+        )
+
+    def machine(self, **changes: Any) -> Machine:
+        number = next(self.numbers)
+        id = f"0b1c2d3e-{os.getpid() % 65536:04x}-4000-8000-{number:012x}"
+        made = Machine(
+            id=id,
+            name=f"instance-{number:08x}",
+            vcpus=1,
+            memory_mb=128,
+            disks=[Disk("vda", self.source("guest", "raw"), size_bytes=256 * MIB, boot_index=0)],
+            nics=[],
+            identity=Identity(uuid=id, name="one <&\"'>", hostname="one", project_id="p"),
+            epoch=3,
+        )
+        return msgspec.structs.replace(made, **changes)
+
+    @contextlib.contextmanager
+    def spawned(self, **changes: Any) -> Iterator[Machine]:
+        machine = self.machine(**changes)
+        self.driver.spawn(machine, lambda said: None)
+        try:
+            yield machine
+        finally:
+            self.driver.destroy(machine.id)
+
+    def console(self, machine: Machine) -> str:
+        return self.driver.console_log(machine.id).decode(errors="replace")
+
+    def says(self, machine: Machine, text: str, after: int = 0) -> int:
+        """Waits until the guest says it; gives where it ends."""
+        until(lambda: text in self.console(machine)[after:], BOOT_S, lambda: self.console(machine)[-2000:])
+        return self.console(machine).index(text, after) + len(text)
+
+    def directory(self, machine: Machine) -> Path:
+        return self.state_dir / "instances" / machine.id
+
+
+def until(true: Callable[[], bool], timeout_s: float = 20.0, why: Callable[[], object] = lambda: "") -> None:
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, why()
+        time.sleep(0.02)
+
+
+def processes(word: str) -> list[int]:
+    """Those that live and were called with that word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word.encode() in path.read_bytes() and started(int(path.parent.name)):
+                found.append(int(path.parent.name))
+    return found
+
+
+def ip(*words: str) -> str:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=True, env={"PATH": PATH})
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def guest() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return build(Path(home) / "kilonova" / "guest", progress=print).disk
+
+
+@pytest.fixture(scope="module")
+def lab(guest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    space = f"kilonova-metal-{os.getpid()}" if AS_ROOT else ""
+    if space:
+        ip("netns", "add", space)
+        ip("-n", space, "link", "add", "br-metal", "type", "bridge")
+        ip("-n", space, "link", "set", "br-metal", "up")
+    state = tmp_path_factory.mktemp("a host with a 'long' name & $HOME; ") / ("x" * 60)
+    state.mkdir()
+    try:
+        lab = Lab(state, {"guest": guest}, f"/run/netns/{space}" if space else None)
+        yield lab
+        for held in lab.driver.machines():
+            lab.driver.destroy(held.id)
+        lab.driver.close(stop_daemon=True)
+        until(lambda: not processes(str(state)), 20, lambda: processes(str(state)))
+    finally:
+        if space:
+            ip("netns", "delete", space)
+
+
+# ---- guests
+
+
+def test_a_servers_life(lab: Lab) -> None:
+    driver, said = lab.driver, list[str]()
+    assert isinstance(driver, Driver)
+    machine = lab.machine(config_drive=True, admin_password="hunter2")
+    news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    driver.listen(lambda id, power: news.put((id, power)))
+
+    driver.spawn(machine, said.append)
+    assert said[0].startswith("fetching image") and said[-2:] == ["making disks", "starting"]
+    assert Held(machine.id, "running", 3) in driver.machines()
+    at = lab.says(machine, "boot 1 kernel up")
+    at = lab.says(machine, "login:", at)
+    pid = processes(machine.id)
+    driver.spawn(machine, said.append)  # the same once more
+    assert processes(machine.id) == pid
+
+    assert [m.admin_password for m in lab.drives] == ["hunter2"]
+    assert b"hunter2" not in (lab.directory(machine) / "machine.json").read_bytes()
+    assert {p.stat().st_mode & 0o777 for p in lab.directory(machine).glob("*.json")} == {0o600}
+
+    for _ in range(2):
+        driver.pause(machine.id)
+        assert driver.power(machine.id) == "paused"
+    for _ in range(2):
+        driver.unpause(machine.id)
+        assert driver.power(machine.id) == "running"
+
+    for _ in range(2):
+        driver.suspend(machine.id)
+        assert driver.power(machine.id) == "suspended"
+        assert not processes(machine.id)
+    for _ in range(2):
+        driver.resume(machine.id)
+        assert driver.power(machine.id) == "running"
+    time.sleep(0.5)
+    while not news.empty():
+        news.get()
+
+    driver.reboot(machine.id, hard=False, timeout_s=BOOT_S)
+    at = lab.says(machine, "power button", at)
+    at = lab.says(machine, "boot 2 kernel up", at)
+    at = lab.says(machine, "login:", at)
+    assert news.empty()  # it never looked off
+
+    driver.stop(machine.id, timeout_s=BOOT_S)
+    assert "power button" in lab.console(machine)[at:]
+    assert driver.power(machine.id) == "shutdown"
+    driver.stop(machine.id, timeout_s=BOOT_S)
+    for _ in range(2):
+        driver.start(machine.id)
+    at = lab.says(machine, "boot 3 kernel up", at)
+    at = lab.says(machine, "login:", at)
+
+    pid = processes(machine.id)
+    driver.reboot(machine.id, hard=True, timeout_s=0)
+    assert processes(machine.id) != pid
+    lab.says(machine, "kernel up", at)  # which boot it counts depends on what it had written down
+    assert len(lab.drives) == 1  # the drive with the password is made once
+
+    for _ in range(2):
+        driver.destroy(machine.id)
+    with pytest.raises(NotFound):
+        driver.power(machine.id)
+
+
+def test_nothing_is_left(lab: Lab) -> None:
+    driver = lab.driver
+    before = {p for p in lab.state_dir.rglob("*") if "cache" not in p.parts}
+    nics = []
+    if AS_ROOT:
+        nics = [Nic("p", "n", "fa:16:3e:00:00:07", "tap-metal", bridge="br-metal", mtu=1400)]
+    disks = [
+        Disk("vda", lab.source("guest", "raw"), boot_index=0),
+        Disk("vdb", BlankSource("swap"), size_bytes=4 * MIB),
+        Disk("vdc", BlankSource("ext4"), size_bytes=16 * MIB),
+        Disk("vdd", BlankSource(), size_bytes=MIB),
+    ]
+    machine = lab.machine(nics=nics, disks=disks, config_drive=True)
+    driver.spawn(machine, lambda said: None)
+    if AS_ROOT:
+        space = Path(lab.netns or "").name
+        assert "master br-metal" in (tap := ip("-n", space, "link", "show", "tap-metal")) and "mtu 1400" in tap
+        assert "tap-metal" not in {name for _, name in socket.if_nameindex()}
+    assert (lab.directory(machine) / "disk.vdb").read_bytes()[4086:4096] == b"SWAPSPACE2"
+    assert (lab.directory(machine) / "disk.vdc").read_bytes()[1080:1082] == b"\x53\xef"
+    assert (lab.directory(machine) / "disk.vdd").stat().st_size == MIB
+    assert len(processes(machine.id)) == 1
+
+    driver.destroy(machine.id)
+    assert not processes(machine.id)
+    assert machine.id not in {held.id for held in driver.machines()}
+    left = {p for p in lab.state_dir.rglob("*") if "cache" not in p.parts} - before
+    assert not [p for p in left if p.is_file() or machine.id in p.name or machine.name in p.name]
+    if AS_ROOT:
+        assert "tap-metal" not in ip("-n", space, "link")
+
+
+def test_a_guest_that_does_not_help_is_turned_off(lab: Lab) -> None:
+    with lab.spawned() as machine:  # its firmware does not know the button yet
+        since = time.monotonic()
+        lab.driver.stop(machine.id, timeout_s=0.6, retry_s=0.2)
+        assert 0.5 < time.monotonic() - since < 20
+        assert lab.driver.power(machine.id) == "shutdown"
+        lab.driver.start(machine.id)
+        pid = processes(machine.id)
+        lab.driver.reboot(machine.id, hard=False, timeout_s=0.3)
+        assert lab.driver.power(machine.id) == "running"
+        assert processes(machine.id) != pid  # made anew
+
+
+def test_guests_outlive_libvirtd_and_us(lab: Lab) -> None:
+    daemon = lab.driver.daemon
+    assert isinstance(daemon, Private)
+    with lab.spawned() as machine:
+        pid = processes(machine.id)
+        os.kill(daemon.pid() or 0, signal.SIGKILL)
+        with contextlib.suppress(Unavailable):  # what is asked in this moment
+            lab.driver.power(machine.id)
+        assert lab.driver.power(machine.id) == "running"
+
+        for who in processes(f"keeper.py\0{daemon.directory}"):
+            os.kill(who, signal.SIGKILL)
+        os.kill(daemon.pid() or 0, signal.SIGKILL)
+        until(lambda: not lab.driver.link.ready(0) or daemon.pid() is None)
+        with contextlib.suppress(Unavailable):
+            lab.driver.power(machine.id)
+        assert lab.driver.power(machine.id) == "running"
+        assert processes(machine.id) == pid
+
+        mine = daemon.pid()
+        other = lab.another()
+        assert Held(machine.id, "running", 3) in other.machines()
+        assert isinstance(other.daemon, Private) and other.daemon.pid() == mine  # found, not made again
+        news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        other.listen(lambda id, power: news.put((id, power)))
+        lab.driver.pause(machine.id)
+        assert news.get(timeout=5) == (machine.id, "paused")
+        os.kill(pid[0], signal.SIGKILL)
+        assert news.get(timeout=5) == (machine.id, "crashed")
+        assert lab.driver.power(machine.id) == "crashed"
+        lab.driver.start(machine.id)
+        assert news.get(timeout=5) == (machine.id, "running")
+        other.close()
+
+
+def test_libvirtd_that_hangs_does_not_hang_us(lab: Lab) -> None:
+    hasty = lab.another(Libvirt(call_timeout_s=0.5))
+    assert isinstance(hasty.daemon, Private)
+    hasty.machines()
+    pid = hasty.daemon.pid() or 0
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        since = time.monotonic()
+        with pytest.raises(Unavailable):
+            hasty.machines()
+        assert time.monotonic() - since < 5
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert isinstance(hasty.machines(), list)
+    hasty.close()
+
+
+def test_what_a_crash_leaves_is_found(lab: Lab) -> None:
+    driver = lab.driver
+    machine = lab.machine()
+    lab.directory(machine).mkdir()  # died after the first step of a spawn
+    assert Held(machine.id, "nostate", 0) in driver.machines()
+    assert driver.power(machine.id) == "nostate"
+    driver.spawn(machine, lambda said: None)  # asked again
+    assert driver.power(machine.id) == "running"
+
+    lab.directory(machine).rename(moved := lab.directory(machine).with_name("." + machine.id))  # died in a destroy
+    (lab.state_dir / "instances" / "lost+found").mkdir()
+    assert Held(machine.id, "running", 3) in driver.machines()  # it bears our mark
+    assert not moved.exists()
+    assert "lost+found" not in {held.id for held in driver.machines()}
+    driver.destroy(machine.id)
+    assert machine.id not in {held.id for held in driver.machines()}
+
+    with lab.spawned() as machine:  # libvirt forgot it
+        driver.stop(machine.id, 0)
+        driver.link.call(lambda conn: conn.lookupByUUIDString(machine.id).undefine())
+        driver.start(machine.id)
+        assert driver.power(machine.id) == "running"
+
+
+def test_others_machines_are_not_ours(lab: Lab) -> None:
+    other = "<domain type='qemu'><name>other</name><memory>65536</memory><os><type>hvm</type></os></domain>"
+    domain = lab.driver.link.call(lambda conn: conn.defineXML(other))
+    try:
+        assert domain.UUIDString() not in {held.id for held in lab.driver.machines()}
+    finally:
+        lab.driver.link.call(lambda conn: domain.undefine())
+
+
+def test_a_refused_spawn_leaves_nothing(lab: Lab) -> None:
+    nic = Nic("p", "n", "fa:16:3e:00:00:08", "tap-none", bridge="br-missing")
+    machine = lab.machine(nics=[nic])
+    with pytest.raises(Refused, match="network"):
+        lab.driver.spawn(machine, lambda said: None)
+    assert not lab.directory(machine).exists()
+    with pytest.raises(NotFound):
+        lab.driver.power(machine.id)
+
+
+def test_what_cannot_be_done_is_refused(lab: Lab) -> None:
+    driver = lab.driver
+    with lab.spawned() as machine:
+        driver.stop(machine.id, 0)
+        for act in (driver.pause, driver.unpause, driver.suspend, driver.resume):
+            with pytest.raises(Refused, match=r"cannot be|was not kept"):
+                act(machine.id)
+    for act in (driver.pause, driver.unpause, driver.suspend, driver.resume, driver.start, driver.console_log):
+        with pytest.raises(NotFound):
+            act(machine.id)
+    with pytest.raises(NotFound):
+        driver.power("../../etc")
+
+
+def test_the_console_is_bounded_while_it_is_written(lab: Lab) -> None:
+    small = lab.another(compute=Compute(console_log_max_bytes=16384))
+    machine = lab.machine()
+    lab.directory(machine).mkdir()
+    log = lab.directory(machine) / "console.log"
+    assert small.console_log(machine.id) == b""
+    with log.open("ab", 0) as guest:
+        for line in range(20000):
+            guest.write(b"line %07d\n" % line)
+            if line % 2500 == 0:
+                small.trim_console_logs()
+        small.trim_console_logs()
+        guest.write(b"the end\n")
+    assert log.stat().st_blocks * 512 <= 16384 + 2 * 4096
+    said = small.console_log(machine.id)
+    assert len(said) <= 16384 and said.endswith(b"line 0019999\nthe end\n") and b"\0" not in said
+    small.close()
+    lab.driver.destroy(machine.id)
+
+
+# ---- the host
+
+
+def test_the_host_says_what_is_true(lab: Lab) -> None:
+    facts = lab.driver.host()
+    assert facts.memory_mb == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
+    assert facts.hypervisor_type == "QEMU" and facts.hypervisor_version > 5_000_000
+    assert facts.virt_type in ("kvm", "qemu") and facts.virt_why.endswith(".")
+    assert {"COMPUTE_IMAGE_TYPE_QCOW2", "COMPUTE_STORAGE_BUS_VIRTIO", "HW_CPU_X86_SSE2"} <= set(facts.traits)
+
+
+def test_kvm_is_believed_when_a_guest_ran(tmp_path: Path) -> None:
+    qemu = host.emulator()
+    assert host.probe(qemu, "tcg", timeout_s=30) == ""  # the probe itself is sound
+    since = time.monotonic()
+    proof = host.prove_kvm(qemu, tmp_path / "kvm.json", WallClock())
+    assert time.monotonic() - since < 10
+    assert proof.works == (
+        host.KVM.exists() and os.access(host.KVM, os.R_OK | os.W_OK) and host.probe(qemu, "kvm") == ""
+    )
+    if (tmp_path / "kvm.json").exists():
+        assert host.prove_kvm("/bin/sh", tmp_path / "kvm.json", WallClock()).works is False  # another QEMU, asked anew
+
+
+# ---- disks
+
+
+def image(path: Path, *words: str) -> bytes:
+    subprocess.run(["qemu-img", "create", "-q", *words[:-1], str(path), words[-1]], check=True)
+    return path.read_bytes()
+
+
+def test_who_lies_about_an_image_is_refused(lab: Lab, tmp_path: Path) -> None:
+    image(tmp_path / "base", "-f", "raw", "1M")
+    plain = image(tmp_path / "plain", "-f", "qcow2", "1M")
+    backed = image(tmp_path / "backed", "-f", "qcow2", "-F", "raw", "-b", "/etc/passwd", "1M")
+    split = image(tmp_path / "split", "-f", "qcow2", "-o", f"data_file={tmp_path / 'data'}", "1M")
+    flat = image(tmp_path / "flat.vmdk", "-f", "vmdk", "-o", "subformat=monolithicFlat", "1M")
+    noise = os.urandom(100_000)
+    boot = noise[:510] + b"\x55\xaa" + noise[512:]
+    cases: list[tuple[str, bytes, str, dict[str, Any], str]] = [
+        ("raw that is qcow2", plain, "raw", {}, "its content is qcow2"),
+        ("qcow2 that is noise", noise, "qcow2", {}, "said to be qcow2"),
+        ("iso that is not", noise, "iso", {}, "said to be iso"),
+        ("upon another file", backed, "qcow2", {}, "backing file"),
+        ("with its data elsewhere", split, "qcow2", {}, "data_file"),
+        ("vmdk of two files", flat, "vmdk", {}, "unacceptable"),
+        ("nothing we know", noise, "ploop", {}, "no use for 'ploop'"),
+        ("too long", noise, "raw", {"size_bytes": 99_999}, "longer than the 99999 bytes"),
+        ("too short", noise, "raw", {"size_bytes": 100_001}, "100000 bytes came"),
+        ("another hash", noise, "raw", {"hash_algo": "sha256", "hash_value": "0" * 64}, "its sha256"),
+        ("qcow2 in raw's middle", boot[:512] + plain, "qcow2", {}, "said to be qcow2"),
+    ]
+    for name, content, disk_format, said, reason in cases:
+        lab.images[name] = content
+        machine = lab.machine(disks=[Disk("vda", lab.source(name, disk_format, **said), boot_index=0)])
+        with pytest.raises(Refused, match=reason):
+            lab.driver.spawn(machine, lambda said: None)
+        assert not lab.directory(machine).exists(), name
+    assert sorted(p.name for p in (lab.state_dir / "cache").iterdir() if not p.name.startswith("guest")) == []
+
+
+def test_a_disk_is_as_large_as_asked(lab: Lab, tmp_path: Path) -> None:
+    lab.images["q"] = image(tmp_path / "q", "-f", "qcow2", "8M")
+    source = lab.source("q", "qcow2")
+    with pytest.raises(Refused, match=r"^Flavor's disk is too small for requested image\."):
+        lab.driver.spawn(lab.machine(disks=[Disk("vda", source, size_bytes=4 * MIB)]), lambda said: None)
+    disks = [
+        Disk("vda", source),
+        Disk("vdb", source, size_bytes=16 * MIB),
+        Disk("sda", source, bus="sata", kind="cdrom"),
+    ]
+    with lab.spawned(disks=disks) as machine:
+
+        def size(name: str) -> int:
+            (told,) = struct.unpack_from(">Q", (lab.directory(machine) / name).read_bytes(), 24)  # qcow2's header
+            return int(told)
+
+        assert size("disk.vda") == 8 * MIB and size("disk.vdb") == 16 * MIB
+        assert not (lab.directory(machine) / "disk.sda").exists()  # a CD needs no copy of its own
+
+
+@pytest.mark.parametrize(("disk_format", "name"), [("vmdk", "vmdk"), ("vdi", "vdi"), ("vhd", "vpc"), ("vhdx", "vhdx")])
+def test_other_formats_are_converted_once(lab: Lab, tmp_path: Path, disk_format: str, name: str) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(b"\x42" * MIB + bytes(MIB))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", name, str(raw), str(tmp_path / "x")], check=True)
+    lab.images["x"] = tmp_path / "x"
+    cache = ImageCache(tmp_path / "cache", lab.fetch, clock=WallClock())
+    base = cache.base(lab.source("x", disk_format))
+    assert base.format == "qcow2" and cache.base(lab.source("x", disk_format)) == base
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(cache.path(base)), str(tmp_path / "back")], check=True
+    )
+    assert (tmp_path / "back").read_bytes()[: 2 * MIB] == raw.read_bytes()
+
+
+def test_an_image_is_fetched_once_for_all_who_wait(tmp_path: Path) -> None:
+    content, begun = b"\1" * MIB + bytes(4 * MIB) + b"\2" * MIB, []
+    go = threading.Event()
+
+    def fetch(image_id: str, write: Callable[[bytes], object]) -> None:
+        begun.append(image_id)
+        go.wait(10)
+        for at in range(0, len(content), 1 << 16):
+            write(content[at : at + (1 << 16)])
+
+    clock = Hands()
+    cache = ImageCache(tmp_path / "cache", fetch, clock=clock)
+    digest = hashlib.sha512(content).hexdigest()
+    source = ImageSource("i", "raw", len(content), "sha512", digest)
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda: found.append(cache.base(source))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    until(lambda: bool(begun))
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    base = cache.base(source)
+    assert begun == ["i"] and found == [base] * 8
+    file = cache.path(base)
+    assert file.read_bytes() == content and file.stat().st_blocks * 512 < 3 * MIB  # its holes stayed holes
+
+    clock.at += 100
+    assert cache.evict({"i"}, 50) == [] and cache.evict(set(), 50) == []  # in use until now
+    clock.at += 100
+    assert cache.evict(set(), 50) == ["i"]
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert cache.base(source) == base and begun == ["i", "i"]
+
+
+class Hands:
+    """A clock that is set by hand."""
+
+    at = 1e9
+
+    def now(self) -> float:
+        return self.at
+
+    def sleep(self, seconds: float) -> None:
+        self.at += seconds
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="mounting a small file system needs root")
+def test_a_full_disk_is_said_in_plain_words(lab: Lab, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=True)
+    try:
+        lab.images["big"] = os.urandom(3 * MIB)
+        cache = ImageCache(small / "cache", lab.fetch, clock=WallClock())
+        with pytest.raises(Refused, match=r"not enough disk space on this host for image big: it needs 3 MiB"):
+            cache.base(lab.source("big", "raw"))
+        with pytest.raises(Refused, match=r"^There is not enough disk space on this host for image big\.$"):
+            cache.base(lab.source("big", "raw", size_bytes=0))
+        assert list((small / "cache").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
