@@ -534,27 +534,31 @@ def port(tx: Tx, id: str) -> tuple[Port, Network] | None:
 
 
 # INSERT INTO port_addresses SELECT … WHERE NOT EXISTS (the same address): the look and the taking are one statement.
-_TAKE = sa.insert(addresses).from_select(
-    ["subnet_id", "address", "port_id", "position"],
-    sa.select(
-        sa.bindparam("subnet", type_=sa.String),
-        sa.bindparam("the_address", type_=sa.String),
-        sa.bindparam("port", type_=sa.String),
-        sa.bindparam("place", type_=sa.Integer),
-    ).where(
-        ~sa.exists().where(
-            addresses.c.subnet_id == sa.bindparam("subnet", type_=sa.String),
-            addresses.c.address == sa.bindparam("the_address", type_=sa.String),
-        )
-    ),
-    include_defaults=False,
-)
+_TAKE = (
+    sa.insert(addresses)
+    .from_select(
+        ["subnet_id", "address", "port_id", "position"],
+        sa.select(
+            sa.bindparam("subnet", type_=sa.String),
+            sa.bindparam("the_address", type_=sa.String),
+            sa.bindparam("port", type_=sa.String),
+            sa.bindparam("place", type_=sa.Integer),
+        ).where(
+            ~sa.exists().where(
+                addresses.c.subnet_id == sa.bindparam("subnet", type_=sa.String),
+                addresses.c.address == sa.bindparam("the_address", type_=sa.String),
+            )
+        ),
+        include_defaults=False,
+    )
+    .execution_options(preserve_rowcount=True)
+)  # of an INSERT it is not kept unasked
 
 
 def take(tx: Tx, port_id: str, subnet_id: str, address: str, position: int = 0) -> bool:
     """Did this port get the address? Raises IntegrityError where another transaction was faster by an inch."""
     told = {"subnet": subnet_id, "the_address": address, "port": port_id, "place": position}
-    return bool(tx.execute(_TAKE, told).rowcount)
+    return tx.execute(_TAKE, told).rowcount > 0
 
 
 def taken(tx: Tx, subnet_id: str) -> set[str]:

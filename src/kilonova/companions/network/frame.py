@@ -37,7 +37,7 @@ Tag = A[str, Meta(min_length=1, max_length=60, pattern=r"\A[^,\x00]*\Z")]
 Unset = UnsetType
 
 MOST_TAGS = 50
-BIG = 2**63 - 1
+MOST = 2**31 - 1  # in a column of numbers; more than any that is there
 
 
 # ---- troubles
@@ -420,7 +420,7 @@ def _limit(said: list[str]) -> int | None:
             f"Bad limit request: Limit must be an integer 0 or greater and not '{printable(said[-1])}'",
             "HTTPBadRequest",
         )
-    return min(int(said[-1]), BIG) or None
+    return min(int(said[-1]), MOST) or None
 
 
 def _sortable(column: Any) -> Any:
@@ -492,7 +492,7 @@ def _value(name: str, column: Any, text: str) -> Any:
     if isinstance(column.type, sa.Integer):
         if not re.fullmatch(r"-?[0-9]{1,30}", text):
             raise bad(f"Invalid input for {name}. Reason: '{printable(text)}' is not an integer.", "HTTPBadRequest")
-        return max(-BIG, min(BIG, int(text)))
+        return max(-MOST, min(MOST, int(text)))
     return text
 
 
