@@ -899,5 +899,5 @@ def neighbours(clock: Clock, login: Login, *, identity: Carrier, image: Carrier,
 
 
 def _part(id: str) -> str:
-    """A piece of a path that cannot become two, nor climb."""
-    return urllib.parse.quote(id, safe="").replace("..", "%2E%2E")
+    """A piece of a path that cannot become two, nor none, nor climb."""
+    return urllib.parse.quote(id, safe="").replace("..", "%2E%2E") or "-"
