@@ -83,17 +83,21 @@ class Node:
 _STEP = re.compile(r"\{/.*?/\}|\{\*\}|\[\d*\]|[^.\[\]]+")
 
 
-def tree(table: dict[str, Any] | None, version: int) -> Node:
-    """The table at one version."""
+def tree(table: dict[str, Any] | None, version: int, *, second: bool = False) -> Node:
+    """The table at one version; `second`: with the second shape in the places that have two."""
     root = Node()
+    twins = {p[: p.index("~2")] for p in table or {} if "~2" in p}
     for path, rows in (table or {}).items():
-        if not isinstance(rows, list | dict) or "~" in path or path == "_versions":
+        if not isinstance(rows, list | dict) or path == "_versions":
+            continue
+        other = any(path.startswith((f"{t}.", f"{t}[")) for t in twins)
+        if ("~" in path and ("~2" not in path or not second)) or (second and other and "~" not in path):
             continue
         told = next((r for r in (rows if isinstance(rows, list) else [rows]) if _holds(r, version)), None)
         if told is None:
             continue
         node = root
-        for step in [] if path == "(root)" else _STEP.findall(path):
+        for step in [] if path == "(root)" else _STEP.findall(path.replace("~2", "")):
             node = _below(node, step)
         node.told = told
         if "of" in told and told["type"].startswith("array"):
@@ -102,13 +106,13 @@ def tree(table: dict[str, Any] | None, version: int) -> Node:
     return root
 
 
-def said(entry: dict[str, Any], what: str, version: int) -> Node | None:
+def said(entry: dict[str, Any], what: str, version: int, *, second: bool = False) -> Node | None:
     """One of the tables of a route at one version; None: there is none then."""
     table = entry.get(what)
     if not isinstance(table, dict):
         return None
     first, last = span(table.get("_versions", "2.1-"))
-    return tree(table, version) if first <= version <= last else None
+    return tree(table, version, second=second) if first <= version <= last else None
 
 
 def _holds(row: dict[str, Any], version: int) -> bool:
@@ -374,11 +378,13 @@ def _is(node: Node, kind: str, value: Any) -> bool:
     told = node.told
     if "enum" in told and value not in told["enum"] and kind in ("enum", "string", "integer"):
         return value is None and "null" in node.types
-    if found := re.match(r"(\w+) in\[(.*)\]", kind):
-        return value in found[2].split(",")
+    if found := re.match(r"(\w+ )?in\[(.*)\]", kind):
+        return value in [v.strip("'") for v in found[2].split(",")]
     word = kind.split("(")[0].split(" ")[0]
     if word in ("any", "enum"):
         return True
+    if word.startswith("~"):
+        return isinstance(value, dict)
     if word == "links":
         return isinstance(value, list) and all(isinstance(x, dict) and {"rel", "href"} <= x.keys() for x in value)
     if word == "string":

@@ -95,7 +95,7 @@ def _event(call: Call, server: Server, e: workflow.Event, whole: bool, details: 
     if call.version >= 62:
         shown["hostId"] = host_id(server.project_id, e.host)
         if whole:
-            shown["host"] = e.host
+            shown["host"] = e.host or ""
     if details:
         shown["details"] = e.fault.said if e.fault else None
     return shown
