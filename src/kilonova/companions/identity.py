@@ -131,6 +131,7 @@ def bootstrap(
     with door.db.tx() as tx:
         first = _first_rows(tx, door, secrets, own)
         catalog.fill(tx, region, catalog.BUILT_IN if services is None else services)
+        store.changed(tx)
     world.gate.forget()
     return first
 

@@ -330,31 +330,36 @@ class Seen(msgspec.Struct, frozen=True):
 class Gate:
     """`gate(token) → Context` for every service of this process. Raises Unknown.
 
-    What was found is good until identity changes something (`forget`, called after each such commit: refusals are
-    immediate in this process) and at most `keep_s`, which is how late other processes are.  Two dictionaries
-    stand for "least recently used": when the young one is full it becomes the old one.
+    What was found about a token holds as long as nobody changes anything in identity.  Every change raises a number
+    in the database: this process forgets at once when it was its own (`forget`), and looks at the number every
+    `keep_s`, which is how late it hears of others'.  Two dictionaries stand for "least recently used": when the
+    young one is full it becomes the old one.
     """
 
     def __init__(self, db: Db, clock: Clock, keys: Keys, keep_s: float = 5.0, most: int = 5_000) -> None:
         self.db, self.clock, self.keys, self.keep_s, self.most = db, clock, keys, keep_s, most
-        self.generation = 0
-        self.young: dict[bytes, tuple[int, float, Seen]] = {}
-        self.old: dict[bytes, tuple[int, float, Seen]] = {}
+        self.generation, self.look_again_at = (0, 0), 0.0
+        self.young: dict[bytes, tuple[tuple[int, int], float, Seen]] = {}
+        self.old: dict[bytes, tuple[tuple[int, int], float, Seen]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, text: str) -> Context:
         return self.seen(text).context
 
     def seen(self, text: str) -> Seen:
+        now = self.clock.now()
+        if now >= self.look_again_at:
+            self._heed(now)
         key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
         found = self.young.get(key)
         if found is None and (found := self.old.get(key)) is not None:
             self._remember(key, found)
-        if found is not None and found[0] == self.generation and self.clock.now() < found[1]:
+        if found is not None and found[0] == self.generation and now < found[1]:
             return found[2]
-        generation, now = self.generation, self.clock.now()  # before the look, so that a change meanwhile counts
+        generation = self.generation  # before the look, so that a change meanwhile counts
         seen = self.look(text)
-        self._remember(key, (generation, min(now + self.keep_s, seen.token.expires_at), seen))
+        ends = [seen.token.expires_at, seen.credential.expires_at if seen.credential else None]
+        self._remember(key, (generation, min(e for e in ends if e is not None), seen))
         return seen
 
     def look(self, text: str, *, ended_since_s: float = 0) -> Seen:
@@ -369,11 +374,21 @@ class Gate:
         return Seen(token, standing, credential, roles, _context(token, standing, roles, text))
 
     def forget(self) -> None:
-        """Something changed: nothing that was found before counts any more."""
+        """This process changed something: nothing that was found before counts any more."""
         with self.lock:
-            self.generation += 1
+            self.generation = (self.generation[0], self.generation[1] + 1)
 
-    def _remember(self, key: bytes, entry: tuple[int, float, Seen]) -> None:
+    def _heed(self, now: float) -> None:
+        """Did another process change something? One thread looks; the others go on with what is known."""
+        if self.lock.acquire(blocking=False):
+            try:
+                with self.db.read() as tx:
+                    self.generation = (store.generation(tx), self.generation[1])
+                self.look_again_at = now + self.keep_s
+            finally:
+                self.lock.release()
+
+    def _remember(self, key: bytes, entry: tuple[tuple[int, int], float, Seen]) -> None:
         with self.lock:
             if len(self.young) >= self.most:
                 self.old, self.young = self.young, {}

@@ -42,6 +42,7 @@ def changing(call: Call) -> Iterator[Tx]:
     """One transaction, after which no token counts as looked at."""
     with call.world.door.db.tx() as tx:
         yield tx
+        store.changed(tx)
     call.world.gate.forget()
 
 

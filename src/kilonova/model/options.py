@@ -269,7 +269,9 @@ class Identity(Struct, frozen=True):
         Secret, Meta(description="Of the first user, `admin`; unset, a random one that `up` writes to clouds.yaml.")
     ] = Secret()
     token_lifetime_s: A[int, Meta(description="How long a token is good.", ge=60)] = 3600
-    token_cache_s: A[float, Meta(description="A token is looked at again when so much time has passed.", ge=0)] = 5.0
+    token_cache_s: A[
+        float, Meta(description="How late a process may hear that another changed who may do what.", ge=0)
+    ] = 5.0
     fernet_rotation_s: A[int, Meta(description="How often tokens get a new key.", ge=60)] = 86_400
     fernet_keys_max: A[int, Meta(description="Keys kept for tokens that are still good.", ge=3)] = 3
     lockout_failures: A[

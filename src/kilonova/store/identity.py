@@ -298,6 +298,12 @@ REVOKED = sa.Table(
     sa.Column("audit_id", sa.String(32), primary_key=True),
     sa.Column("expires_at", sa.Double, nullable=False, index=True),
 )
+GENERATION = sa.Table(
+    "identity_generation",
+    meta,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("number", sa.BigInteger, nullable=False),
+)
 
 
 class Noun(NamedTuple):
@@ -594,3 +600,16 @@ def revoke_token(tx: Tx, audit_id: str, expires_at: float, now: float) -> None:
 
 def is_revoked(tx: Tx, audit_id: str) -> bool:
     return tx.execute(sa.select(REVOKED.c.audit_id).where(REVOKED.c.audit_id == audit_id)).first() is not None
+
+
+# ---- since when
+
+
+def generation(tx: Tx) -> int:
+    """Rises with every change of identity: what was looked up at one number holds as long as it stays."""
+    return tx.execute(sa.select(GENERATION.c.number)).scalar() or 0
+
+
+def changed(tx: Tx) -> None:
+    if not tx.execute(sa.update(GENERATION).values(number=GENERATION.c.number + 1)).rowcount:
+        tx.execute(sa.insert(GENERATION), {"id": 1, "number": 1})
