@@ -1,10 +1,11 @@
 """What users and operators write beside servers: metadata, tags, aggregates; addresses, the guest's password, extensions."""
 
 import threading
+import urllib.parse
 
 import pytest
 
-from kilonova.kit.clock import Ids
+from kilonova.kit.clock import Ids, iso_us
 from kilonova.model.server import Address, Plug
 from kilonova.model.states import VM
 from kilonova.store import guests, hosts, quotas, servers
@@ -355,6 +356,90 @@ def test_extensions(api):
 def test_what_was_removed_says_so(api, path):
     refused(api.call("GET", path, token=api.member.token), 410, "no longer available")
     assert api.call("GET", path).status == 401
+
+
+# ---- usage
+
+DAY = 86_400.0
+
+
+@pytest.fixture
+def used(api):
+    """A project with a server that ran from the first to the third of four days, and one that runs since the second."""
+    project, at = api.ids.hex(), api.clock.now()
+    one, two, _ = (api.server(project, name=n) for n in ("one", "two", "never"))
+    with api.db.tx() as tx:
+        servers.change(tx, one.id, None, launched_at=at - 4 * DAY, terminated_at=at - 2 * DAY, deleted_at=at - 2 * DAY)
+        servers.change(tx, two.id, None, launched_at=at - 3 * DAY)
+        tx.execute(servers.T.update().where(servers.T.c.name == "never").values(launched_at=None))
+    return project, one, two
+
+
+def asked(api, used, path, *, version=39, **query):
+    return api.call(
+        "GET", f"/os-simple-tenant-usage{path}?{urllib.parse.urlencode(query)}", token=api.token, version=version
+    )
+
+
+def test_usage_of_a_project(api, used):
+    project, one, two = used
+    at = api.clock.now()
+    shown = ok(asked(api, used, f"/{project}", start=iso_us(at - 5 * DAY), end=iso_us(at)))["tenant_usage"]
+    assert shown["total_hours"] == pytest.approx(5 * 24) and shown["total_vcpus_usage"] == pytest.approx(5 * 24)
+    assert shown["total_memory_mb_usage"] == pytest.approx(512 * 5 * 24)
+    rows = {r["instance_id"]: r for r in shown["server_usages"]}
+    assert {id: (r["state"], r["hours"], r["uptime"]) for id, r in rows.items()} == {
+        one.id: ("terminated", pytest.approx(48), 2 * DAY),
+        two.id: ("active", pytest.approx(72), 3 * DAY),
+    }
+    only = ok(asked(api, used, f"/{project}", start=iso_us(at - DAY), end=iso_us(at)))["tenant_usage"]
+    assert only["total_hours"] == pytest.approx(24) and [r["instance_id"] for r in only["server_usages"]] == [two.id]
+    assert ok(asked(api, used, f"/{project}", start="2020-01-01T00:00:00", end="2020-01-02")) == {"tenant_usage": {}}
+
+
+def test_usage_of_all_projects(api, used):
+    project, at = used[0], api.clock.now()
+    span = {"start": iso_us(at - 5 * DAY), "end": iso_us(at)}
+    rows = {r["tenant_id"]: r for r in ok(asked(api, used, "", **span))["tenant_usages"]}
+    assert rows[project]["total_hours"] == pytest.approx(5 * 24) and "server_usages" not in rows[project]
+    rows = {r["tenant_id"]: r for r in ok(asked(api, used, "", detailed=1, **span))["tenant_usages"]}
+    assert len(rows[project]["server_usages"]) == 2
+
+
+def test_pages_of_usage(api, used):
+    project, one, two = used
+    span = {"start": iso_us(api.clock.now() - 5 * DAY), "end": iso_us(api.clock.now())}
+    first = ok(asked(api, used, f"/{project}", version=40, limit=1, **span))
+    (link,) = first["tenant_usage_links"]
+    path = link["href"].split("/v2.1")[1]
+    second = ok(api.call("GET", path, token=api.token, version=40))
+    found = [r["instance_id"] for page in (first, second) for r in page["tenant_usage"]["server_usages"]]
+    assert found == sorted([one.id, two.id])
+    last = ok(api.call("GET", second["tenant_usage_links"][0]["href"].split("/v2.1")[1], token=api.token, version=40))
+    assert last == {"tenant_usage": {}}
+    refused(asked(api, used, f"/{project}", version=40, marker="nobody", **span), 400, "marker [nobody] not found")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"start": "junk"},
+        {"end": "junk"},
+        {"start": "2026-01-02", "end": "2026-01-01"},
+        {"start": "99999-01-01"},
+        {"start": ""},
+    ],
+)
+def test_bad_spans(api, used, query):
+    for path in ("", f"/{used[0]}"):
+        refused(asked(api, used, path, **query), 400)
+
+
+def test_who_may_see_usage(api, used):
+    path = "/os-simple-tenant-usage"
+    assert api.call("GET", f"{path}/{api.member.project_id}", token=api.member.token).status == 200
+    assert api.call("GET", f"{path}/{used[0]}", token=api.member.token).status == 403
+    assert api.call("GET", path, token=api.member.token).status == 403
 
 
 # ---- aggregates

@@ -17,6 +17,7 @@ from kilonova.api import (
     operators,
     quotas,
     servers,
+    usage,
     verbs,
 )
 from kilonova.api.policies import RULES
@@ -38,6 +39,7 @@ GROUPS = (  # importing them fills R
     operators,
     quotas,
     servers,
+    usage,
     verbs,
 )
 VERSIONS = Versioned("compute", newest=104, old_header="X-OpenStack-Nova-API-Version")
