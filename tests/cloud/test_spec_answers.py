@@ -109,7 +109,7 @@ def path_of(api, key, version):
         "/os-quota-class-sets/{id}": "default", "/versions/{id}": "v2.1",
     }.get(path, api.first.admin_project_id)  # fmt: skip
     if "tenant-usage" in path:
-        path += "?start=2020-01-01T00:00:00" + ("" if "{id}" in path else "&detailed=1")
+        path += "?start=2020-01-01T00:00:00&end=2100-01-01" + ("" if "{id}" in path else "&detailed=1")
     flavor = "3" if path.endswith("access") else "2"
     return path.replace("{id}", id).replace("{server_id}", api.one.id).replace("{flavor_id}", flavor)
 
