@@ -732,7 +732,37 @@ def test_six(lab: Lab) -> None:
         wire = socket.create_connection(("fe80::a9fe:a9fe%eth0", 80), 3)
     with wire:
         wire.sendall(b"GET /six HTTP/1.1\r\n\r\n")
-        assert b'"X_INSTANCE_ID": "server-b1ae-5"' in wire.recv(4000)
+        answer = b""
+        while said := wire.recv(4000):
+            answer += said
+    assert b'"X_INSTANCE_ID": "server-b1ae-5"' in answer
+
+
+def test_six_by_dhcp(lab: Lab) -> None:
+    """A declared port is offered its address, without a router in the network; RFC 8415, section 18.2.1."""
+    mode = "dhcpv6-stateful"
+    subnet = SubnetWire("s-6", "2001:db8::/64", 6, dhcp_address="2001:db8::2", ra_mode=mode, address_mode=mode)
+    mine = port(5, addresses=[("s-6", "2001:db8::5")], rules=[Rule("egress", 6, remotes=["::/0"])])
+    lab.apply(network(subnets=[subnet]), ports=[mine], routers=[])
+    five = lab.guest(mine)
+    end = time.monotonic() + 15
+    while "fe80" not in (told := five.ip("-6 -o addr show dev eth0")) or "tentative" in told:
+        assert time.monotonic() < end, told
+        select.select([], [], [], 0.1)
+    duid = struct.pack("!HHHH", 1, 10, 3, 1) + five.mac
+    solicit = b"\x01abc" + duid + struct.pack("!HHIII", 3, 12, 1, 0, 0) + struct.pack("!HHH", 8, 2, 0)
+    with five.ground.enter(five.space):
+        wire = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        wire.bind(("::", 546))
+        there = socket.getaddrinfo("ff02::1:2%eth0", 547, type=socket.SOCK_DGRAM)[0][4]
+    with wire:
+        answer = b""
+        while socket.inet_pton(socket.AF_INET6, "2001:db8::5") not in answer:
+            assert time.monotonic() < end
+            wire.sendto(solicit, there)
+            if select.select([wire], [], [], 0.3)[0]:
+                answer = wire.recv(2000)
+    assert answer[0] == 2
 
 
 def test_in_the_machines_own_namespace_others_are_left_alone(machine: str, tmp_path: Path) -> None:

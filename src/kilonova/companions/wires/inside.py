@@ -3,7 +3,7 @@
 It is run by its path with nothing but the standard library: entering a user namespace needs a process of one thread,
 and the holder should stay small.  `userns.py` is who calls it.
 
-    unshare -U … -n -m -u -p -f --mount-proc  python -I -S inside.py hold NAME [KEPT …]
+    unshare -U … -n -m -u  python -I -S inside.py hold NAME [KEPT …]
     python -I -S inside.py enter PID PROGRAM [ARGUMENT …]
 """
 
@@ -16,15 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLONE_NEWUSER, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET, CLONE_NEWPID = (
-    0x10000000,
-    0x20000,
-    0x4000000,
-    0x40000000,
-    0x20000000,
-)
+CLONE_NEWUSER, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x10000000, 0x20000, 0x4000000, 0x40000000
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
-PR_SET_PDEATHSIG, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_SET_NAME = 1, 47, 2, 15
+PR_SET_NAME, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 15, 47, 2
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -40,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 
 def hold(name: str, kept: list[str]) -> int:
-    """The first process of the namespaces. Says `ready` on standard output; ends, and all with it, at SIGTERM.
+    """The first process of the namespaces. Says `ready` on standard output; ends at SIGTERM.
 
     `kept` are folders below /run that stay what they are; the rest of /run is new and empty.
     """
@@ -57,8 +51,6 @@ def hold(name: str, kept: list[str]) -> int:
         socket.sethostname(name)
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     subprocess.run(["ip", "link", "set", "lo", "up"], env={"PATH": path}, check=True)
-    # The kernel takes away dead children of a process that ignores them: nobody else does it in here.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     ends = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     os.write(1, b"ready\n")
@@ -70,36 +62,20 @@ def hold(name: str, kept: list[str]) -> int:
 
 
 def enter(pid: int, argv: list[str]) -> int:
-    """Runs a program in the namespaces of `pid`, as their root or with all capabilities; its end is ours."""
-    wanted = [
-        ("user", CLONE_NEWUSER),
-        ("mnt", CLONE_NEWNS),
-        ("uts", CLONE_NEWUTS),
-        ("net", CLONE_NEWNET),
-        ("pid", CLONE_NEWPID),
-    ]
+    """Becomes a program in the namespaces of `pid`, as their root or with all capabilities."""
+    wanted = [("user", CLONE_NEWUSER), ("mnt", CLONE_NEWNS), ("uts", CLONE_NEWUTS), ("net", CLONE_NEWNET)]
     held = [(os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC), kind) for name, kind in wanted]
     here = Path.cwd()
     for fd, kind in held:
         checked(libc.setns(fd, kind))
     with contextlib.suppress(OSError):
         os.chdir(here)
-    # SIGINT of a terminal reaches the child by itself; what is sent to us we pass on.
-    child = os.fork()
-    if child == 0:
-        checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
-        raise_capabilities()
-        try:
-            os.execvp(argv[0], argv)  # noqa: S606  (no shell is the point)
-        except OSError as e:
-            sys.stderr.write(f"{argv[0]}: {e.strerror}\n")
-            os._exit(127)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda n, _: os.kill(child, n))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
+    raise_capabilities()
+    try:
+        os.execvp(argv[0], argv)  # noqa: S606  (no shell is the point)
+    except OSError as e:
+        sys.stderr.write(f"{argv[0]}: {e.strerror}\n")
+        return 127
 
 
 def raise_capabilities() -> None:

@@ -1,7 +1,7 @@
 """An ordinary user's ground: a user namespace of our own, in which Kilonova has its network as root has.
 
-A small process (`inside.py hold`) keeps the namespaces.  Kilonova starts itself again inside; guests, DHCP and the
-hypervisor's daemon live on in there when Kilonova ends, and the next start enters the same place.  `close` ends all.
+A small process (`inside.py hold`) keeps the namespaces.  Kilonova goes inside under its own process id; guests, DHCP
+and the hypervisor's daemon live on in there when it ends, and the next start enters the same place.  `close` ends all.
 
 With the package uidmap and a line in /etc/subuid the user is root in there; without, he keeps his name and has root's
 rights over the network only.  Nothing in there is reachable from the machine but through what was handed in: sockets
@@ -30,7 +30,7 @@ from kilonova.companions.wires.ground import INSIDE, PATH
 from kilonova.kit.errors import Unavailable, Unsupported
 
 SOCKETS = "KILONOVA_SOCKETS"  # file descriptors handed to the process inside, as JSON
-UNSHARE = ["unshare", "-n", "-m", "-u", "-p", "-f", "--kill-child=SIGTERM", "--mount-proc", "-U"]
+UNSHARE = ["unshare", "-n", "-m", "-u", "-U"]  # processes keep their numbers: who stops Kilonova finds it by its own
 # fmt: off
 WAYS = {
     "uidmap": ["--map-auto", "--map-root-user"],
@@ -69,7 +69,7 @@ def ways() -> tuple[list[str], str]:
 
 
 def reexec_if_needed(argv: Sequence[str], listen_sockets: Iterable[socket.socket], state_dir: Path) -> None:
-    """Starts `argv` inside and ends with it, unless this process is root or inside already: then it returns.
+    """Becomes `argv` inside, unless this process is root or inside already: then it returns.
 
     Sockets that listen on the machine are handed on: `inherited` finds them in there.  Raises Unsupported, with the
     reason, where this user can have no namespaces; the caller may go on with QEMU's user networking.
@@ -119,8 +119,7 @@ def start(state_dir: Path) -> Holder:
             begun.wait(START_S)
             told = (state_dir / "inside.log").read_text(errors="replace").strip().splitlines()
             raise Unavailable("The user namespace did not start.", why=told[-1] if told else "")
-    pid = _child_of(begun.pid)
-    made = Holder(pid, _began(pid), way)
+    made = Holder(begun.pid, _began(begun.pid), way)
     _file(state_dir).write_bytes(msgspec.json.encode(made))
     return made
 
@@ -140,19 +139,39 @@ def argv_inside(held: Holder, argv: Sequence[str]) -> list[str]:
 
 
 def close(state_dir: Path, timeout_s: float = 10) -> None:
-    """Ends the namespaces and every process in them: guests, daemons, Kilonova."""
+    """Ends the namespaces and every process in them: guests, daemons, Kilonova. `timeout_s` for each to obey."""
     found = holder(state_dir)
     if found:
-        with contextlib.suppress(ProcessLookupError):
-            fd = os.pidfd_open(found.pid)
-            try:
-                os.kill(found.pid, signal.SIGTERM)
-                if not _ended(fd, timeout_s):
-                    os.kill(found.pid, signal.SIGKILL)
-                    _ended(fd, timeout_s)
-            finally:
-                os.close(fd)
+        place = Path(f"/proc/{found.pid}/ns/user").stat().st_ino
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            _end(_living_in(place) - {found.pid, os.getpid()}, number, timeout_s)
+        for number in (signal.SIGTERM, signal.SIGKILL):  # last, or nobody would find the others again
+            _end({found.pid} & _living_in(place), number, timeout_s)
     _file(state_dir).unlink(missing_ok=True)
+
+
+def _living_in(place: int) -> set[int]:
+    """Processes of a user namespace. Its owner may look at them and end them, whatever their user."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if (entry / "ns/user").stat().st_ino == place:
+                    found.add(int(entry.name))
+    return found
+
+
+def _end(pids: set[int], number: signal.Signals, timeout_s: float) -> None:
+    """Sends a signal to all of them, then waits for all."""
+    held = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(pid)
+            held.append(fd)
+            signal.pidfd_send_signal(fd, number)
+    for fd in held:
+        select.select([fd], [], [], timeout_s)
+        os.close(fd)
 
 
 def _program(act: str) -> list[str]:
@@ -173,16 +192,6 @@ def _env() -> dict[str, str]:
     return {**os.environ, "PATH": PATH, "LC_ALL": "C.UTF-8"}
 
 
-def _child_of(pid: int) -> int:
-    """`unshare -f` waits for the process that is the first inside."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError, IndexError):
-                if int(_stat(int(entry.name))[1]) == pid:
-                    return int(entry.name)
-    raise Unavailable("The user namespace ended as soon as it had started.")
-
-
 def _began(pid: int) -> str:
     """When a process started, in ticks since boot. Raises FileNotFoundError where there is none, or a dead one."""
     fields = _stat(pid)
@@ -194,7 +203,3 @@ def _began(pid: int) -> str:
 def _stat(pid: int) -> list[str]:
     """/proc/PID/stat from its third field on (proc(5)): state, parent, …"""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def _ended(pidfd: int, timeout_s: float) -> bool:
-    return bool(select.select([pidfd], [], [], timeout_s)[0])
