@@ -49,6 +49,7 @@ TRIM_EVERY_S = 5.0
 SAVE_BYTES_PER_S = 20 << 20  # what memory is written to disk with, at least
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 BLOCK = 4096
+LOOKS = 4  # at a domain that changes while we look
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Told = Literal["stopped", "rebooted", "changed"]
@@ -405,12 +406,20 @@ class LibvirtDriver:
     # ---- acts on a domain; each may be done twice
 
     def _on(self, id: str, act: Callable[[Any], T], timeout_s: float | None = None) -> T:
-        """`act(domain)`. Raises NotFound where there is none, Refused with few words when libvirt would not."""
+        """`act(domain)`. Raises NotFound where there is none, Refused with few words when libvirt would not.
+
+        An act first looks how the domain is.  What an earlier life of ours asked for may come to its end between the
+        look and the deed, which libvirt then calls invalid: so it may look again.
+        """
         self._directory(id)
-        try:
-            return self.link.call(lambda conn: act(conn.lookupByUUIDString(id)), timeout_s)
-        except self.lib.libvirtError as e:
-            raise self._trouble(id, e) from None
+        for looks_left in reversed(range(LOOKS)):
+            try:
+                return self.link.call(lambda conn: act(conn.lookupByUUIDString(id)), timeout_s)
+            except self.lib.libvirtError as e:
+                if e.get_error_code() != self.lib.VIR_ERR_OPERATION_INVALID or not looks_left:
+                    raise self._trouble(id, e) from None
+                self.clock.sleep(0.1)
+        raise AssertionError
 
     def _trouble(self, id: str, error: Any) -> Trouble:
         lib, why = self.lib, str(error)
@@ -439,11 +448,7 @@ class LibvirtDriver:
             if domain.state()[0] == self.lib.VIR_DOMAIN_PMSUSPENDED:
                 domain.pMWakeup()
             elif not domain.isActive():
-                try:
-                    domain.create()
-                except self.lib.libvirtError:
-                    if not domain.isActive():
-                        raise
+                domain.create()
             if domain.state()[0] == self.lib.VIR_DOMAIN_PAUSED:  # now, or when it was saved
                 domain.resume()
 
