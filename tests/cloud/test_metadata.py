@@ -6,12 +6,16 @@ import hmac
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kilonova.clients import Inside
+from kilonova.companions.wires.metadata_proxy import Asker, MetadataProxy
+from kilonova.kit.http import listen
 from kilonova.metadata.app import KEPT, service
 from kilonova.model import options
 from kilonova.model.machine import Keypair
@@ -385,7 +389,7 @@ def test_the_operators_file_is_read_again_when_it_changes(rooms, tmp_path):
     assert told(rooms, server, path, app=app) == "{}"
 
 
-# ---- and its other reader
+# ---- in company
 
 
 def test_a_password_is_shown_and_cleared_by_the_compute_api(rooms):
@@ -399,3 +403,24 @@ def test_a_password_is_shown_and_cleared_by_the_compute_api(rooms):
     assert rooms.call("DELETE", path, token=admin).status == 204
     assert rooms.call("GET", path, token=admin).json == {"password": ""}
     assert ask(rooms, PASSWORD, head, "POST", b"another")[0] == 200
+
+
+def test_a_guest_is_told_through_the_proxy(rooms):
+    """The network companion's proxy knows the guest by its address, and what the guest says of itself does not count."""
+    server, other = rooms.server(PROJECT), rooms.server(PROJECT)
+    proxy = MetadataProxy(rooms.metadata, SECRET)
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    proxy.know({("net", "127.0.0.1"): Asker(server.id, server.project_id)})
+    proxy.serve("net", listener)
+    try:
+        pretended = signed(other.id, secret="guessed")
+        request = Request(f"http://127.0.0.1:{port}/openstack/latest/meta_data.json", headers=pretended)
+        assert json.load(urlopen(request))["uuid"] == server.id
+        sealed = Request(f"http://127.0.0.1:{port}{PASSWORD}", b"sealed", method="POST")
+        assert urlopen(sealed).status == 200
+        assert told(rooms, server, PASSWORD) == "sealed"
+        with pytest.raises(HTTPError, match="409"):
+            urlopen(sealed)
+    finally:
+        proxy.close()
