@@ -18,6 +18,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 
+from kilonova.kit.errors import Invalid
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Tx = sa.Connection
@@ -50,6 +52,7 @@ class Db:
         self.writer = self.engine.execution_options(write=True)
         self.statements = 0  # how many were sent; bench and tests read it
         sa.event.listen(self.engine, "before_cursor_execute", self._count)
+        sa.event.listen(self.engine, "handle_error", _misfit)
         if sqlite:
             sa.event.listen(self.engine, "connect", _pragmas)
             sa.event.listen(self.engine, "begin", _begin)
@@ -98,6 +101,15 @@ class Db:
 def claim(tx: Tx, statement: sa.Update, parameters: dict[str, Any] | None = None) -> bool:
     """Did this one conditional UPDATE take what it wanted? No RETURNING: MariaDB has none on UPDATE."""
     return bool(tx.execute(statement, parameters or {}).rowcount)
+
+
+def _misfit(context: Any) -> None:
+    """A value that no column can hold (a NUL in a text, too long, too large a number) is its giver's fault."""
+    if isinstance(context.sqlalchemy_exception, sa.exc.DataError) or isinstance(
+        context.original_exception, OverflowError | UnicodeEncodeError
+    ):
+        why = f"{type(context.original_exception).__name__}: {context.original_exception}"
+        raise Invalid("A value is too long, too large, or has a character that cannot be kept.", why=why)
 
 
 def _pragmas(dbapi: Any, _: Any) -> None:
