@@ -1,0 +1,148 @@
+"""What users do to a simulated cloud: storms from a seed, and small stories told with a crash at every boundary."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kilonova.conductor import create
+from kilonova.sim.world import CALM, FLAVOR, Api, Faults, Sim
+
+VERBS: list[tuple[str, Any]] = [
+    ("os-stop", None),
+    ("os-start", None),
+    ("reboot", {"type": "SOFT"}),
+    ("reboot", {"type": "HARD"}),
+    ("pause", None),
+    ("unpause", None),
+    ("suspend", None),
+    ("resume", None),
+]
+
+
+class User:
+    """Remembers the servers it asked for, by the name it gave them."""
+
+    def __init__(self, sim: Sim) -> None:
+        self.sim, self.api, self.known = sim, Api(sim, "api"), dict[str, str]()
+
+    def create(self, name: str) -> None:
+        wish = {"name": name, "flavorRef": FLAVOR.id, "imageRef": self.sim.image_id, "networks": "auto"}
+        status, body = self.api.ask("POST", "/servers", {"server": wish})
+        if status == 202:
+            self.known[name] = body["server"]["id"]
+
+    def delete(self, name: str) -> None:
+        if name in self.known:
+            self.api.ask("DELETE", f"/servers/{self.known[name]}")
+
+    def act(self, name: str, verb: str, said: Any) -> None:
+        if name in self.known:
+            self.api.ask("POST", f"/servers/{self.known[name]}/action", {verb: said})
+
+    def later(self, delay: float, what: Callable[..., None], *args: Any) -> None:
+        self.sim.at(delay, self._go, what, *args)
+
+    def _go(self, what: Callable[..., None], *args: Any) -> None:
+        if self.api.up:
+            self.api.go(what, *args)
+
+
+def storm(sim: Sim, round: int = 0) -> None:
+    """Ten servers, made, tossed about and deleted at any time within five minutes, with and without patience."""
+    create.spawn.patience_s = sim.dice.choice([25.0, 600.0])
+    user = User(sim)
+    for i in range(10):
+        name, born = f"s{round}-{i}", sim.dice.uniform(0, 120)
+        user.later(born, user.create, name)
+        for _ in range(sim.dice.randrange(4)):
+            verb, said = sim.dice.choice(VERBS)
+            user.later(born + sim.dice.uniform(5, 200), user.act, name, verb, said)
+        if sim.dice.random() < 0.6:
+            user.later(born + sim.dice.choice([sim.dice.uniform(0, 40), sim.dice.uniform(0, 250)]), user.delete, name)
+    sim.run(sim.now + 300)
+
+
+def clean(sim: Sim) -> None:
+    """All servers are deleted, calmly: the next storm finds an empty cloud."""
+    sim.faults, faults = CALM, sim.faults
+    user = User(sim)
+    for s in user.api.ask("GET", "/servers")[1]["servers"]:
+        user.known[s["id"]] = s["id"]
+        user.later(0, user.delete, s["id"])
+    sim.run(sim.now + 5)
+    sim.settle()
+    sim.faults = faults
+
+
+Story = Callable[[Sim], None]
+
+
+def story(*acts: tuple[str, float]) -> Story:
+    """Calm but for one crash: `("create", 0), ("delete", 60)`."""
+
+    def tell(sim: Sim) -> None:
+        user = User(sim)
+        for what, when in acts:
+            match what:
+                case "create":
+                    user.later(when, user.create, "s0")
+                case "delete":
+                    user.later(when, user.delete, "s0")
+                case "hard reboot":
+                    user.later(when, user.act, "s0", "reboot", {"type": "HARD"})
+                case "reboot":
+                    user.later(when, user.act, "s0", "reboot", {"type": "SOFT"})
+                case verb:
+                    user.later(when, user.act, "s0", verb, None)
+        sim.run(sim.now + 250)
+
+    return tell
+
+
+STORIES: dict[str, Story] = {
+    "build": story(("create", 5)),
+    "build, delete": story(("create", 5), ("delete", 100)),
+    "delete overtakes build": story(("create", 5), ("delete", 15)),
+    "reboot": story(("create", 5), ("reboot", 100)),
+    "hard reboot": story(("create", 5), ("hard reboot", 100)),
+    "stop, start": story(("create", 5), ("os-stop", 100), ("os-start", 150)),
+    "delete overtakes stop": story(("create", 5), ("os-stop", 100), ("delete", 101)),
+}
+
+
+def play(
+    seed: int, *, hours: float = 0.0, faults: Faults | None = None, tell: Callable[[str], None] | None = None
+) -> tuple[list[str], Sim]:
+    """Storm after storm, each settled and judged, for so many hours of virtual time; one at least."""
+    patience = create.spawn.patience_s
+    sim = Sim(seed, faults, tell=tell)
+    began = sim.now
+    try:
+        for round in itertools.count():
+            storm(sim, round)
+            sim.settle()
+            found = sim.check()
+            sim.tell(f"storm {round}: {len(found)} things wrong")
+            if found or sim.now - began >= hours * 3600:
+                return found, sim
+            clean(sim)
+            if found := sim.check():
+                return found, sim
+        raise AssertionError("not reached")
+    finally:
+        create.spawn.patience_s = patience
+        sim.close()
+
+
+def crash_everywhere(tell: Story, *, step: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """The story again and again, each time with a crash at the next boundary, until there is none left."""
+    for k in itertools.count(1, step):
+        sim = Sim(1, CALM, crash_at=k, conductors=1)
+        tell(sim)
+        crashed = sim.crashes
+        sim.settle()
+        found = sim.check()
+        sim.close()
+        yield k, found
+        if not crashed:
+            return

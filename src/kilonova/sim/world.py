@@ -1,0 +1,602 @@
+"""Time, dice, the dead, and who takes part: the production code unchanged, its threads are greenlets.
+
+API, conductors, scheduler, hosts, identity, images, networks and SQL are the real ones.  At every boundary (before
+and after each commit, each act on a host, each request to a neighbour, each letter, each line of a ledger) the
+simulator may let time pass, so that another thread comes in between, or may kill the process.  A transaction is one
+moment, as it is on SQLite.  Nothing else is random, so a seed is a history.
+"""
+
+import collections
+import hashlib
+import heapq
+import itertools
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import greenlet
+import msgspec
+import sqlalchemy as sa
+
+from kilonova.api.app import service as compute_service
+from kilonova.api.host_book import HostBook
+from kilonova.api.registry import World as ApiWorld
+from kilonova.clients import Answer, Inside, Login, neighbours
+from kilonova.companions import identity, image, network
+from kilonova.compute.agent import ComputeHost
+from kilonova.conductor.app import Conductor
+from kilonova.kit.bus import Letter, Wake, letter
+from kilonova.kit.clock import Ids
+from kilonova.kit.db import Db, Tx, meta
+from kilonova.kit.errors import Refused, Unavailable
+from kilonova.kit.journal import RUNS
+from kilonova.kit.routes import Context
+from kilonova.model import options
+from kilonova.model.flavor import Flavor
+from kilonova.scheduler.select import Scheduler
+from kilonova.sim.invariants import wrong
+from kilonova.store import catalog
+from kilonova.virt.sim import SimDriver, SimMachine, SimState, copy
+
+BEGAN = 1_800_000_000.0
+FLAVOR = Flavor("small", "small", 1, 1024, 10)
+URL = "http://cloud.sim"
+PASSWORD = "of the simulator"
+QUIET = frozenset({"Report", "report", "turn"})  # these would drown the others
+CONFIG = options.Config(compute=options.Compute(max_concurrent_builds=0), workers=options.Workers(lease_s=30))
+
+
+class Crash(BaseException):
+    """The process is no more."""
+
+
+class Faults(msgspec.Struct, frozen=True):
+    """How often what goes wrong: a chance for each boundary, letter, transaction, act or request."""
+
+    crash: float = 0.004
+    pause: float = 0.3
+    lost: float = 0.05
+    twice: float = 0.05
+    slow: float = 0.1
+    aborted: float = 0.02  # transactions that the database refuses
+    unknown: float = 0.01  # transactions that were committed, though we are told they were not
+    refused: float = 0.1  # acts that a host declines
+    unavailable: float = 0.1  # of neighbours, before they act or after
+    for_good: float = 0.1  # of a host's crashes
+    power_cut: float = 0.2  # of a host's crashes: its guests are off as well
+
+
+CALM = Faults(*[0.0] * 11)
+
+
+class Sim:
+    """One cloud. `crash_at`: the one boundary at which somebody dies, counted from 1; 0: only by the dice."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        faults: Faults | None = None,
+        *,
+        crash_at: int = 0,
+        hosts: int = 4,
+        conductors: int = 2,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self.dice, self.faults, self.tell_ = random.Random(seed), faults or Faults(), tell
+        self.crash_at, self.boundaries, self.seen = crash_at, 0, collections.Counter[str]()
+        self.now, self.heap, self.order, self.hub = (
+            BEGAN,
+            list[tuple[float, int, Any, Any]](),
+            itertools.count(),
+            greenlet.getcurrent(),
+        )
+        self.wrong: list[str] = []
+        self.where, self.crashes, self.history = "?", 0, hashlib.sha256()
+        self.patience: dict[Any, float] = {}
+        self.ids = Ids(random.Random(self.dice.getrandbits(64)))
+        self.directory = Path(tempfile.mkdtemp(prefix="kilonova-sim-", dir=_memory()))
+        shutil.copytree(_template(), self.directory, dirs_exist_ok=True)
+        self.db = Db(f"sqlite:///{self.directory}/cloud.sqlite")
+        clock = SimClock(self, None)
+        self.realm = identity.open_realm(self.db, clock, self.ids, QUICK, self.directory)
+        self.images = image.open_store(self.db, clock, self.ids, options.Image(), self.directory / "images")
+        self.networks = network.World(self.db, clock, self.ids, options.Network())
+        self.services = {
+            "identity": identity.service(self.realm),
+            "image": image.service(self.images, self.realm.gate),
+            "network": network.make_service(self.networks, self.realm.gate),
+        }
+        with self.db.read() as tx:
+            self.user = Context(
+                **msgspec.json.decode((self.directory / "user.json").read_bytes())
+                | {"roles": frozenset({"member", "reader"})}
+            )
+            assert catalog.flavor(tx, FLAVOR.id)
+        self.image_id = (self.directory / "image").read_text()
+        self.hosts = {f"h{i}": Host(self, f"h{i}") for i in range(hosts)}
+        self.conductors = [ConductorProcess(self, f"c{i}") for i in range(conductors)]
+        self.run(self.now + 30)  # hosts are met
+
+    def close(self) -> None:
+        self.db.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # -- time
+
+    def at(self, delay: float, func: Callable[..., Any], *args: Any) -> None:
+        heapq.heappush(self.heap, (self.now + max(0.0, delay), next(self.order), func, args))
+
+    def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
+        while self.heap and self.heap[0][0] <= until and not done():
+            self.now, _, func, args = heapq.heappop(self.heap)
+            func(*args)
+        if not done():
+            self.now = max(self.now, until)
+
+    def pause(self, seconds: float) -> None:
+        """Let this thread sleep. If its process dies meanwhile, it does not wake up."""
+        me: Any = greenlet.getcurrent()
+        if me is self.hub:
+            self.now += seconds
+            return
+        process, life, where = me.process, me.life, self.where
+        self.at(seconds, me.switch)
+        self.hub.switch()
+        self.where = where
+        if process.life != life:
+            raise greenlet.GreenletExit
+
+    # -- faults
+
+    def boundary(self, process: "Process", what: str) -> None:
+        quiet = self.where in QUIET
+        if self.crash_at or self.faults is not CALM:
+            self.boundaries += not quiet
+            self.seen[f"{process.kind} {self.where} {what}"] += 1
+        if (self.boundaries == self.crash_at > 0 == self.crashes and not quiet) or self.chance("crash"):
+            self.crashes += 1
+            self.tell(f"{process.name} crashes, {self.where} {what}")
+            raise Crash
+        if self.chance("pause"):
+            self.pause(self.dice.expovariate(1.0) if self.dice.random() < 0.9 else self.dice.uniform(0, 50))
+
+    def chance(self, fault: str) -> bool:
+        p = getattr(self.faults, fault)
+        return bool(p and self.dice.random() < p)
+
+    def tell(self, what: str) -> None:
+        line = f"{self.now - BEGAN:9.2f}  {what}"
+        self.history.update(line.encode())
+        if self.tell_:
+            self.tell_(line)
+
+    # -- the bus: letters get lost, doubled, late and out of order; unread ones wait for the reader's return
+
+    def send(self, process: "Process", to: str, raw: bytes) -> None:
+        kind = to.rstrip("0123456789")
+        self.boundary(process, f"before a letter to {kind}")
+        for _ in range(2 if self.chance("twice") else 1):
+            if self.chance("lost"):
+                continue
+            delay = (self.dice.expovariate(5.0) if self.faults is not CALM else 0.05) + (
+                self.dice.uniform(0, 30) if self.chance("slow") else 0
+            )
+            self.at(delay, self.deliver, to, raw)
+        self.boundary(process, f"after a letter to {kind}")
+
+    def deliver(self, to: str, raw: bytes) -> None:
+        homes: list[Any] = self.conductors if to == "conductor" else [self.hosts[to]]
+        if up := [p for p in homes if p.up]:
+            self.dice.choice(up).go(self._deliver, to, raw)
+        elif not all(p.for_good for p in homes):
+            self.at(1 + self.dice.random(), self.deliver, to, raw)
+
+    def _deliver(self, to: str, raw: bytes) -> None:
+        self.where = msgspec.msgpack.decode(raw, type=Letter).name
+        process: Any = greenlet.getcurrent()
+        acked = False
+        try:
+            process.process.receive(raw)
+            acked = True
+        finally:
+            if not acked:
+                self.at(1 + self.dice.random(), self.deliver, to, raw)
+
+    # -- the end
+
+    def settle(self, limit_s: float = 20_000) -> None:
+        """The storm is over: whoever can returns, and everything must come to rest."""
+        faults, self.faults, self.crash_at = self.faults, CALM, 0
+        for _ in range(3):  # what nobody asked about is found by comparing, and that has its rhythm
+            self.run(self.now + limit_s, self.at_rest)
+            self.run(self.now + 150)
+        self.run(self.now + limit_s, self.at_rest)
+        self.faults = faults
+
+    def at_rest(self) -> bool:
+        with self.db.read() as tx:
+            return tx.execute(sa.select(RUNS.c.id).where(RUNS.c.state == "running").limit(1)).first() is None
+
+    def check(self) -> list[str]:
+        """What must be true of any cloud at rest."""
+        holds = {h.name: copy(h.state) for h in self.hosts.values() if not h.for_good}
+        return self.wrong + wrong(self.db, holds)
+
+    def twins(self, id: str) -> None:
+        """Two hosts that are both well must not run the same server."""
+        at = [
+            h.name
+            for h in self.hosts.values()
+            if (m := h.state.machines.get(id)) and m.power == "running" and not h.for_good
+        ]
+        if len(at) > 1 and all(self.hosts[h].up and not self.hosts[h].was_gone for h in at):
+            self.wrong.append(f"{id} ran on {at} at {self.now - BEGAN:.1f}")
+
+
+class SimClock:
+    """Of one process, which may be some seconds wrong."""
+
+    def __init__(self, sim: Sim, process: "Process | None", skew_s: float = 0.0) -> None:
+        self.sim, self.process, self.skew_s = sim, process, skew_s
+
+    def now(self) -> float:
+        return self.sim.now + self.skew_s
+
+    def sleep(self, seconds: float) -> None:
+        self.sim.pause(seconds)
+
+
+class SimDb:
+    """The real thing, with a boundary on either side of a transaction, and a database that has its moods."""
+
+    def __init__(self, process: "Process") -> None:
+        self.process, self.sim, self.engine = process, process.sim, process.sim.db.engine
+
+    @contextmanager
+    def tx(self) -> Iterator[Tx]:
+        sim = self.sim
+        sim.boundary(self.process, "before a transaction")
+        with sim.db.tx() as tx:
+            yield tx
+            if sim.chance("aborted"):
+                raise sa.exc.OperationalError("commit", {}, Exception("deadlock"))
+        if sim.chance("unknown"):
+            raise sa.exc.OperationalError("commit", {}, Exception("connection lost"))
+        sim.boundary(self.process, "after a transaction")
+
+    @contextmanager
+    def read(self) -> Iterator[Tx]:
+        with self.sim.db.read() as tx:
+            yield tx
+
+    run: Any = Db.run
+    look: Any = Db.look
+
+    def sleep(self, seconds: float) -> None:
+        self.sim.pause(seconds)
+
+
+class SimCarrier:
+    """A neighbour somewhere behind HTTP: it may not be there, and may have done it all the same."""
+
+    def __init__(self, process: "Process", name: str) -> None:
+        self.process, self.name = process, name
+        self.inside = Inside(process.sim.services[name], f"{URL}/{name}")
+
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: Any) -> Answer:
+        sim, what = self.process.sim, f"{method} {self.name}"
+        acts = method != "GET" and self.name != "identity"
+        if acts:
+            sim.boundary(self.process, f"before {what}")
+        if sim.chance("unavailable"):
+            raise Unavailable(f"The {self.name} service does not answer.")
+        answer = self.inside.send(method, path, headers, body)
+        if sim.chance("unavailable"):
+            raise Unavailable(f"The {self.name} service does not answer; it may have done it.")
+        if acts:
+            sim.boundary(self.process, f"after {what}")
+        return answer
+
+
+class SimBus:
+    """As a process sees it."""
+
+    def __init__(self, process: "Process") -> None:
+        self.process = process
+
+    def serve(self, address: str, receive: Callable[[bytes], None], threads: int = 1) -> Callable[[], None]:
+        return lambda: None
+
+    def send(self, to: str, raw: bytes) -> None:
+        self.process.sim.send(self.process, to, raw)
+
+
+# ---- who takes part
+
+
+class Process:
+    """Something that lives, dies, and as a rule lives again. Memory goes, disks stay."""
+
+    kind = "process"
+
+    def __init__(self, sim: Sim, name: str) -> None:
+        self.sim, self.name, self.life, self.up, self.for_good = sim, name, 0, False, False
+        self.start()
+
+    def start(self) -> None:
+        self.up = not self.for_good
+        if self.up:
+            self.begin()
+
+    def begin(self) -> None: ...
+
+    def crashed(self) -> None: ...
+
+    def receive(self, raw: bytes) -> None: ...
+
+    def go(self, func: Callable[..., Any], *args: Any) -> None:
+        """A new thread of this process."""
+        g: Any = greenlet.greenlet(self._body, parent=self.sim.hub)
+        g.process, g.life = self, self.life
+        g.switch(func, *args)
+
+    def _body(self, func: Callable[..., Any], *args: Any) -> None:
+        me: Any = greenlet.getcurrent()
+        try:
+            func(*args)
+        except Crash:
+            if self.life == me.life:
+                self.life, self.up = self.life + 1, False
+                self.sim.at(self.sim.dice.choice([1, 5, 20, 100]), self.start)
+                self.crashed()
+        except sa.exc.OperationalError:
+            pass  # a worker logs it and takes the next letter
+        except Unavailable:
+            pass  # the next round will do
+
+    def every(self, seconds: float, func: Callable[[], Any], name: str) -> None:
+        """A thread that does this again and again, for as long as this life lasts."""
+        life = self.life
+
+        def turn() -> None:
+            self.sim.where = name
+            func()
+
+        def again() -> None:
+            if self.life == life:
+                self.sim.at(seconds * self.sim.dice.uniform(0.8, 1.2), again)
+                self.go(turn)
+
+        self.sim.at(self.sim.dice.uniform(0, seconds), again)
+
+
+class ConductorProcess(Process):
+    kind = "conductor"
+
+    def begin(self) -> None:
+        sim = self.sim
+        self.clock, self.db = SimClock(sim, self, sim.dice.uniform(-1, 1)), SimDb(self)
+        dice = random.Random(sim.dice.getrandbits(64))
+        carriers: Any = {name: SimCarrier(self, name) for name in sim.services}
+        near = neighbours(
+            self.clock,
+            Login(identity.SERVICE_USER, (sim.directory / "service-password").read_text().strip()),
+            **carriers,
+        )
+        scheduler = Scheduler(sim.db, clock=self.clock, dice=random.Random(dice.getrandbits(64)))
+        self.conductor = Conductor(
+            self.name,
+            self.db,  # type: ignore[arg-type]
+            SimBus(self),  # type: ignore[arg-type]
+            near,
+            scheduler.choose,
+            clock=self.clock,
+            ids=sim.ids,
+            dice=dice,
+            config=CONFIG,
+            watch_steps=self._at,
+        )
+        self.conductor.world.wake = lambda run: sim.send(self, "conductor", letter(Wake(run=run)))
+        self.go(self.conductor.engine.recover)
+        self.every(2, self.conductor.engine.sweep, "sweep")
+        self.every(5, self.conductor.reconcilers.turn, "turn")
+
+    def receive(self, raw: bytes) -> None:
+        self.conductor.engine.receive(raw)
+
+    def _at(self, flow: str, step: str) -> None:
+        self.sim.where = f"{flow}.{step}"
+
+
+class SimHypervisor(SimDriver):
+    """With a boundary around each act, acts that take long, and hosts that decline."""
+
+    process: "Host"
+
+    def _act(self, what: str, may_fail: bool = True) -> None:
+        sim = self.process.sim
+        sim.boundary(self.process, f"before {what}")
+        if sim.faults is not CALM or sim.crash_at:
+            sim.pause(sim.dice.uniform(0.5, 1) * {"spawn": 20}.get(what, 3))
+        else:
+            sim.pause(1)
+        if may_fail and sim.chance("refused"):
+            raise Refused(f"The hypervisor refused to {what} the machine.")
+
+    def _turn(self, id: str, m: SimMachine, power: Any) -> None:
+        super()._turn(id, m, power)
+        if power == "running":
+            self.process.sim.twins(id)
+        self.process.sim.boundary(self.process, f"after it is {power}")
+
+    def destroy(self, id: str) -> None:
+        super().destroy(id)
+        self.process.sim.boundary(self.process, "after destroy")
+
+
+class Disk(dict[str, bytes]):
+    """A ledger, and a boundary before and after each line that is written."""
+
+    def __init__(self, process: "Host") -> None:
+        super().__init__()
+        self.process = process
+
+    def get(self, key: str) -> bytes | None:  # type: ignore[override]
+        return dict.get(self, key)
+
+    def put(self, key: str, answer: bytes, at: float) -> None:
+        self.process.sim.boundary(self.process, "before the ledger")
+        self.setdefault(key, answer)
+        self.process.sim.boundary(self.process, "after the ledger")
+
+
+class Host(Process):
+    kind = "host"
+
+    def __init__(self, sim: Sim, name: str) -> None:
+        self.state, self.ledger = SimState(), Disk(self)
+        self.was_gone, self.skew_s = False, sim.dice.uniform(-2, 2)
+        super().__init__(sim, name)
+
+    def begin(self) -> None:
+        sim = self.sim
+        clock = SimClock(sim, self, self.skew_s)
+        driver = SimHypervisor(
+            self.name,
+            self.state,
+            clock=clock,
+            dice=random.Random(sim.dice.getrandbits(64)),
+            options=options.Sim(cpus=4, memory_mb=4608, disk_gb=100),
+        )
+        driver.process = self
+        compute = msgspec.structs.replace(CONFIG.compute, cpu_allocation_ratio=1.0)
+        self.host = ComputeHost(self.name, driver, SimBus(self), clock=clock, options=compute, ledger=self.ledger)  # type: ignore[arg-type]
+        self.every(10, self._report, "report")
+
+    def receive(self, raw: bytes) -> None:
+        self.host.receive(raw)
+
+    def _report(self) -> None:
+        self.sim.send(self, "conductor", letter(self.host.report()))
+
+    def crashed(self) -> None:
+        if self.sim.chance("for_good") and sum(not h.for_good for h in self.sim.hosts.values()) > 1:
+            self.sim.tell(f"{self.name} will not return")
+            self.for_good = True
+        elif self.sim.chance("power_cut"):
+            self.sim.tell(f"{self.name} loses its power")
+            self.state.power_cut()
+
+
+class Api(Process):
+    """Asks for things, as users do: at any time, and not always wisely."""
+
+    kind = "api"
+
+    def begin(self) -> None:
+        sim = self.sim
+        self.clock, self.db = SimClock(sim, self), SimDb(self)
+        carriers: Any = {name: SimCarrier(self, name) for name in sim.services}
+        near = neighbours(
+            self.clock,
+            Login(identity.SERVICE_USER, (sim.directory / "service-password").read_text().strip()),
+            **carriers,
+        )
+        for part in (near.image, near.network):
+            part.session = _AsOurselves(part.session)  # type: ignore[assignment]
+        book = HostBook(sim.db, self.clock, CONFIG)
+
+        def wake(run: str) -> None:
+            sim.send(self, "conductor", letter(Wake(run=run)))
+
+        def ask(*_: Any) -> Any:
+            raise Unavailable("Nobody asks hosts here.")
+
+        world = ApiWorld(self.db, self.clock, sim.ids, CONFIG, near, book, wake, ask)  # type: ignore[arg-type]
+        service = compute_service(world, lambda token: sim.user)
+        self.inside = Inside(service, f"{URL}/compute")
+
+    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        self.sim.where = f"api {method}"
+        headers = {"X-Auth-Token": "t", "OpenStack-API-Version": "compute 2.96", "Content-Type": "application/json"}
+        answer = self.inside.send(method, f"/v2.1{path}", headers, None if body is None else msgspec.json.encode(body))
+        raw = answer.read()
+        self.sim.tell(f"api: {method} {path} → {answer.status}")
+        if answer.status >= 500 and answer.status != 503 and self.sim.faults is CALM:
+            self.sim.wrong.append(f"{method} {path} was answered with {answer.status}: {raw[:200]!r}")
+        return answer.status, msgspec.json.decode(raw) if raw else None
+
+
+class _AsOurselves:
+    """A session in which users' tokens are ours: the simulator's users have none."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self.session, name)
+
+        def ours(*args: Any, **more: Any) -> Any:
+            return call(*args, **({**more, "token": None} if "token" in more else more))
+
+        return ours if callable(call) else call
+
+
+# ---- the first moment, made once
+
+
+QUICK = options.Identity(password_hash_cost=10, token_lifetime_s=10**9)
+_made: Path | None = None
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 (a temporary directory is made in it)
+
+
+def _template() -> Path:
+    """A cloud with a user, an image, a network and a flavor, before anything happened."""
+    global _made
+    if _made is not None:
+        return _made
+    directory = Path(tempfile.mkdtemp(prefix="kilonova-sim-template-", dir=_memory()))
+    ids = Ids(random.Random(0))
+
+    class Still:
+        def now(self) -> float:
+            return BEGAN
+
+        def sleep(self, seconds: float) -> None: ...
+
+    db, clock = Db(f"sqlite:///{directory}/cloud.sqlite"), Still()
+    meta.create_all(db.engine)
+    realm = identity.open_realm(db, clock, ids, QUICK, directory)
+    first = identity.bootstrap(realm, directory, admin_password=PASSWORD, service_password=PASSWORD)
+    (directory / "service-password").write_text(PASSWORD)
+    images = image.open_store(db, clock, ids, options.Image(), directory / "images")
+    inside = {
+        "identity": Inside(identity.service(realm), f"{URL}/identity"),
+        "image": Inside(image.service(images, realm.gate), f"{URL}/image"),
+    }
+    near = neighbours(
+        clock,
+        Login("admin", PASSWORD, project_name="admin"),
+        identity=inside["identity"],
+        image=inside["image"],
+        network=inside["image"],
+    )
+    made = near.image.create(name="tiny", disk_format="raw", container_format="bare", visibility="public")
+    near.image.upload(made.id, iter([bytes(512)]))
+    network.bootstrap(network.World(db, clock, ids, options.Network()), first.admin_project_id)
+    with db.tx() as tx:
+        catalog.add_flavor(tx, FLAVOR, BEGAN)
+    (directory / "image").write_text(made.id)
+    (directory / "user.json").write_bytes(
+        msgspec.json.encode({"user_id": "user", "project_id": first.demo_project_id, "user_name": "user"})
+    )
+    db.close()
+    _made = directory
+    return directory
