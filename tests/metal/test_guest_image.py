@@ -18,6 +18,7 @@ import pytest
 
 from kilonova.companions.guest import GuestImage, build
 from kilonova.kit.errors import Unavailable, Unsupported
+from kilonova.metadata.drive import iso9660
 
 QEMU = shutil.which("qemu-system-x86_64")
 pytestmark = [pytest.mark.metal, pytest.mark.skipif(QEMU is None, reason="not installed: qemu-system-x86_64")]
@@ -241,3 +242,48 @@ def test_a_server_with_metadata_service(boot: Callable[..., Guest], tmp_path: Pa
     guest.ask("send-key", keys=[{"type": "qcode", "data": k} for k in ("ctrl", "alt", "delete")])
     guest.said("kilonova: reboot")
     assert guest.said(r"^kilonova: boot (\d+)")[1] == "3"
+
+
+def test_a_server_with_config_drive_only(boot: Callable[..., Guest], tmp_path: Path) -> None:
+    """No service, no DHCP: name, password and address come on a disk; and the server's own disk is a larger one."""
+    mac = "52:54:00:00:00:07"
+    network = {
+        "links": [{"id": "tap0", "type": "bridge", "ethernet_mac_address": mac, "mtu": 1500}],
+        "networks": [
+            {
+                "id": "network0",
+                "link": "tap0",
+                "type": "ipv4",
+                "ip_address": "10.0.9.20",
+                "netmask": "255.255.255.0",
+                "routes": [{"network": "0.0.0.0", "netmask": "0.0.0.0", "gateway": "10.0.9.2"}],
+            }
+        ],
+        "services": [{"type": "dns", "address": "10.0.9.3"}],
+    }
+    content = iso9660(
+        {
+            "openstack/latest/meta_data.json": json.dumps(
+                {"uuid": UUID, "hostname": "vault", "admin_pass": "S3cr&t pass"}
+            ).encode(),
+            "openstack/latest/network_data.json": json.dumps(network).encode(),
+            "openstack/latest/user_data": b"#cloud-config\n",
+        }
+    )
+    os.truncate(tmp_path / "disk", 300 << 20)
+    card = f"virtio-net-pci,netdev=net0,romfile=,mac={mac}"
+    net = ["-netdev", "hubport,id=net0,hubid=0", "-device", card]  # a wire that leads nowhere
+    guest = boot(*drive(tmp_path / "config", content, "virtio-blk-pci"), *net)
+    guest.said(r"kilonova: eth0 10\.0\.9\.20/24 gw 10\.0\.9\.2$")
+    guest.said(f"kilonova: instance-id {UUID} from config-drive")
+    guest.said("kilonova: ready")
+    assert "is no script, left alone" in guest.console
+    guest.types("kilonova\n")
+    guest.said("Password: ")
+    guest.types("S3cr&t pass\n")
+    guest.said("root@vault:.*# ")
+    guest.types("set -- $(df -m / | tail -1); [ $2 -gt 250 ] && echo it has grown; cat /etc/resolv.conf; ip -4 a\n")
+    guest.said("it has grown", 5)
+    guest.said("nameserver 10.0.9.3")
+    guest.types("poweroff\n")
+    assert guest.ended() == 0

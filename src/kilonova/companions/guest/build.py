@@ -35,7 +35,7 @@ LATE_MODULES = (
 
 # Each word is there because a measurement asked for it: docs/decisions/guest-image.md.
 COMMAND_LINE = (
-    "console=tty0 console=ttyS0,115200 net.ifnames=0 loglevel=6 nokaslr mitigations=off no_timer_check nolapic_timer "
+    "console=tty0 console=ttyS0,115200 net.ifnames=0 loglevel=6 nokaslr mitigations=off no_timer_check "
     "noreplace-smp cryptomgr.notests initcall_blacklist=crypto_kdf108_init,load_system_certificate_list,"
     "cubictcp_register,bpf_tcp_ca_kfunc_init,bpf_rstat_kfunc_init,kfunc_init,bpf_key_sig_kfuncs_init,"
     "bpf_prog_test_run_init,init_kprobe_trace,tracer_init_tracefs,trace_eval_init,trace_eval_sync,init_blk_tracer,"
