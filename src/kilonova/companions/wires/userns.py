@@ -6,6 +6,9 @@ and the hypervisor's daemon live on in there when it ends, and the next start en
 With the package uidmap and a line in /etc/subuid the user is root in there; without, he keeps his name and has root's
 rights over the network only.  Nothing in there is reachable from the machine but through what was handed in: sockets
 that listen outside, `argv_inside` (a shell, ssh) and `Forward`.
+
+The way out is a program's work, too: where slirp4netns is installed, guests reach what this user reaches (TCP and UDP;
+a resolver answers at 10.0.2.3), though nothing that listens on the machine's loopback.  Without it they do not get out.
 """
 
 import contextlib
@@ -37,15 +40,18 @@ WAYS = {
     "keep":   ["-c", "--keep-caps"],
 }
 # fmt: on
+TUN = "/dev/net/tun"
 START_S = 20
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """The process that keeps the namespaces, as the machine sees it; `began` tells it from another of its number."""
+    """The process that keeps the namespaces; `began` tells it from another of its number. `exit` is the way out."""
 
     pid: int
     began: str
     way: Literal["uidmap", "keep"]
+    exit: int = 0
+    exit_began: str = ""
 
 
 @functools.cache
@@ -53,6 +59,8 @@ def ways() -> tuple[list[str], str]:
     """Which of WAYS work for this user, best first; and, when none does, why not, as a sentence."""
     if not shutil.which("unshare", path=PATH):
         return [], "unshare (package util-linux) is not installed."
+    if not os.access(TUN, os.R_OK | os.W_OK):
+        return [], f"guests' network cards cannot be made: this user may not open {TUN} (its usual mode is 666)."
     found, why = [], ""
     for name, words in WAYS.items():
         if name == "uidmap" and not shutil.which("newuidmap", path=PATH):
@@ -101,7 +109,7 @@ def inherited() -> list[socket.socket]:
 def start(state_dir: Path) -> Holder:
     """The namespaces of this state directory: those that are there, or new ones. Raises Unsupported, Unavailable."""
     if found := holder(state_dir):
-        return found
+        return _with_exit(found, state_dir)
     possible, why = ways()
     if not possible:
         raise Unsupported(why)
@@ -119,16 +127,14 @@ def start(state_dir: Path) -> Holder:
             begun.wait(START_S)
             told = (state_dir / "inside.log").read_text(errors="replace").strip().splitlines()
             raise Unavailable("The user namespace did not start.", why=told[-1] if told else "")
-    made = Holder(begun.pid, _began(begun.pid), way)
-    _file(state_dir).write_bytes(msgspec.json.encode(made))
-    return made
+    return _with_exit(Holder(begun.pid, _began(begun.pid), way), state_dir)
 
 
 def holder(state_dir: Path) -> Holder | None:
     """Who keeps the namespaces of this state directory, if they are there."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         found = msgspec.json.decode(_file(state_dir).read_bytes(), type=Holder)
-        if _began(found.pid) == found.began:
+        if _is(found.pid, found.began):
             return found
     return None
 
@@ -147,6 +153,8 @@ def close(state_dir: Path, timeout_s: float = 10) -> None:
             _end(_living_in(place) - {found.pid, os.getpid()}, number, timeout_s)
         for number in (signal.SIGTERM, signal.SIGKILL):  # last, or nobody would find the others again
             _end({found.pid} & _living_in(place), number, timeout_s)
+        if _is(found.exit, found.exit_began):
+            _end({found.exit}, signal.SIGKILL, timeout_s)
     _file(state_dir).unlink(missing_ok=True)
 
 
@@ -172,6 +180,40 @@ def _end(pids: set[int], number: signal.Signals, timeout_s: float) -> None:
     for fd in held:
         select.select([fd], [], [], timeout_s)
         os.close(fd)
+
+
+def _with_exit(found: Holder, state_dir: Path) -> Holder:
+    """The holder with a way out, if there can be one; written down."""
+    if not _is(found.exit, found.exit_began) and shutil.which("slirp4netns", path=PATH):
+        ready, tell = os.pipe()
+        words = ["--configure", "--mtu=1500", "--disable-host-loopback", f"--ready-fd={tell}", str(found.pid), "up0"]
+        with (state_dir / "exit.log").open("wb") as log:
+            begun = subprocess.Popen(
+                ["slirp4netns", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=_env(),
+                pass_fds=[tell],
+            )
+        os.close(tell)
+        if select.select([ready], [], [], START_S)[0] and os.read(ready, 1):
+            found = msgspec.structs.replace(found, exit=begun.pid, exit_began=_began(begun.pid))
+        else:
+            begun.kill()
+            begun.wait()
+        os.close(ready)
+    _file(state_dir).write_bytes(msgspec.json.encode(found))
+    return found
+
+
+def _is(pid: int, began: str) -> bool:
+    """Does the process still run that had this number then?"""
+    try:
+        return pid > 0 and _began(pid) == began
+    except OSError:
+        return False
 
 
 def _program(act: str) -> list[str]:
