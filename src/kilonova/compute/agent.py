@@ -110,7 +110,8 @@ class ComputeHost:
                     self.ledger.forget(forgotten - KEEP_ANSWERS_S)
             except Exception:  # libvirtd is away, as a rule: a host that cannot work says nothing, and is down in time
                 log.exception("%s could not say how it is", self.name)
-            self.news.wait(self.options.report_interval_s)
+            eager = self.reports < FACTS_EVERY  # a new host shall be known though the first letters may be lost
+            self.news.wait(min(1.0, self.options.report_interval_s) if eager else self.options.report_interval_s)
 
     # -- what it says
 

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 from kilonova.compute.agent import ComputeHost
@@ -73,6 +74,7 @@ class SimHosts:
             self.bus.send(h.conductor, letter(h.report()))
 
     def _tell(self) -> None:
-        while not self.over.is_set():
+        for turn in count():
             self.report()
-            self.over.wait(self.compute.report_interval_s)
+            if self.over.wait(min(1.0, self.compute.report_interval_s) if turn < 3 else self.compute.report_interval_s):
+                return

@@ -12,6 +12,7 @@ from kilonova.clients import FloatingIp, NetworkInfo, Port, Subnet, plug
 from kilonova.conductor.world import World
 from kilonova.contracts.jobs import Build
 from kilonova.kit.errors import Conflict, NotFound
+from kilonova.kit.workflow import first_try
 from kilonova.model.host import Place
 from kilonova.model.machine import Nic
 from kilonova.model.server import Address, Plug, Server, Wanted
@@ -31,7 +32,8 @@ def bind(world: World, key: str, job: Build, place: Place) -> Plugged:
     wanted = _wanted(world, job)
     if not wanted:
         return Plugged()
-    there = [p for p in world.neighbours.network.ports(servers=[job.server.id]) if _trusted(p, job)]
+    network = world.neighbours.network
+    there = [] if first_try() else [p for p in network.ports(servers=[job.server.id]) if _trusted(p, job)]
     ports = [_bound(world, key, job, w, place, there) for w in wanted]
     return described(world, job.server, ports, [w.tag for w in wanted])
 

@@ -36,6 +36,7 @@ import typing
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import msgspec
@@ -67,9 +68,37 @@ from kilonova.kit.journal import (
 )  # fmt: skip
 
 __all__ = [
-    "ALONE", "FOREVER", "RUNS", "STEPS", "Action", "Ask", "Cause", "Diverged", "Engine", "Event", "Run", "Step", "Stuck",
-    "Workflow", "action", "actions", "again", "command", "effect", "events", "fault_of", "forget", "noted", "open_runs",
-    "record", "signal", "start", "stuck", "wake_host", "workflow",
+    "ALONE",
+    "FOREVER",
+    "RUNS",
+    "STEPS",
+    "Action",
+    "Ask",
+    "Cause",
+    "Diverged",
+    "Engine",
+    "Event",
+    "Run",
+    "Step",
+    "Stuck",
+    "Workflow",
+    "action",
+    "actions",
+    "again",
+    "command",
+    "effect",
+    "events",
+    "fault_of",
+    "first_try",
+    "forget",
+    "noted",
+    "open_runs",
+    "record",
+    "signal",
+    "start",
+    "stuck",
+    "wake_host",
+    "workflow",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -134,6 +163,17 @@ class Step(Generic[P, R]):
                 hint = (typing.get_args(hint) or (Any,))[0]
             self.decoder = msgspec.json.Decoder(hint)
         return self.decoder.decode(answer)
+
+
+_first: ContextVar[bool] = ContextVar("first", default=False)
+
+
+def first_try() -> bool:
+    """Inside an effect: nobody can have tried it before, so nobody need look for what an earlier try has left.
+
+    For the row before it was written by this very carrier; an earlier one, had he come so far, had written it.
+    """
+    return _first.get()
 
 
 class Ask(Generic[R]):
@@ -511,6 +551,7 @@ class Past(msgspec.Struct):
     until: float = 0.0
     heeded: str = ""
     stored: bool = False
+    loaded: bool = False  # it was there when we took the run
 
     def close(self, now: float, answer: Any = None, fault: Trouble | None = None) -> None:
         self.finished = now
@@ -673,11 +714,15 @@ class Run:
             self._held()
             self._commit(self.held_until)  # nor act on the last half of a lease
         self.dirty[past.n] = past
+        before = self.journal.get(past.n - 1)
+        known = _first.set(before is not None and not (before.loaded or past.loaded or of))
         try:
             answer = step.do(self.engine.world, f"{self.id}/{(of or past).n}", *args, **more)
             past.close(self.engine.clock.now(), answer)
         except Exception as e:
             self._failed(past, step.kind, e)
+        finally:
+            _first.reset(known)
 
     def _command(self, past: Past, step: Step[Any, Any], args: Any, more: dict[str, Any], of: Past | None) -> None:
         """Sent after its row is committed, again when due, and judged when patience or the host is gone."""
@@ -884,7 +929,7 @@ def _json(value: Any) -> str:
 
 def _stored(row: Any) -> Past:
     past = Past(*row)
-    past.stored = True
+    past.stored = past.loaded = True
     return past
 
 
@@ -899,7 +944,7 @@ def _changes(p: Past) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_FIELDS = [f for f in Past.__struct_fields__ if f != "stored"]
+_FIELDS = [f for f in Past.__struct_fields__ if f not in ("stored", "loaded")]
 _FAULT = msgspec.json.Decoder(Fault)
 
 
