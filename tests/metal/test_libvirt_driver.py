@@ -42,17 +42,19 @@ pytestmark = [pytest.mark.metal, pytest.mark.skipif(bool(ABSENT), reason=f"not i
 AS_ROOT = os.geteuid() == 0
 BOOT_S = 120.0  # idle it is 5
 MIB = 1 << 20
+NUMBERS = iter(range(1, 1000))
 
 
 class Lab:
     """A host with its images, and what a test wants to know of it."""
 
-    def __init__(self, state_dir: Path, images: dict[str, bytes | Path], netns: str | None) -> None:
+    def __init__(
+        self, state_dir: Path, images: dict[str, bytes | Path], netns: str | None, options: Libvirt | None = None
+    ) -> None:
         self.state_dir, self.images, self.netns = state_dir, images, netns
         self.fetched: list[str] = []
         self.drives: list[Machine] = []
-        self.numbers = iter(range(1, 1000))
-        self.driver = self.another()
+        self.driver = self.another(options)
 
     def another(self, options: Libvirt | None = None, compute: Compute | None = None) -> LibvirtDriver:
         """As a new life of Kilonova makes it."""
@@ -87,7 +89,7 @@ class Lab:
         )
 
     def machine(self, **changes: Any) -> Machine:
-        number = next(self.numbers)
+        number = next(NUMBERS)
         id = f"0b1c2d3e-{os.getpid() % 65536:04x}-4000-8000-{number:012x}"
         made = Machine(
             id=id,
@@ -367,6 +369,21 @@ def test_others_machines_are_not_ours(lab: Lab) -> None:
         assert domain.UUIDString() not in {held.id for held in lab.driver.machines()}
     finally:
         lab.driver.link.call(lambda conn: domain.undefine())
+
+
+def test_two_clouds_on_one_libvirtd(lab: Lab, tmp_path: Path) -> None:
+    """As with `[libvirt] uri`: somebody else's daemon, and each cloud sees its own."""
+    assert lab.netns is None or AS_ROOT
+    theirs = Lab(tmp_path, lab.images, None, Libvirt(uri=lab.driver.daemon.uri))
+    with lab.spawned() as mine, theirs.spawned(name="instance-theirs") as other:
+        assert {held.id for held in theirs.driver.machines()} == {other.id}
+        ours = {held.id for held in lab.driver.machines()}
+        assert mine.id in ours and other.id not in ours
+        with pytest.raises(Refused, match="a machine of this name"):
+            theirs.driver.spawn(theirs.machine(name=mine.name), lambda said: None)
+        assert theirs.driver.host().virt_type == lab.driver.host().virt_type
+    theirs.driver.close(stop_daemon=True)
+    assert lab.driver.machines() is not None  # it was not theirs to stop
 
 
 def test_a_refused_spawn_leaves_nothing(lab: Lab) -> None:

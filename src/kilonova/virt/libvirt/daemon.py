@@ -109,10 +109,7 @@ class Private:
             if self._kept() and self._running().get("note") == note:
                 return
             self._end()
-            if note["boot"] != self._running().get("note", {}).get("boot"):
-                # What lies in here tells of processes of an earlier life of the machine.
-                shutil.rmtree(self.directory / "run", ignore_errors=True)
-                self._make_directories()
+            self._forget_earlier_boots()
             self._start(note)
 
     def stuck(self) -> None:
@@ -138,7 +135,9 @@ class Private:
         log = self.logs / "libvirtd.log"
         if log.exists() and log.stat().st_size > LOG_MAX_BYTES:
             log.replace(log.with_suffix(".log.0"))
+        # Not seeing D-Bus it asks no machined for cgroups, where two clouds' machines of one name would meet.
         environment = {"PATH": PATH, "LANG": "C.UTF-8", "HOME": os.environ.get("HOME", "/")}
+        environment["DBUS_SYSTEM_BUS_ADDRESS"] = "unix:path=/nonexistent"
         if self.system:
             script = self.directory / "inside.sh"
             _put(script, INSIDE)
@@ -235,8 +234,15 @@ class Private:
             "configuration": hashlib.sha256((daemon + qemu + str(self.run)).encode()).hexdigest(),
             "networks": str(_inode(self.netns or "/proc/self/ns/net")),
             "users": str(_inode("/proc/self/ns/user")),
-            "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         }
+
+    def _forget_earlier_boots(self) -> None:
+        """What libvirt keeps in `run` tells of processes; those of another boot of the machine must not be believed."""
+        kept, boot = self.directory / "boot_id", Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        if not kept.exists() or kept.read_text() != boot:
+            shutil.rmtree(self.directory / "run", ignore_errors=True)
+            self._make_directories()
+            _put(kept, boot)
 
     def _make_directories(self) -> None:
         names = ("etc", "lib", "cache", "log", "run") if self.system else ("c/libvirt", "k/libvirt", "d", "run")
