@@ -6,12 +6,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from kilonova.clients import Account, Identity, Login, RemoteIdentity, Session
 from kilonova.companions import identity as companion
 from kilonova.kit.clock import WallClock
 from kilonova.kit.errors import Unavailable, Unknown
 from kilonova.model import options
+from kilonova.store.identity import CREDENTIALS
 from tests.cloud.embedded import ADMIN, Embedded, driven_with_junk, project
 
 V3 = "/identity/v3"
@@ -393,7 +395,7 @@ def test_ec2_keys_are_kept_encrypted_and_are_their_owners(cloud):
     assert cloud.json("GET", f"{path}/{made['access']}", token=joe.token)["credential"]["secret"] == made["secret"]
     cloud.refused(403, "GET", f"{path}/{made['access']}", token=jane.token)
     with cloud.db.read() as tx:
-        blob = tx.exec_driver_sql("SELECT blob FROM identity_credentials").scalar()
+        blob = tx.execute(sa.select(CREDENTIALS.c.blob)).scalar()
     assert made["secret"] not in blob
     cloud.json("DELETE", f"{path}/{made['access']}", token=joe.token, ok=204)
     assert cloud.json("GET", path, token=joe.token)["credentials"] == []

@@ -47,6 +47,9 @@ class Member(msgspec.Struct, frozen=True):
     updated_at: float
 
 
+# MySQL and MariaDB would take "A" and "a" for one name.
+EXACT = sa.String(255).with_variant(sa.String(255, collation="utf8mb4_bin"), "mysql", "mariadb")
+
 IMAGES = sa.Table(
     "images",
     meta,
@@ -74,14 +77,14 @@ PROPERTIES = sa.Table(
     "image_properties",
     meta,
     sa.Column("image_id", sa.String(36), primary_key=True),
-    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("name", EXACT, primary_key=True),
     sa.Column("value", sa.Text, nullable=False),
 )
 TAGS = sa.Table(
     "image_tags",
     meta,
     sa.Column("image_id", sa.String(36), primary_key=True),
-    sa.Column("tag", sa.String(255), primary_key=True),
+    sa.Column("tag", EXACT, primary_key=True),
 )
 MEMBERS = sa.Table(
     "image_members",
