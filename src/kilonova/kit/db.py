@@ -39,7 +39,7 @@ PRAGMAS = (
 class Db:
     """`url` as SQLAlchemy writes it: sqlite:///PATH, postgresql+psycopg://…, mysql+pymysql://…"""
 
-    def __init__(self, url: str, *, threads: int = 16, **engine: Any) -> None:
+    def __init__(self, url: str, *, threads: int = 16, dice: random.Random | None = None, **engine: Any) -> None:
         sqlite = url.startswith("sqlite")
         if not engine:
             engine = {"pool_size": threads, "max_overflow": 0}
@@ -50,6 +50,7 @@ class Db:
         self.engine = sa.create_engine(url, hide_parameters=True, **engine)
         self.pen: AbstractContextManager[Any] = threading.Lock() if sqlite else nullcontext()
         self.writer = self.engine.execution_options(write=True)
+        self.dice = dice or random.Random()
         self.statements = 0  # how many were sent; bench and tests read it
         sa.event.listen(self.engine, "before_cursor_execute", self._count)
         sa.event.listen(self.engine, "handle_error", _misfit)
@@ -81,7 +82,7 @@ class Db:
             except sa.exc.OperationalError:  # deadlock, serialization failure, busy
                 if not left:
                     raise
-                self.sleep(random.uniform(0, 0.02) * (5 - left))
+                self.sleep(self.dice.uniform(0, 0.02) * (5 - left))
         raise AssertionError("not reached")
 
     def look(self, work: Callable[Concatenate[Tx, P], R], *args: P.args, **more: P.kwargs) -> R:

@@ -100,7 +100,7 @@ class Sim:
         self.ids = Ids(random.Random(self.dice.getrandbits(64)))
         self.directory = Path(tempfile.mkdtemp(prefix="kilonova-sim-", dir=_memory()))
         shutil.copytree(_template(), self.directory, dirs_exist_ok=True)
-        self.db = Db(f"sqlite:///{self.directory}/cloud.sqlite")
+        self.db = Db(f"sqlite:///{self.directory}/cloud.sqlite", dice=self.dice)
         clock = SimClock(self, None)
         self.realm = identity.open_realm(self.db, clock, self.ids, QUICK, self.directory)
         self.images = image.open_store(self.db, clock, self.ids, options.Image(), self.directory / "images")
@@ -255,6 +255,7 @@ class SimDb:
 
     def __init__(self, process: "Process") -> None:
         self.process, self.sim, self.engine = process, process.sim, process.sim.db.engine
+        self.dice = process.sim.dice
 
     @contextmanager
     def tx(self) -> Iterator[Tx]:
@@ -400,6 +401,16 @@ class ConductorProcess(Process):
             config=CONFIG,
             watch_steps=self._at,
         )
+        judge = self.conductor.world.gone
+
+        def gone(tx: Tx, host: str) -> bool:
+            """Who was taken for dead may still run what was given to another: nothing but fencing helps there."""
+            verdict = judge(tx, host)
+            if verdict:
+                sim.hosts[host].was_gone = True
+            return verdict
+
+        self.conductor.engine.gone = gone
         self.conductor.world.wake = lambda run: sim.send(self, "conductor", letter(Wake(run=run)))
         self.go(self.conductor.engine.recover)
         self.every(2, self.conductor.engine.sweep, "sweep")
