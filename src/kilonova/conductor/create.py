@@ -39,13 +39,15 @@ def build(run: Run, job: Build) -> None:
     run.if_undone(broken, job.server, run.id, run.now)
     tried: list[str] = []
     last: Trouble | None = None
+    epoch = job.server.epoch
     for _ in range(CHOICES):
         places = run(choose, job, tried).places
         if not places:
             break
         for place in places:
+            epoch += 1
             with run.attempt():
-                claimed = run(claim, job.server, place, run.now)
+                claimed = run(claim, job.server, place, epoch, run.now)
                 try:
                     settle_on(run, job, place, claimed)
                     return
@@ -64,7 +66,7 @@ def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
     plugged = run(plug, job, place)
     run(spawning, job.server, plugged, run.now)
     done = run(spawn, job, place, claimed, plugged)
-    run(built, job.server, place.host, done.power_state, run.now)
+    run(built, job.server, place, done.power_state, run.now)
 
 
 def no_host(job: Build, tried: list[str], last: Trouble | None) -> Trouble:
@@ -104,8 +106,8 @@ class Claimed(msgspec.Struct, frozen=True):
     epoch: int
 
 
-@record(event=None)
-def claim(tx: Tx, server: Server, place: Place, now: float) -> Claimed:
+@record
+def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Claimed:
     placement.claim(
         tx,
         server.id,
@@ -114,12 +116,14 @@ def claim(tx: Tx, server: Server, place: Place, now: float) -> Claimed:
         now=now,
         project_id=server.project_id,
         user_id=server.user_id,
+        new=epoch == server.epoch + 1,
     )
-    return Claimed(*servers.settle(tx, server, place.host, place.node, str(Task.networking), now))
+    servers.settle(tx, server, place.host, place.node, epoch, str(Task.networking), now)
+    return Claimed(server.number or servers.get(tx, server.id).number, epoch)
 
 
 @claim.undo
-def _(tx: Tx, server: Server, place: Place, now: float) -> None:
+def _(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> None:
     placement.release(tx, server.id, place.provider, now=now)
     servers.unsettle(tx, server.id, place.host, now)
 
@@ -176,6 +180,7 @@ def _(job: Build, place: Place, claimed: Claimed, plugged: Plugged) -> To[Done]:
 
 
 @record
-def built(tx: Tx, server: Server, host: str, power_state: int, now: float) -> None:
+def built(tx: Tx, server: Server, place: Place, power_state: int, now: float) -> None:
     servers.finish(tx, server, VM.active, now, power_state=power_state, launched_at=now)
-    hosts.succeeded(tx, host)
+    if place.failures:
+        hosts.succeeded(tx, place.host)

@@ -39,3 +39,4 @@ class Place(msgspec.Struct, frozen=True):
     node: str
     provider: str
     zone: str = ""
+    failures: int = 0  # builds that failed there, one after another

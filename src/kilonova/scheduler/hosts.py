@@ -33,8 +33,8 @@ PENDING_S = 10.0  # a choice that was not claimed by then never will be
 class Hosts:
     """The columns. `n` rows; resource classes are columns of the two-dimensional arrays, in the order of `classes`."""
 
-    def __init__(self, default_zone: str = "nova") -> None:
-        self.default_zone = default_zone
+    def __init__(self, default_zone: str = "nova", failures_max: int = 10) -> None:
+        self.default_zone, self.failures_max = default_zone, failures_max
         self.mark, self.looked, self.watched, self.read_at, self.cursor = -1, -1e18, -1e18, -1e18, 0.0
         self.kinds: list[HostFacts] = []
         self.kind_of: dict[str, int] = {}
@@ -56,7 +56,7 @@ class Hosts:
         self.disabled: Bools = np.zeros(n, bool)
         self.forced_down: Bools = np.zeros(n, bool)
         self.seen: Floats = np.full(n, -1e18)
-        self.failures: Ints = np.zeros(n, np.int64)
+        self.failures: Ints = np.zeros(n, np.int64)  # 0 as long as there are not too many
         self.busy: Ints = np.zeros(n, np.int64)  # chosen, and not claimed yet as far as we know
         self.version: Floats = np.zeros(n)
         self.zone: Ints = np.zeros(n, np.int64)
@@ -146,10 +146,11 @@ class Hosts:
         rows = tx.execute(ROWS).all()
         stocks = list(placement.changes(tx))
         zones = book.zones(tx)
-        places = [Place(r.host, r.node, r.uuid, zones.get(r.host, self.default_zone)) for r in rows]
+        places = [Place(r.host, r.node, r.uuid, zones.get(r.host, self.default_zone), r.failures) for r in rows]
         self._shape(places, sorted({s.resource_class for s in stocks}))
         for i, r in enumerate(rows):
-            self.disabled[i], self.forced_down[i], self.failures[i] = r.disabled, r.forced_down, r.failures
+            self.disabled[i], self.forced_down[i] = r.disabled, r.forced_down
+            self.failures[i] = r.failures if r.failures >= self.failures_max > 0 else 0
             self.seen[i] = -1e18 if r.last_seen is None else r.last_seen
             self.kind[i] = self._kind(r.facts)
             self.version[i] = self.kinds[self.kind[i]].hypervisor_version

@@ -49,12 +49,13 @@ class Scheduler:
         options: Options | None = None,
         down_after_s: float = 60.0,
         default_zone: str = "nova",
+        build_failures_max: int = 10,
     ) -> None:
         self.db, self.clock, self.down_after_s = db, clock, down_after_s
         self.options = options or Options()
         self.rules, self.tastes = _rules(self.options), _tastes(self.options)
         self.dice = np.random.default_rng(dice.getrandbits(64))
-        self.hosts = Hosts(default_zone)
+        self.hosts = Hosts(default_zone, build_failures_max)
         self.guard, self.turn = threading.Lock(), threading.Lock()
         self.waiting: list[_Waiting] = []
 

@@ -111,11 +111,13 @@ def claim(
     project_id: str,
     user_id: str,
     type: str = "INSTANCE",
+    new: bool = False,
 ) -> None:
     """Take `wanted` of a provider for a consumer, all or nothing. Raises NoCapacity, NotFound; roll back then.
 
     UPDATE inventories SET used = used + n WHERE provider = … AND resource_class = … AND it fits: one statement for
     all classes, and it must have changed a row for each.  What the consumer holds already stays his.
+    `new`: the caller knows that the consumer holds nothing yet.
     """
     _moved(tx, provider, now)
     if wanted:
@@ -123,7 +125,9 @@ def claim(
         if tx.execute(_take(len(wanted)), told).rowcount != len(wanted):
             raise NoCapacity("There is no room left.", why=f"{provider} for {dict(wanted)}")
     who = {"project_id": project_id, "user_id": user_id, "type": type, "changed_at": now}
-    known = _known(tx, consumer, who, now)
+    if new:
+        tx.execute(CONSUMER_NEW, {"uuid": consumer, "generation": 0, "created_at": now} | who)
+    known = not new and _known(tx, consumer, who, now)
     if wanted:
         _written(tx, consumer, provider, wanted, known)
 

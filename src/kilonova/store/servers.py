@@ -160,13 +160,10 @@ def step(tx: Tx, server: Server, task: str | None, now: float, **facts: Any) -> 
     return False
 
 
-def settle(tx: Tx, server: Server, host: str, node: str, task: str, now: float) -> tuple[int, int]:
-    """From now on it belongs to this host, whoever owns it: its epoch rises. (number, epoch)."""
-    where = {"host": host, "node": node, "epoch": T.c.epoch + 1, "updated_at": now}
-    ours = sa.case((T.c.generation == server.generation, task), else_=T.c.task_state)
-    tx.execute(sa.update(T).where(T.c.id == server.id).values(where | {"task_state": ours}))
-    row = tx.execute(NUMBERS, {"the_id": server.id}).one()
-    return row.number, row.epoch
+def settle(tx: Tx, server: Server, host: str, node: str, epoch: int, task: str, now: float) -> None:
+    """From now on it belongs to this host, whoever owns it. `epoch` is higher than with any host before."""
+    where = {"host": host, "node": node, "epoch": epoch, "updated_at": now}
+    tx.execute(SETTLE, where | {"the_id": server.id, "ours": server.generation, "task": task})
 
 
 def unsettle(tx: Tx, id: str, host: str, now: float) -> None:
@@ -262,7 +259,13 @@ SELECT = sa.select(*[T.c[f] for f in Server.__struct_fields__])  # in the order 
 GET = SELECT.where(T.c.id == sa.bindparam("the_id"))
 HELD = GET.with_for_update()
 INSERT = sa.insert(T)
-NUMBERS = sa.select(T.c.number, T.c.epoch).where(T.c.id == sa.bindparam("the_id"))
 # The other parameters are what is SET.
 ANYBODYS = sa.update(T).where(T.c.id == sa.bindparam("the_id"))
+SETTLE = ANYBODYS.values(
+    task_state=sa.case((T.c.generation == sa.bindparam("ours"), sa.bindparam("task")), else_=T.c.task_state),
+    host=sa.bindparam("host"),
+    node=sa.bindparam("node"),
+    epoch=sa.bindparam("epoch"),
+    updated_at=sa.bindparam("updated_at"),
+)
 OURS = sa.update(T).where(T.c.id == sa.bindparam("the_id"), T.c.generation == sa.bindparam("ours"))
