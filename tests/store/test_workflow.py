@@ -27,6 +27,7 @@ from kilonova.kit.workflow import (
     Workflow,
     command,
     effect,
+    first_try,
     noted,
     open_runs,
     record,
@@ -624,6 +625,43 @@ def test_an_act_rests_on_journaled_facts_only(desk: Desk) -> None:
     """A refusal that only the process knew was acted on; it died; the replay was not refused."""
     desk.start(rests)
     assert desk.world.done == [1, 2] and desk.state() == "done"
+
+
+@effect
+def look(world: World, key: str, x: int) -> None:
+    world.did.append((key, int(first_try())))
+    if world.moods:
+        raise world.moods.pop(0)
+
+
+@look.undo
+def _(world: World, key: str, x: int) -> None:
+    assert not first_try()
+
+
+@workflow
+def looks(run: Run, n: int) -> None:
+    run(write, "a")
+    run(look, 1)
+    run(look, 2)
+    run(refuse)
+
+
+def test_an_effect_knows_when_nobody_can_have_tried_it_before(desk: Desk) -> None:
+    """Then it need not look for what a try has left. A row before it that was there already may be another's."""
+    desk.start(looks)
+    assert desk.world.did == [("r/1", 1), ("r/2", 1)]
+    desk.world.did.clear()
+    desk.world.moods = [Unavailable("503")]
+    desk.start(looks, id="q")
+    desk.clock.at = 2
+    killed = desk.another("killed")
+    desk.world.moods = [KeyboardInterrupt()]  # type: ignore[list-item]
+    with pytest.raises(KeyboardInterrupt):
+        killed.sweep()
+    desk.clock.at = 20
+    desk.engine.sweep()
+    assert desk.world.did == [("q/1", 1), ("q/1", 0), ("q/1", 0), ("q/2", 0)] and desk.state("q") == "failed"
 
 
 # ---- waiting
