@@ -189,6 +189,8 @@ class Service:
         began, route = self.stopwatch(), None
         self._name(req, resp)
         try:
+            if "\x00" in req.path:
+                raise NotFound("The resource could not be found.")
             version = self._version(req, resp)
             route, given, context = self._choose(req, routes, version)
             if route.gone:
@@ -354,6 +356,8 @@ class Service:
             body = msgspec.json.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise Ended(400, "Malformed request body") from None
+        if b"\\u0000" in raw and _has_null(body):
+            raise Ended(400, "Malformed request body")  # PostgreSQL cannot keep it, and no client means it
         return body
 
     def _answer(self, resp: falcon.Response, answer: Any, route: Route, version: int) -> None:
@@ -555,6 +559,13 @@ def _is_list(kind: Any) -> bool:
 
 def _framework_404(req: falcon.Request) -> tuple[str]:
     return ("The resource could not be found.",)
+
+
+def _has_null(body: Any) -> bool:
+    """Is there a null character in any text of it?"""
+    if isinstance(body, dict):
+        return any("\x00" in k or _has_null(v) for k, v in body.items())
+    return any(map(_has_null, body)) if isinstance(body, list) else isinstance(body, str) and "\x00" in body
 
 
 # ---- what was wrong with a body
