@@ -284,6 +284,13 @@ def test_a_domain_has_its_own_people_and_its_own_admin(cloud):
     mine = cloud.json("POST", f"{V3}/projects", {"project": {"name": "rockets"}}, token, ok=201)["project"]
     assert mine["domain_id"] == domain["id"]
     assert [p["name"] for p in cloud.json("GET", f"{V3}/projects", token=token)["projects"]] == ["rockets"]
+    roles = {r["name"]: r["id"] for r in cloud.json("GET", f"{V3}/roles", token=token)["roles"]}
+    grant = f"{V3}/projects/{mine['id']}/users/{boss['id']}/roles"
+    cloud.json("PUT", f"{grant}/{roles['member']}", token=token, ok=204)
+    cloud.refused(403, "PUT", f"{grant}/{roles['admin']}", token=token)
+    other = f"{V3}/projects/{cloud.first.demo_project_id}/users/{boss['id']}/roles/{roles['member']}"
+    cloud.refused(403, "PUT", other, token=token)
+    cloud.refused(403, "PUT", f"{V3}/system/users/{boss['id']}/roles/{roles['member']}", token=token)
     cloud.refused(403, "POST", f"{V3}/users", {"user": {"name": "spy", "domain_id": "default"}}, token)
     cloud.refused(403, "GET", f"{V3}/users?domain_id=default", token=token)
     cloud.refused(403, "DELETE", f"{V3}/domains/{domain['id']}", token=admin)  # enabled

@@ -99,6 +99,9 @@ RULES = [Rule(name, check) for name, check in {
     "get_members":        "role:admin or (role:reader and (project_id:%(project_id)s or project_id:%(member_id)s))",
     "deactivate":         OWN,
     "reactivate":         OWN,
+    "tasks_api_access":   "role:admin",
+    "get_metadef_namespaces":      "role:admin or role:reader",
+    "list_metadef_resource_types": "role:admin or role:reader",
 }.items()]
 # fmt: on
 
@@ -858,6 +861,23 @@ def stores(call: Call) -> Any:
 @R.get("/v2/info/usage")
 def usage(call: Call) -> Any:
     return {"usage": {}}
+
+
+@R.get("/v2/tasks", policy="tasks_api_access")
+def tasks(call: Call) -> Any:
+    """There are none: an import is done when it is answered."""
+    return {"tasks": [], "first": "/v2/tasks", "schema": "/v2/schemas/tasks"}
+
+
+@R.get("/v2/metadefs/namespaces", policy="get_metadef_namespaces")
+def namespaces(call: Call) -> Any:
+    """No catalog of definitions is kept; dashboards ask all the same."""
+    return {"namespaces": [], "first": "/v2/metadefs/namespaces", "schema": "/v2/schemas/metadefs/namespaces"}
+
+
+@R.get("/v2/metadefs/resource_types", policy="list_metadef_resource_types")
+def resource_types(call: Call) -> Any:
+    return {"resource_types": []}
 
 
 @R.get("/v2/schemas/image")
