@@ -86,7 +86,7 @@ def build(cache_dir: Path, *, progress: Callable[[str], None]) -> GuestImage:
         return known
     debian.check_host()
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(cache_dir, progress):
+    with alone(cache_dir, progress):
         if known := _known(cache_dir):  # somebody else built it while we waited
             return known
         try:
@@ -142,7 +142,7 @@ def _known(cache_dir: Path) -> GuestImage | None:
 
 
 @contextmanager
-def _alone(cache_dir: Path, progress: Callable[[str], None]) -> Iterator[None]:
+def alone(cache_dir: Path, progress: Callable[[str], None]) -> Iterator[None]:
     with (cache_dir / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
