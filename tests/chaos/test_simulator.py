@@ -1,0 +1,79 @@
+"""The whole cloud on virtual time: from seeds, and every story with a crash at every boundary.
+
+Each part is a process of its own, for two reasons: sets must have the same order each time (PYTHONHASHSEED), and
+there are two cores.  A failing seed is printed with the command that tells it again.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = 200
+EACH = 25  # a process
+STORIES = [
+    "build",
+    "build, delete",
+    "delete overtakes build",
+    "reboot",
+    "hard reboot",
+    "stop, start",
+    "delete overtakes stop",
+]
+CRASH = """
+import logging, sys
+logging.disable()
+from kilonova.sim.storms import STORIES, crash_everywhere
+n = 0
+for n, found in crash_everywhere(STORIES[sys.argv[1]]):
+    for line in found:
+        print(f"{sys.argv[1]}, crash at {n}: {line}")
+print(f"boundaries: {n - 1}")
+"""
+
+
+def python(*argv: str, timeout_s: float = 900) -> str:
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONHASHSEED": "0"}
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, timeout=timeout_s)
+    return done.stdout + done.stderr
+
+
+def sim(*words: str) -> str:
+    return python("-m", "kilonova.main", "sim", *words)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_seeds() -> None:
+    starts = range(1, SEEDS + 1, EACH)
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        said = list(pool.map(lambda first: sim("--seed", str(first), "--seeds", str(EACH)), starts))
+    lines = "\n".join(said).splitlines()
+    told = [line for line in lines if re.match(r"seed \d+: well", line)]
+    bad = [line for line in lines if re.match(r"seed \d+: ", line) and line not in told]
+    assert not bad, "\n".join([*bad, "again: ./kilonova sim --verbose --seed N"])
+    assert len(told) == SEEDS, lines[-20:]
+
+
+def test_the_same_seed_tells_the_same_story() -> None:
+    one, two = (re.findall(r"story (\w+)", sim("--seed", "7")) for _ in range(2))
+    assert one == two != []
+
+
+def test_other_seeds_tell_other_stories() -> None:
+    assert len(set(re.findall(r"story (\w+)", sim("--seed", "1", "--seeds", "3")))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_crash_at_every_boundary_of_every_story() -> None:
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        said = dict(zip(STORIES, pool.map(lambda name: python("-c", CRASH, name), STORIES), strict=True))
+    assert not [line for text in said.values() for line in text.splitlines() if not line.startswith("boundaries: ")]
+    counts = {name: int(re.findall(r"boundaries: (\d+)", text)[0]) for name, text in said.items()}
+    assert all(n >= 15 for n in counts.values()), f"stories became too short to mean anything: {counts}"
