@@ -205,7 +205,9 @@ def _structs_in(hint: Any) -> list[type]:
 @functools.cache
 def _lifting(source: type[msgspec.Struct], model: type[msgspec.Struct]) -> Callable[[Any], Any]:
     names = [f.name for f in msgspec.structs.fields(source)]
-    read = operator.attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
+    read: Callable[[Any], Any] = (
+        operator.attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
+    )
     hints = _hints(model)
     nested = {n: {m.__name__: m for m in found} for n in names if (found := _structs_in(hints[n]))}
 
@@ -242,7 +244,9 @@ def _lowering(model: type, version: int) -> Callable[[Any], Any]:
         [(f.name, Any, msgspec.field(name=f.encode_name)) for f in fields],
         module=model.__module__,
     )
-    read = operator.attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
+    read: Callable[[Any], Any] = (
+        operator.attrgetter(*names) if len(names) > 1 else lambda value: tuple(getattr(value, n) for n in names)
+    )
     nested = [i for i, n in enumerate(names) if _structs_in(hints[n])]
     if not nested:
         return lambda value: shape(*read(value))
