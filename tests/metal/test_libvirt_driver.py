@@ -321,6 +321,13 @@ def test_guests_outlive_libvirtd_and_us(lab: Lab) -> None:
         other.close()
 
 
+def test_libvirtd_ends_with_us_when_it_has_nothing_to_do(guest: Path, tmp_path: Path) -> None:
+    lab = Lab(tmp_path, {"guest": guest}, None)
+    assert lab.driver.machines() == [] and processes(str(tmp_path))
+    lab.driver.close()
+    until(lambda: not processes(str(tmp_path)))
+
+
 def test_libvirtd_that_hangs_does_not_hang_us(lab: Lab) -> None:
     hasty = lab.another(Libvirt(call_timeout_s=0.5))
     assert isinstance(hasty.daemon, Private)
@@ -335,7 +342,7 @@ def test_libvirtd_that_hangs_does_not_hang_us(lab: Lab) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     assert isinstance(hasty.machines(), list)
-    hasty.close()
+    hasty.close(stop_daemon=False)
 
 
 def test_what_a_crash_leaves_is_found(lab: Lab) -> None:
@@ -426,7 +433,7 @@ def test_the_console_is_bounded_while_it_is_written(lab: Lab) -> None:
     assert log.stat().st_blocks * 512 <= 16384 + 2 * 4096
     said = small.console_log(machine.id)
     assert len(said) <= 16384 and said.endswith(b"line 0019999\nthe end\n") and b"\0" not in said
-    small.close()
+    small.close(stop_daemon=False)
     lab.driver.destroy(machine.id)
 
 

@@ -108,9 +108,9 @@ class LibvirtDriver:
         else:
             self.daemon = Private(self.state_dir / "libvirt", ids=ids, netns=netns, hostname=self.hostname)
         self.owner = self._owner(ids)
-        self.proof = self._proof()
         self.lib = library()
         self.link = Link(self.daemon, call_timeout_s=self.options.call_timeout_s, connected=self._connected)
+        self.proof = self._proof()  # while libvirtd starts
         for work, name in ((self._tell, "libvirt news"), (self._trim, "console logs")):
             threading.Thread(target=work, name=name, daemon=True).start()
 
@@ -395,8 +395,12 @@ class LibvirtDriver:
     def listen(self, changed: Callable[[str, Power], None]) -> None:
         self.listeners.append(changed)
 
-    def close(self, stop_daemon: bool = False) -> None:
-        """`stop_daemon` ends a private libvirtd as well; guests go on in any case."""
+    def close(self, stop_daemon: bool | None = None) -> None:
+        """Guests go on in any case. `stop_daemon`: end a private libvirtd as well; None: when no guest needs it."""
+        if stop_daemon is None:
+            stop_daemon = False
+            with contextlib.suppress(Trouble, self.lib.libvirtError):
+                stop_daemon = self.link.ready(0) and self.link.call(lambda conn: not conn.numOfDomains(), timeout_s=2)
         self.closing.set()
         self.news.put(None)
         self.link.close()
