@@ -28,6 +28,7 @@ from kilonova.model.wiring import NetworkWire, PortWire, Wiring
 logger = logging.getLogger(__name__)
 
 ROUNDS = 4  # a mend may need a second look: the far end of a veth exists only after the near one
+PROC = Path("/proc/sys/net")  # of the namespace that the thread is in
 BRIDGE_CALLS = "bridge/bridge-nf-call-iptables", "bridge/bridge-nf-call-ip6tables"
 
 
@@ -88,7 +89,7 @@ class Wires:
                         "This host has no networks of its own: its guests use QEMU's.", why=self.ground.why
                     )
                 return
-            if self.wiring == wiring and self._quiet():
+            if self._quiet() and self.wiring == wiring:
                 return
             self.wiring = None
             try:
@@ -163,11 +164,22 @@ class Wires:
     def _quiet(self) -> bool:
         """Nobody changed anything since the last apply."""
         return (
-            all(self._stands(name) for name in self.watches)
+            self._bridges_are_filtered()
+            and all(self._stands(name) for name in self.watches)
             and all(w.links_quiet() for w in self.watches.values())
             and all(self.watches[space].rules_quiet() for space in {s for s, _ in self.tables})
             and all(server.alive() for server in self.servers.values())
         )
+
+    def _bridges_are_filtered(self) -> bool:
+        """The kernel tells nobody when a setting changes, and this one is what security groups stand on."""
+        if CLOUD not in self.spaces:
+            return False
+        with contextlib.suppress(OSError, Trouble), self.ground.enter(CLOUD):
+            if all((PROC / call).read_text() == "1\n" for call in BRIDGE_CALLS):
+                return True
+        del self.spaces[CLOUD]
+        return False
 
     def _stands(self, space: str) -> bool:
         """Is the namespace the one we watch, or one that was made anew under its name?"""
@@ -198,6 +210,8 @@ class Wires:
         bridges = {n.id: n.bridge for n in wiring.networks}
         cloud = [Link(n.bridge, "bridge", n.mtu) for n in wiring.networks]
         machine, machine_addresses = [], []
+        outer = {s.cidr for n in wiring.networks if n.external for s in n.subnets}
+        self.clashes = {cidr: why for cidr, why in self.clashes.items() if cidr in outer}
         for network in wiring.networks:
             if dhcp.wanted(network):
                 name = g.inner("dhcp", network.id)
@@ -298,7 +312,7 @@ class Wires:
             return
         with self.ground.enter(name):
             for path, value in space.settings.items():
-                file = Path("/proc/sys/net") / path
+                file = PROC / path
                 try:
                     if file.read_text().strip() != value:
                         file.write_text(value)
