@@ -40,8 +40,8 @@ def build(run: Run, job: Build) -> None:
     tried: list[str] = []
     last: Trouble | None = None
     epoch = job.server.epoch
-    for _ in range(CHOICES):
-        places = run(choose, job, tried).places
+    for turn in range(CHOICES):
+        places = run(choose, job, tried, turn > 0).places
         if not places:
             break
         for place in places:
@@ -90,7 +90,7 @@ def broken(tx: Tx, server: Server, run: str, now: float) -> None:
 
 
 @effect
-def choose(world: World, key: str, job: Build, tried: list[str]) -> Chosen:
+def choose(world: World, key: str, job: Build, tried: list[str], fresh: bool) -> Chosen:
     """Nowhere, when as many hosts were tried as may be: one for a forced host."""
     attempts = 1 if job.forced else world.config.scheduler.attempts
     if len(tried) >= attempts:
@@ -98,7 +98,7 @@ def choose(world: World, key: str, job: Build, tried: list[str]) -> Chosen:
     wanted = ask(job.server, host=job.host, node=job.node, forced=job.forced)
     if tried:
         wanted = msgspec.structs.replace(wanted, avoid=tried)
-    return world.choose(Choose(server=job.server.id, ask=wanted, most=attempts - len(tried)))
+    return world.choose(Choose(server=job.server.id, ask=wanted, most=attempts - len(tried), fresh=fresh))
 
 
 class Claimed(msgspec.Struct, frozen=True):

@@ -19,8 +19,9 @@ class Chosen(msgspec.Struct, frozen=True):
 
 @scheduler
 class Choose(Call[Chosen], frozen=True):
-    """Where could it live? At most so many places."""
+    """Where could it live? At most so many places. `fresh`: what was said a moment ago was wrong, look at all claims."""
 
     server: str
     ask: Ask
     most: int = 3
+    fresh: bool = False

@@ -87,7 +87,7 @@ class Scheduler:
         try:
             now = self.clock.now()
             with self.db.read() as tx:
-                self.hosts.refresh(tx, now)
+                self.hosts.refresh(tx, now, at_once=any(w.m.fresh for w in all))
                 left = self._place(all, now)
                 if left:
                     self.hosts.load(tx, now)
