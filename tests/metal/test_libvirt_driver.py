@@ -13,6 +13,8 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import kilonova
 from kilonova.companions.guest import build
 from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.errors import NotFound, Refused, Unavailable
@@ -376,6 +379,62 @@ def test_others_machines_are_not_ours(lab: Lab) -> None:
         assert domain.UUIDString() not in {held.id for held in lab.driver.machines()}
     finally:
         lab.driver.link.call(lambda conn: domain.undefine())
+
+
+ORDINARY = """
+import json, os, sys, time
+from pathlib import Path
+from kilonova.kit.clock import Ids, WallClock
+from kilonova.model.machine import Disk, FixedIp, Identity, ImageSource, Machine, Nic
+from kilonova.virt.libvirt.driver import LibvirtDriver
+
+guest, state = map(Path, sys.argv[1:])
+driver = LibvirtDriver(
+    state, clock=WallClock(), ids=Ids(), fetch=lambda id, write: write(guest.read_bytes()), config_drive=lambda m: b""
+)
+id = "0b1c2d3e-0000-4000-8000-00000000aaaa"
+nic = Nic("p", "n", "fa:16:3e:00:00:01", "tap0", "user", ips=[FixedIp("10.0.0.5", gateway="10.0.0.1")])
+disk = Disk("vda", ImageSource("guest", "raw", guest.stat().st_size), boot_index=0)
+identity = Identity(uuid=id, name="one", hostname="one", project_id="p")
+driver.spawn(Machine(id, "instance-0000aaaa", 1, 128, [disk], [nic], identity), lambda said: None)
+try:
+    end = time.monotonic() + 60
+    while b"Linux version" not in driver.console_log(id) and time.monotonic() < end:
+        time.sleep(0.05)
+    said = [driver.power(id), b"Linux version" in driver.console_log(id), os.geteuid(), driver.daemon.system]
+finally:
+    driver.destroy(id)
+    driver.close(stop_daemon=True)
+print(json.dumps([*said, os.listdir(state / "instances"), driver.daemon.short.exists()]))
+"""
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="all others are then run by an ordinary user, too")
+def test_an_ordinary_user_has_it_as_well(guest: Path) -> None:
+    nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "env", "HOME=/nonexistent"]
+    nobody += [f"PYTHONPATH={Path(kilonova.__file__).parents[1]}", "PYTHONDONTWRITEBYTECODE=1"]
+    with tempfile.TemporaryDirectory(prefix="kilonova-nobody-") as home:
+        shutil.copy(guest, home)
+        (state := Path(home) / ("x" * 90)).mkdir()
+        for path in (Path(home), state, Path(home) / guest.name):
+            os.chown(path, 65534, 65534)
+        import_ = subprocess.run(
+            [*nobody, sys.executable, "-c", "import kilonova, libvirt"],
+            capture_output=True,
+            check=False,
+        )
+        if import_.returncode:
+            pytest.skip(f"another user cannot run {sys.executable}")
+        done = subprocess.run(
+            [*nobody, sys.executable, "-c", ORDINARY, f"{home}/{guest.name}", str(state)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert msgspec.json.decode(done.stdout) == ["running", True, 65534, False, [], False]
+        until(lambda: not processes(str(state)))
 
 
 def test_two_clouds_on_one_libvirtd(lab: Lab, tmp_path: Path) -> None:

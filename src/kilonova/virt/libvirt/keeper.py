@@ -13,7 +13,7 @@ It imports as little as it can, because it stays: 9 MB resident, 5 of them its o
 with it; guests go on.
 """
 
-# ruff: noqa: PTH105, PTH123
+# ruff: noqa: PTH105, PTH112, PTH123
 # pathlib would double what this process imports.
 
 import ctypes
@@ -47,7 +47,7 @@ def main(directory: str, note: str, command: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGALRM, end)
-    while not ending:
+    while not ending and os.path.isdir(directory):
         since = time.monotonic()
         child = os.posix_spawnp(command[0], command, os.environ, setsigdef=[signal.SIGTERM, signal.SIGALRM])
         _say(directory, note, child)
