@@ -7,9 +7,13 @@ from typing import Literal
 
 import msgspec
 
+from kilonova.kit.bus import Contract
 from kilonova.model.server import Server, Wanted
 
+jobs = Contract("jobs")
 
+
+@jobs
 class Build(msgspec.Struct, frozen=True):
     """ "build": choose a host, claim, make ports, spawn. `server` as it was written, still building.
 
@@ -27,6 +31,7 @@ class Build(msgspec.Struct, frozen=True):
     files: list[tuple[str, str]] = []
 
 
+@jobs
 class Act(msgspec.Struct, frozen=True):
     """ "act": one of the simple verbs of `model/states.py`, already begun (the server is busy with it)."""
 
@@ -35,6 +40,7 @@ class Act(msgspec.Struct, frozen=True):
     was: str = ""  # vm_state before
 
 
+@jobs
 class Delete(msgspec.Struct, frozen=True):
     """ "delete": waits until other runs have ended, then takes everything back."""
 

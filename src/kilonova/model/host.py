@@ -1,5 +1,7 @@
 """A host, as it describes itself: what it has, and what of it may be given out."""
 
+from typing import Any
+
 import msgspec
 
 
@@ -13,7 +15,7 @@ class HostFacts(msgspec.Struct, frozen=True):
     hypervisor_type: str  # QEMU, KVM, fake
     hypervisor_version: int  # 7002022 is 7.2.22
     hypervisor_hostname: str
-    cpu_info: dict[str, object] = {}
+    cpu_info: dict[str, Any] = {}
     traits: list[str] = []
     virt_type: str = ""  # kvm, qemu; with the reason in `virt_why`
     virt_why: str = ""
