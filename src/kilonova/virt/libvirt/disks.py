@@ -257,6 +257,8 @@ class Workshop:
 
     def lay(self, disk: Disk, number: int, directory: Path, base: Base | None) -> Laid:
         """`number`: the how manieth of the server's disks. Raises Refused."""
+        if not re.fullmatch(r"(vd|sd|hd|xvd)[a-z]{1,3}", disk.device):
+            raise Refused(f"No disk of a server can be called {disk.device!r}.")
         if isinstance(disk.source, ImageSource):
             assert base is not None
             return self._overlay(disk, directory, base)

@@ -178,7 +178,8 @@ class LibvirtDriver:
         domains = self.link.call(lambda conn: self._domains(conn, directories))
         held = [Held(id, power, self._epoch(id) if id in directories else epoch) for id, power, epoch in domains]
         here = {h.id for h in held}
-        held += [Held(id, "nostate", self._epoch(id)) for id in sorted(directories - here)]
+        bare = sorted(id for id in directories - here if (self.instances / id).is_dir())  # still
+        held += [Held(id, "nostate", self._epoch(id)) for id in bare]
         return held
 
     def power(self, id: str) -> Power:
@@ -276,7 +277,7 @@ class LibvirtDriver:
                 with contextlib.suppress(OSError):
                     self._vnc(id).unlink()
                 if isinstance(self.daemon, Private):
-                    (self.daemon.logs / "qemu" / f"{machine.name}.log").unlink(missing_ok=True)
+                    (self.daemon.logs / "qemu" / Path(f"{machine.name}.log").name).unlink(missing_ok=True)
             directory = self._directory(id)
             if directory.is_dir():
                 gone = self.instances / f".{id}.{time.monotonic_ns()}"
@@ -743,6 +744,7 @@ REASONS = {
     "Cannot get interface MTU": "A network of the server is missing on this host.",
     "Unable to add bridge": "A network of the server is missing on this host.",
     "No such device": "A network of the server is missing on this host.",
+    "find any firmware": "This host has no firmware of the kind the server asks for.",
     "does not support": "The hypervisor of this host does not support what the server asks for.",
     "unsupported configuration": "The hypervisor of this host does not support what the server asks for.",
 }
