@@ -427,6 +427,8 @@ def test_shares_are_kept(net: Net) -> None:
     refused(404, "TenantQuotaNotFound", lambda: net.get("/quotas/demos", "other"))
     refused(403, "PolicyNotAuthorized", lambda: net.ask("PUT", "/quotas/demos", {"quota": {"port": 9}}, "demo"))
     refused(400, "HTTPBadRequest", lambda: net.ask("PUT", "/quotas/demos", {"quota": {"port": -2}}))
+    low = {"quota": {"port": 1, "check_limit": True}}
+    refused(400, "InvalidQuotaValue", lambda: net.ask("PUT", "/quotas/demos", low))
     net.ask("DELETE", "/quotas/demos")
     assert net.get("/quotas/demos")["quota"]["port"] == 500 and net.get("/quotas")["quotas"] == []
     assert net.get("/quotas/demos/default")["quota"]["network"] == 100
@@ -559,6 +561,40 @@ def test_routes_lead_to_neighbours(net: Net) -> None:
     more = {"router": {"routes": [{"destination": "10.78.0.0/16", "nexthop": "10.9.0.9"}]}}
     assert len(net.ask("PUT", f"/routers/{router}/add_extraroutes", more, "demo")["router"]["routes"]) == 2
     assert net.ask("PUT", f"/routers/{router}/remove_extraroutes", more, "demo")["router"]["routes"] == routes
+
+
+def test_no_project_can_spoil_a_host_for_the_others(net: Net) -> None:
+    """What the wires of a host could not make would stop all that came after it."""
+    n, s = net.network(mtu=1000)
+    wish = dict(network_id=n, cidr="fd00:9::/64", ip_version=6)
+    refused(400, "InvalidInput", lambda: net.make("subnet", "demo", **wish))
+    net.change("network", n, "demo", mtu=1280)
+    six = net.make("subnet", "demo", **wish, gateway_ip="fe80::1")["id"]
+    refused(400, "InvalidInput", lambda: net.change("network", n, "demo", mtu=1279))
+    router = net.make("router", "demo")["id"]
+    refused(
+        400, "BadRequest", lambda: net.ask("PUT", f"/routers/{router}/add_router_interface", {"subnet_id": six}, "demo")
+    )
+    _, same = net.network(cidr="172.24.4.0/24")
+    for subnet in (s, same):
+        net.ask("PUT", f"/routers/{router}/add_router_interface", {"subnet_id": subnet}, "demo")
+    gateway = {"network_id": net.public}
+    refused(400, "BadRequest", lambda: net.change("router", router, "demo", external_gateway_info=gateway))
+
+
+def test_a_route_that_the_gateway_overtakes_is_not_told_to_the_host(wired: tuple["Net", "Wires", "Wires"]) -> None:
+    net, one, _ = wired
+    n, s = net.network()
+    router = net.make("router", "demo")["id"]
+    net.ask("PUT", f"/routers/{router}/add_router_interface", {"subnet_id": s}, "demo")
+    routes = [{"destination": d, "nexthop": "10.9.0.9"} for d in ("0.0.0.0/0", "10.77.0.0/16")]
+    net.change("router", router, "demo", routes=routes)
+    net.make("port", network_id=n, binding__host_id="host-1")
+    assert [r.routes for r in one.now.routers if r.id == router] == [
+        [("0.0.0.0/0", "10.9.0.9"), ("10.77.0.0/16", "10.9.0.9")]
+    ]
+    net.change("router", router, "demo", external_gateway_info={"network_id": net.public})
+    assert [r.routes for r in one.now.routers if r.id == router] == [[("10.77.0.0/16", "10.9.0.9")]]
 
 
 def test_the_administrators_router_and_others_subnets(net: Net) -> None:
@@ -1092,6 +1128,7 @@ def test_junk_is_the_callers_fault(quarry: Quarry, route: Route) -> None:
 # ---- a real client
 
 
+@pytest.mark.filterwarnings("ignore")  # of what the client itself will change
 def test_openstacksdk_walks_through_it(net: Net) -> None:
     """openstacksdk over HTTP, unmodified."""
     openstack = pytest.importorskip("openstack")

@@ -144,3 +144,37 @@ def test_what_cannot_be_on_a_network_is_refused(said: Said, code: str) -> None:
 def test_the_same_address_twice_is_refused() -> None:
     with pytest.raises(Invalid):
         ipam.slots("n", [FOUR], [Said("four", "10.0.0.5"), Said(None, "10.0.0.5")], MAC, most=5)
+
+
+@pytest.mark.parametrize(
+    "cidr", ["0.0.0.0/0", "127.0.0.0/24", "169.254.0.0/16", "240.0.0.0/8", "::ffff:0:0/96", "fe80::/64"]
+)
+def test_no_guest_is_where_nobody_can_be(cidr: str) -> None:
+    """A host that was told of one of these could not make any other network either."""
+    with pytest.raises(Invalid):
+        ipam.check_usable(cidr)
+
+
+def test_ipv6_needs_its_mtu() -> None:
+    ipam.check_mtu(68, [4])
+    ipam.check_mtu(1280, [4, 6])
+    with pytest.raises(Invalid):
+        ipam.check_mtu(1279, [4, 6])
+
+
+@pytest.mark.parametrize(
+    ("to", "hop", "passable"),
+    [
+        ("10.77.0.0/16", "10.9.0.9", True),
+        ("0.0.0.0/0", "10.9.0.9", False),  # the gateway is its way out
+        ("10.9.0.0/24", "10.9.0.9", False),
+        ("10.9.0.7/32", "10.9.0.9", True),
+        ("10.77.0.0/16", "10.9.0.1", False),
+        ("10.77.0.0/16", "10.9.0.255", False),
+        ("10.77.0.0/16", "10.8.0.9", False),
+        ("fd00::/64", "10.9.0.9", False),
+    ],
+)
+def test_a_router_goes_only_where_it_can(to: str, hop: str, passable: bool) -> None:
+    why = ipam.impassable(ipam.Way(to, hop), ["10.9.0.0/24"], ["10.9.0.1"], led_out=True)
+    assert (why == "") == passable

@@ -168,6 +168,56 @@ def check_gateway_outside(cidr: str, pools: Iterable[Sequence[str]], gateway: st
             )
 
 
+# Where no guest can be: hosts, routers and the standards have these for themselves (RFC 6890).
+NOBODYS = [
+    ip_network(n) for n in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/8", "fe80::/9", "ff00::/8")
+]
+LEAST_MTU_6 = 1280  # RFC 8200, section 5
+
+
+def check_usable(cidr: str) -> None:
+    """Raises Invalid where no guest could use the subnet."""
+    n = net(cidr)
+    if n.prefixlen == 0:
+        raise Invalid("Invalid input for operation: 0 is not allowed as CIDR prefix length", code="InvalidInput")
+    if any(n.version == x.version and n.overlaps(x) for x in NOBODYS):
+        raise Invalid(f"Invalid input for operation: {n} is not a network that guests can use", code="InvalidInput")
+
+
+def check_mtu(mtu: int, versions: Iterable[int]) -> None:
+    """Raises Invalid where IPv6 would not go through."""
+    if mtu < LEAST_MTU_6 and 6 in versions:
+        raise Invalid(
+            f"Invalid input for operation: the MTU {mtu} is less than {LEAST_MTU_6}, which IPv6 needs.",
+            code="InvalidInput",
+        )
+
+
+class Way(NamedTuple):
+    """A route of a router's own."""
+
+    destination: str
+    hop: str
+
+
+def impassable(way: Way, near: Collection[str], addresses: Collection[str], led_out: bool) -> str:
+    """Why a router cannot have this route; "" if it can. Pure.
+
+    `near` are the CIDRs it has a leg in, `addresses` its own, `led_out`: it has a gateway.
+    """
+    to, hop = net(way.destination), ip_address(way.hop)
+    here = next((n for n in map(net, near) if hop in n), None)
+    if here is None or hop.version != to.version:
+        return "the nexthop is not connected with router"
+    if str(hop) in addresses or not _within(int(hop), [usable(here)]):
+        return "the nexthop is no neighbour of the router"
+    if any(to == net(c) for c in near):
+        return "the destination is connected with router"
+    if led_out and to.prefixlen == 0:
+        return "the router has a gateway already"
+    return ""
+
+
 def overlap(one: str, other: str) -> bool:
     a, b = net(one), net(other)
     return a.version == b.version and a.overlaps(b)

@@ -64,6 +64,7 @@ EXTENSIONS: dict[str, tuple[str, str]] = {
     "project-id":                     ("project_id field enabled", "project_id beside tenant_id."),
     "provider":                       ("Provider Network", "How a network is made real."),
     "quota_details":                  ("Quota details management support", "What is used of a share."),
+    "quota-check-limit":              ("Quota engine limit check", "Limits that are not below what is used."),
     "quotas":                         ("Quota management support", "Shares of projects."),
     "revision-if-match":              ("If-Match constraints based on revision_number", "A change of what was seen."),
     "router":                         ("Neutron L3 Router", "Routers and floating IPs."),

@@ -266,6 +266,7 @@ def trusted(call: Call) -> bool:
 
 FLAGS = frozenset(
     {"admin_state_up", "shared", "router:external", "is_default", "port_security_enabled", "enable_dhcp", "enable_snat"}
+    | {"check_limit", "force"}
 )
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Meta
 
+from kilonova.companions import ipam
 from kilonova.companions.network import frame
 from kilonova.companions.network.frame import Flag, Project, R, Text, Unset, View
 from kilonova.companions.network.wiring import weave
@@ -175,6 +176,10 @@ def update(call: Call, id: str) -> View:
             changes["is_default"] = False
         if "mtu" in changes:
             changes["mtu"] = frame.number("mtu", changes["mtu"], LEAST_MTU, MOST_MTU)
+            ipam.check_mtu(
+                changes["mtu"],
+                (s.ip_version for s in store.find(tx, store.Subnet, store.subnets.c.network_id == network.id)),
+            )
         wanted = msgspec.structs.replace(network, **changes)
         _check_sharing(tx, network, wanted)
         _check_default(tx, wanted)

@@ -22,7 +22,7 @@ from kilonova.kit.routes import Call
 from kilonova.store import networks as store
 from kilonova.store.networks import Address
 
-MOST_ADDRESSES, MOST_PAIRS = 5, 10
+MOST_ADDRESSES, MOST_PAIRS, MOST_PROFILE_BYTES = 5, 10, 4095
 SERVICE = ("network:router_interface", "network:router_gateway", "network:floatingip")  # are made by other resources
 
 # ---- what is said
@@ -354,6 +354,8 @@ def binding(world: World, port: store.Port | None, told: dict[str, Any]) -> dict
     host = told.get("binding:host_id", port.binding_host_id if port else "") or ""
     vnic = told.get("binding:vnic_type", port.binding_vnic_type if port else "normal")
     profile = told.get("binding:profile", port.binding_profile if port else {}) or {}
+    if len(msgspec.json.encode(profile)) > MOST_PROFILE_BYTES:
+        raise Invalid("Invalid input for binding:profile. Reason: it is too long.", code="HTTPBadRequest")
     up = told.get("admin_state_up", port.admin_state_up if port else True)
     device_owner = told.get("device_owner", port.device_owner if port else "") or ""
     vif = vif_type(world, host, vnic)

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET, Meta
 
 from kilonova.companions.network import frame
-from kilonova.companions.network.frame import R, Unset, View
+from kilonova.companions.network.frame import Flag, R, Unset, View
 from kilonova.companions.network.world import World
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import NotFound
@@ -18,8 +18,10 @@ Limit = A[int, Meta(ge=-1, le=2**31 - 1)]
 
 
 class QuotaChange(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Those of the resources that are there; the rest is accepted, for clients say all that they know."""
+    """Limits. With `check_limit` none may be below what is used already; `force` says that it may, as it may anyhow."""
 
+    check_limit: Flag | Unset = UNSET
+    force: Flag | Unset = UNSET
     network: Limit | Unset = UNSET
     subnet: Limit | Unset = UNSET
     port: Limit | Unset = UNSET
@@ -111,9 +113,15 @@ def update(call: Call, project: str) -> View:
     call.check(frame.STRANGER)
     _may_see(call, project)
     told: dict[str, Any] = frame.said(call.body.quota)
+    check, _ = told.pop("check_limit", False), told.pop("force", False)
 
     def work(tx: Tx) -> dict[str, int]:
+        own = store.shares(tx, project) if check else {}
         for resource, limit in told.items():
+            if resource in own and 0 <= limit < own[resource].used:
+                raise frame.bad(
+                    f"Invalid input for {resource}. Reason: {own[resource].used} are used already.", "InvalidQuotaValue"
+                )
             store.limit(tx, project, resource, limit)
         return _limits(tx, call.world, project)
 

@@ -252,6 +252,13 @@ def lead_out(tx: Tx, world: World, router: store.Router, gateway: Gateway) -> st
         raise networks.KIND.gone(gateway.network_id)
     if not place.network.router_external:
         raise Invalid(f"Bad router request: Network {place.network.id} is not an external network.", code="BadRequest")
+    for s in _near(tx, router):
+        if any(ipam.overlap(s.cidr, o.cidr) for o in place.subnets):
+            raise Invalid(
+                f"Bad router request: Cidr {s.cidr} of subnet {s.id} overlaps with a subnet of the external network "
+                f"{place.network.id}",
+                code="BadRequest",
+            )
     port = addresses.service_port(world, place.network, GATE, router.id, "")
     said = [] if gateway.external_fixed_ips is UNSET else gateway.external_fixed_ips
     wanted = outer_slots(place, [ipam.Said(e.subnet_id and e.subnet_id.lower(), e.ip_address) for e in said], port)
@@ -297,22 +304,31 @@ def _checked_routes(tx: Tx, router: store.Router, said: Sequence[Route]) -> list
         )
     if len({tuple(r) for r in routes}) < len(routes):
         raise frame.bad("Invalid input for routes. Reason: Duplicate route.", "HTTPBadRequest")
-    subnets = _near(tx, router)
+    near = [s.cidr for s in _near(tx, router)]
+    own = {a.address for a in _held(tx, router)}
+    known: set[str] = set()
     for to, hop in routes:
-        if not any(ipam.holds(s.cidr, hop) for s in subnets) or ip_address(hop).version != ipam.net(to).version:
+        why = ipam.impassable(ipam.Way(to, hop), near, own, router.gateway_port_id is not None)
+        if why or to in known:
+            why = why or "the destination has another route already"
             raise Invalid(
-                f"Invalid format for routes: [{{'destination': '{to}', 'nexthop': '{hop}'}}], "
-                "the nexthop is not connected with router",
+                f"Invalid format for routes: [{{'destination': '{to}', 'nexthop': '{hop}'}}], {why}",
                 code="InvalidRoutes",
             )
+        known.add(to)
     return routes
 
 
 def _near(tx: Tx, router: store.Router) -> list[store.Subnet]:
     """The subnets it has an address in."""
+    return store.among(tx, store.Subnet, "id", {a.subnet_id for a in _held(tx, router)})
+
+
+def _held(tx: Tx, router: store.Router) -> list[store.Address]:
+    """Its addresses, inside and outside."""
     mine = [p.id for p in legs_of(tx, router.id)] + ([router.gateway_port_id] if router.gateway_port_id else [])
     held = store.addresses_of(tx, mine) if mine else {}
-    return store.among(tx, store.Subnet, "id", {a.subnet_id for several in held.values() for a in several})
+    return [a for several in held.values() for a in several]
 
 
 def _reroute(call: Call, id: str, become: Any, rule: str) -> View:
@@ -388,6 +404,8 @@ def leg(tx: Tx, world: World, router: store.Router, network: store.Network, subn
     """The router takes the subnet's gateway address. Raises Invalid, Conflict."""
     if subnet.gateway_ip is None:
         raise Invalid("Bad router request: Subnet for router interface must have a gateway IP", code="BadRequest")
+    if ip_address(subnet.gateway_ip) not in ipam.net(subnet.cidr):
+        raise Invalid("Bad router request: The subnet's gateway is not an address of the subnet", code="BadRequest")
     _check_new(tx, router, [subnet])
     port = addresses.service_port(world, network, LEG, router.id, router.project_id)
     store.add(tx, port)

@@ -178,10 +178,8 @@ def decided(made: dict[str, Any], place: store.Place, told: dict[str, Any]) -> s
     version = int(told.get("ip_version", n.version))
     if n.version != version:
         raise frame.bad(f"cidr {n} does not match the ip_version {version}")
-    if n.prefixlen == 0:
-        raise frame.bad("0 is not allowed as CIDR prefix length")
-    if n.is_multicast or n.is_loopback or n.is_link_local:
-        raise frame.bad(f"{n} is not a network that guests can use")
+    ipam.check_usable(str(n))
+    ipam.check_mtu(place.network.mtu, [version])
     dhcp = told.get("enable_dhcp", True)
     if dhcp and n.prefixlen > n.max_prefixlen - 2:
         raise frame.bad("Subnet has a prefix length that is incompatible with DHCP service enabled")

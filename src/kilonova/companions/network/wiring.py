@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 P, N = store.ports.c, store.networks.c
 LEG, GATE, DHCP = "network:router_interface", "network:router_gateway", "network:dhcp"
+Leg = tuple[store.Subnet, tuple[str, str, str]]
 ANYWHERE = {4: "0.0.0.0/0", 6: "::/0"}
 
 
@@ -194,7 +195,7 @@ def _router(
     subnets: dict[str, store.Subnet],
     floating: Sequence[store.Floating],
 ) -> RouterWire:
-    def legs(owner: str) -> list[tuple[store.Subnet, tuple[str, str, str]]]:
+    def legs(owner: str) -> list[Leg]:
         return [
             (s, (p.network_id, f"{a.address}/{ipam.net(s.cidr).prefixlen}", p.mac_address))
             for p in ports
@@ -203,16 +204,24 @@ def _router(
             for s in [subnets[a.subnet_id]]
         ]
 
-    outside = sorted(legs(GATE), key=lambda leg: leg[0].ip_version)
+    outside, inside = sorted(legs(GATE), key=lambda leg: leg[0].ip_version), legs(LEG)
     return RouterWire(
         id=r.id,
-        legs=[leg for _, leg in legs(LEG)],
+        legs=[leg for _, leg in inside],
         outside=outside[0][1] if outside else None,
         outside_gateway=outside[0][0].gateway_ip if outside else None,
         snat=r.enable_snat,
         floating=[FloatingWire(f.floating_ip_address, f.fixed_ip_address) for f in floating if f.fixed_ip_address],
-        routes=[(to, hop) for to, hop in r.routes],
+        routes=[(w.destination, w.hop) for w in _ways(r, outside + inside)],
     )
+
+
+def _ways(r: store.Router, legs: list[Leg]) -> list[ipam.Way]:
+    """Its routes; without those that became impassable when a leg or the gateway came later than they."""
+    near = [s.cidr for s, _ in legs]
+    own = {address.partition("/")[0] for _, (_, address, _) in legs}
+    ways = [ipam.Way(to, hop) for to, hop in r.routes]
+    return [w for w in ways if not ipam.impassable(w, near, own, r.gateway_port_id is not None)]
 
 
 # ---- telling the hosts
