@@ -649,10 +649,17 @@ DAMAGES: dict[str, Callable[[Lab], object]] = {
         "ip address flush dev out0", lab.ground.inner("router", router().id)
     ),
     "DHCP's namespace is deleted": lambda lab: lab.run(f"ip netns delete {lab.ground.inner('dhcp', BLUE)}"),
-    "DHCP is killed": lambda lab: os.kill(lab.pid(f"dhcp-{BLUE[:11]}"), signal.SIGKILL),
+    "DHCP is killed": lambda lab: killed(lab.pid(f"dhcp-{BLUE[:11]}")),
     "bridges are not filtered": lambda lab: lab.setting("bridge/bridge-nf-call-iptables", "0"),
     "the machine's end is deleted": lambda lab: lab.run(f"ip link delete kx{lab.ground.tag}{OUTSIDE[:6]}"),
 }
+
+
+def killed(pid: int) -> None:
+    process = os.pidfd_open(pid)
+    signal.pidfd_send_signal(process, signal.SIGKILL)
+    select.select([process], [], [], 5)
+    os.close(process)
 
 
 def test_whatever_is_broken_is_mended(lab: Lab) -> None:
