@@ -73,11 +73,16 @@ class Query(msgspec.Struct):
 @R.get("/v2.1/flavors", query=Query, strict="2.75")
 def index(call: Call) -> dict[str, Any]:
     found, more = _page(call, "flavors")
-    described = lambda f: {"description": f.description} if call.version >= 55 else {}
     return {
-        "flavors": [{"id": f.id, "name": f.name, "links": links(call, "flavors", f.id), **described(f)} for f in found],
+        "flavors": [
+            {"id": f.id, "name": f.name, "links": links(call, "flavors", f.id), **_described(call, f)} for f in found
+        ],
         **more,
     }
+
+
+def _described(call: Call, f: Flavor) -> dict[str, Any]:
+    return {"description": f.description} if call.version >= 55 else {}
 
 
 @R.get("/v2.1/flavors/detail", query=Query, strict="2.75")
@@ -255,7 +260,8 @@ def allow(call: Call, id: str) -> dict[str, Any]:
         catalog.allow_flavor(tx, id, call.body.tenant)
         return _access(tx, id)
 
-    return call.world.db.run(record)
+    shown: dict[str, Any] = call.world.db.run(record)
+    return shown
 
 
 @R.post(
@@ -270,7 +276,8 @@ def refuse(call: Call, id: str) -> dict[str, Any]:
         catalog.refuse_flavor(tx, id, call.body.tenant)
         return _access(tx, id)
 
-    return call.world.db.run(record)
+    shown: dict[str, Any] = call.world.db.run(record)
+    return shown
 
 
 @R.get("/v2.1/flavors/{flavor_id}/os-flavor-access", policy="os_compute_api:os-flavor-access")

@@ -37,7 +37,7 @@ def _zone(call: Call, s: hosts.Service, named: dict[str, str]) -> str:
     api = call.world.config.api
     if s.binary != "nova-compute":
         return str(api.internal_availability_zone)
-    return named.get(s.host, api.default_availability_zone)
+    return str(named.get(s.host, api.default_availability_zone))
 
 
 def _up(call: Call, s: hosts.Service) -> bool:
@@ -87,12 +87,13 @@ def update_by_word(call: Call, id: str) -> dict[str, Any]:
         raise Invalid("Missing forced_down field")
     if w.binary != "nova-compute":
         raise Invalid(f"Updating a {w.binary} service is not supported. Only nova-compute services can be updated.")
-    facts: dict[str, Any] = {
+    known: dict[str, dict[str, Any]] = {
         "enable": {"disabled": False, "disabled_reason": None},
         "disable": {"disabled": True, "disabled_reason": None},
         "disable-log-reason": {"disabled": True, "disabled_reason": w.disabled_reason},
         "force-down": {"forced_down": truth(w.forced_down)},
-    }[word]
+    }
+    facts = known[word]
     told: dict[str, Any] = {"host": w.host, "binary": w.binary}
     with call.world.db.tx() as tx:
         s = hosts.service_of(tx, w.host, w.binary)

@@ -56,10 +56,8 @@ class ChangeBody(msgspec.Struct, forbid_unknown_fields=True):
 @R.put("/v2.1/servers/{id}", body=ChangeBody, policy="os_compute_api:servers:update", late=True)
 def update(call: Call, id: str) -> ServerBody:
     wish: Change = call.body.server
-    facts: dict[str, Any] = {}
-    for name, value in (("name", wish.name), ("description", wish.description), ("disk_config", wish.disk_config)):
-        if value is not UNSET:
-            facts[name] = value
+    plain = {"name": wish.name, "description": wish.description, "disk_config": wish.disk_config}
+    facts: dict[str, Any] = {name: value for name, value in plain.items() if value is not UNSET}
     if not isinstance(wish.access_v4, UnsetType):
         facts["access_ip_v4"] = address(wish.access_v4, 4, "accessIPv4") if wish.access_v4 else ""
     if not isinstance(wish.access_v6, UnsetType):
@@ -232,7 +230,7 @@ def _found(call: Call, tx: Tx, which: str) -> tuple[list[Server], int]:
     said = {f: v for f in Query.__struct_fields__ if (v := getattr(call.query, f))}
     limit = page_limit(call, said["limit"][-1] if "limit" in said else None)
     sort = _sorting(call, said.pop("sort_key", []), said.pop("sort_dir", []))
-    marker = said.pop("marker", [None])[-1]  # type: ignore[list-item]
+    marker = said.pop("marker", [None])[-1]
     said.pop("limit", None)
     where = _conditions(call, _allowed(call, said), which)
     if where is None or limit == 0:

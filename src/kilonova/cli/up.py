@@ -70,16 +70,14 @@ def _parser(demo: bool) -> argparse.ArgumentParser:
 
 
 def _configured(chosen: argparse.Namespace) -> options.Config:
-    given: dict[str, object] = {}
-    for name, value in (
-        ("state.directory", chosen.state_dir),
-        ("api.host", chosen.host),
-        ("api.port", chosen.port),
-        ("compute.driver", chosen.driver),
-        ("sim.hosts", chosen.sim_hosts),
-    ):
-        if value is not None:
-            given[name] = value
+    said = {
+        "state.directory": chosen.state_dir,
+        "api.host": chosen.host,
+        "api.port": chosen.port,
+        "compute.driver": chosen.driver,
+        "sim.hosts": chosen.sim_hosts,
+    }
+    given = {name: value for name, value in said.items() if value is not None}
     return configuration.read(chosen.config, given)
 
 

@@ -392,7 +392,7 @@ class ConductorProcess(Process):
         self.conductor = Conductor(
             self.name,
             self.db,  # type: ignore[arg-type]
-            SimBus(self),  # type: ignore[arg-type]
+            SimBus(self),
             near,
             scheduler.choose,
             clock=self.clock,
@@ -485,7 +485,7 @@ class Host(Process):
         )
         driver.process = self
         compute = msgspec.structs.replace(CONFIG.compute, cpu_allocation_ratio=1.0)
-        self.host = ComputeHost(self.name, driver, SimBus(self), clock=clock, options=compute, ledger=self.ledger)  # type: ignore[arg-type]
+        self.host = ComputeHost(self.name, driver, SimBus(self), clock=clock, options=compute, ledger=self.ledger)
         self.every(10, self._report, "report")
 
     def receive(self, raw: bytes) -> None:

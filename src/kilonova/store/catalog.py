@@ -109,7 +109,8 @@ def flavors(
     marker: str | None = None,
 ) -> list[Flavor]:
     """A page. `project_id` sees public flavors and those it was given; None sees all. Raises Invalid: no such marker."""
-    f, where = FLAVORS.c, []
+    f = FLAVORS.c
+    where: list[sa.ColumnElement[bool]] = []
     if project_id is not None:
         mine = sa.select(ACCESS.c.flavor).where(ACCESS.c.project_id == project_id)
         where.append(
