@@ -75,6 +75,62 @@ class StoryBus:
             self.letters.append((to, raw))
 
 
+class Crash(BaseException):
+    """The process is no more."""
+
+
+class Edges:
+    """Before and after each commit, letter, request and act: there a process can die. `crash_at`: at the how-manieth."""
+
+    def __init__(self) -> None:
+        self.at_work, self.count, self.crash_at = "", 0, 0
+        self.kinds: set[str] = set()
+
+    def __call__(self, what: str) -> None:
+        if self.at_work:
+            self.count += 1
+            self.kinds.add(f"{self.at_work}: {what}")
+            if self.count == self.crash_at:
+                raise Crash(f"{self.at_work}, {what}")
+
+    @contextmanager
+    def around(self, what: str) -> Any:
+        self(f"before {what}")
+        yield
+        self(f"after {what}")
+
+
+class EdgyDb(Db):
+    """The database as a conductor has it."""
+
+    def __init__(self, db: Db, edges: Edges) -> None:
+        self.__dict__ |= db.__dict__
+        self.edges = edges
+
+    @contextmanager
+    def tx(self) -> Any:
+        with self.edges.around("a commit"), super().tx() as tx:
+            yield tx
+
+
+class Edgy:
+    """Anything else: each call of these names has a before and an after."""
+
+    def __init__(self, thing: Any, edges: Edges, *names: str) -> None:
+        self.thing, self.edges, self.names = thing, edges, names
+
+    def __getattr__(self, name: str) -> Any:
+        do = getattr(self.thing, name)
+        if name not in self.names:
+            return do
+
+        def edgy(*args: Any, **more: Any) -> Any:
+            with self.edges.around(name):
+                return do(*args, **more)
+
+        return edgy
+
+
 class Cloud:
     """`hosts` simulated ones. Everything is called by whoever tells the story; nothing runs by itself."""
 
@@ -93,9 +149,10 @@ class Cloud:
         self.ids = Ids(random.Random(seed))
         self.services = Embedded(directory)
         self.clock, self.db = self.services.clock, self.services.db
-        self.bus, self.woken = StoryBus(), deque[str]()
+        self.bus, self.woken, self.edges = StoryBus(), deque[str](), Edges()
         self.sim = msgspec.structs.replace(sim or options.Sim(cpus=8, memory_mb=16_384, disk_gb=100), hosts=hosts)
         self.states: dict[str, SimState] = {}
+        self.ledgers: dict[str, Any] = {}
         self.dead: set[str] = set(down)
         gate = self.services.realm.gate
         self.networks = network.World(self.db, self.clock, self.ids, self.config.network)
@@ -108,7 +165,7 @@ class Cloud:
             login,
             identity=self.services.carrier_of("/identity"),
             image=self.services.carrier_of("/image"),
-            network=Inside(self.network, url + "/network"),
+            network=Edgy(Inside(self.network, url + "/network"), self.edges, "send"),
         )
         self.book = HostBook(self.db, self.clock, self.config)
         self.start_conductor()
@@ -134,8 +191,8 @@ class Cloud:
         self.scheduler = Scheduler(self.db, clock=self.clock, dice=random.Random(self.dice.random()))
         self.conductor = Conductor(
             "c0",
-            self.db,
-            self.bus,
+            EdgyDb(self.db, self.edges),
+            Edgy(self.bus, self.edges, "send"),
             self.neighbours,
             self.scheduler.choose,
             clock=self.clock,
@@ -151,9 +208,17 @@ class Cloud:
         """The same: machines are still there."""
         self.clock.sleep(0.001)  # another life begins at another moment
         self.hosts = SimHosts(
-            self.bus, clock=self.clock, options=self.sim, compute=self.config.compute, states=self.states, prefix="h"
+            Edgy(self.bus, self.edges, "send"),  # type: ignore[arg-type]
+            clock=self.clock,
+            options=self.sim,
+            compute=self.config.compute,
+            states=self.states,
+            ledgers=self.ledgers,
+            prefix="h",
         )
         for name, host in self.hosts.hosts.items():
+            host.driver = Edgy(host.driver, self.edges, "spawn", "destroy", "start", "stop", "reboot", "pause")  # type: ignore[assignment]
+            host.agent.ledger = Edgy(host.ledger, self.edges, "put")  # type: ignore[assignment]
             self.bus.serve(name, host.receive)
             self.bus.serve(asked(name), host.answer)
         self.report()
@@ -172,9 +237,33 @@ class Cloud:
                 self.clock.sleep(0.001)
                 to, raw = self.bus.letters.popleft()
                 if to not in self.dead and (door := self.bus.doors.get(to)):
-                    door(raw)
+                    self.at_work(to, door, raw)
             while self.woken:
-                self.conductor.engine.carry(self.woken.popleft())
+                self.at_work("conductor", self.conductor.engine.carry, self.woken.popleft())
+
+    def step(self) -> None:
+        """One letter, or one wake-up."""
+        if self.bus.letters:
+            to, raw = self.bus.letters.popleft()
+            if to not in self.dead and (door := self.bus.doors.get(to)):
+                self.at_work(to, door, raw)
+        elif self.woken:
+            self.at_work("conductor", self.conductor.engine.carry, self.woken.popleft())
+
+    def at_work(self, who: str, do: Callable[[Any], Any], told: Any) -> None:
+        """One thread of one process; if it dies, another life of it begins with what lasts."""
+        self.edges.at_work = who if who == "conductor" else "host"
+        try:
+            do(told)
+        except Crash:
+            self.edges.at_work = ""
+            if who == "conductor":
+                self.woken.clear()
+                self.start_conductor()
+            else:
+                self.start_hosts()
+        finally:
+            self.edges.at_work = ""
 
     def settle(self, limit_s: float = 4000.0) -> None:
         """Until nobody is at work, and what hosts say was heard once more."""
@@ -187,7 +276,7 @@ class Cloud:
                     told = self.clock.now()
                     self.report()
                     self.mend("beats")
-                self.conductor.engine.sweep(1000)
+                self.at_work("conductor", self.conductor.engine.sweep, 1000)
                 self.tick()
             self.report()
             self.tick()

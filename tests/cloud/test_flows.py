@@ -44,7 +44,7 @@ def test_a_server_is_built(cloud):
 
 def test_what_is_on_the_way_is_seen(cloud):
     """scheduling; networking while ports are made, as long as that takes; spawning while the host is at it."""
-    carrier = cloud.neighbours.network.session.carrier
+    carrier = cloud.neighbours.network.session.carrier.thing
     app = carrier.app
     s = cloud.boot(settle=False)
     assert s.row.task_state == "scheduling"

@@ -1,6 +1,6 @@
 """What crosses the bus may only grow: the shapes of the last release can still be read, and its readers read ours.
 
-    python tests/contracts/test_shapes.py freeze      write the shapes down, when a release is made
+python tests/contracts/test_shapes.py freeze      write the shapes down, when a release is made
 """
 
 import json
@@ -29,7 +29,11 @@ def broken(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         if now is None:
             said.append(f"{name} is gone")
             continue
-        said += [f"{name}: {field} is gone" for field in before.get("properties", {}) if field not in now.get("properties", {})]
+        said += [
+            f"{name}: {field} is gone"
+            for field in before.get("properties", {})
+            if field not in now.get("properties", {})
+        ]
         said += [
             f"{name}: {field} must be there, which older senders do not say"
             for field in now.get("required", [])

@@ -20,7 +20,8 @@ from kilonova.model import fit
 from kilonova.model.ask import Ask, amounts, ask
 from kilonova.model.flavor import Flavor
 from kilonova.model.host import HostFacts
-from kilonova.model.options import Compute, Scheduler as Options
+from kilonova.model.options import Compute
+from kilonova.model.options import Scheduler as Options
 from kilonova.model.server import Image, Server
 from kilonova.scheduler.select import Scheduler
 from kilonova.store import hosts, placement
@@ -60,7 +61,9 @@ class House:
 
     def host(self, name, *, compute=None, **facts):
         said = msgspec.structs.replace(FACTS, hypervisor_hostname=name, **facts)
-        r = Report(name, self.clock.now(), 1.0, [], facts=said, stocks=stocks(said, compute or Compute(reserved_memory_mb=0)))
+        r = Report(
+            name, self.clock.now(), 1.0, [], facts=said, stocks=stocks(said, compute or Compute(reserved_memory_mb=0))
+        )
         with self.db.tx() as tx:
             hosts.learn(tx, r, uuid=self.ids.uuid, now=self.clock.now())
         return self

@@ -16,7 +16,11 @@ from kilonova.model.host import Stock
 from kilonova.store import placement
 from kilonova.store.placement import ALLOCATIONS, CONSUMERS, INVENTORIES, PROVIDERS
 
-TABLES = [t for t in meta.sorted_tables if t.name.startswith(("resource_", "inventories", "allocations", "consumers", "traits"))]
+TABLES = [
+    t
+    for t in meta.sorted_tables
+    if t.name.startswith(("resource_", "inventories", "allocations", "consumers", "traits"))
+]
 WHO = {"project_id": "p", "user_id": "u"}
 SMALL = {"VCPU": 1, "MEMORY_MB": 512, "DISK_GB": 1}
 
@@ -64,7 +68,9 @@ def sums_hold(db):
         a = ALLOCATIONS.c
         held = {
             (p, c): n
-            for p, c, n in tx.execute(sa.select(a.provider, a.resource_class, sa.func.sum(a.amount)).group_by(a.provider, a.resource_class))
+            for p, c, n in tx.execute(
+                sa.select(a.provider, a.resource_class, sa.func.sum(a.amount)).group_by(a.provider, a.resource_class)
+            )
         }
         for i in tx.execute(sa.select(INVENTORIES)):
             assert i.used == held.pop((i.provider, i.resource_class), 0)
@@ -185,7 +191,14 @@ def test_many_at_once_never_take_more_than_there_is(db, seed):
                     told["released"] += db.run(placement.release, mine.pop(dice.randrange(len(mine))), now=1.0)
                 else:
                     name = f"{me}-{i}"
-                    db.run(placement.claim, name, dice.choice("abc"), {"VCPU": dice.choice([1, 2]), "DISK_GB": 1}, now=1.0, **WHO)
+                    db.run(
+                        placement.claim,
+                        name,
+                        dice.choice("abc"),
+                        {"VCPU": dice.choice([1, 2]), "DISK_GB": 1},
+                        now=1.0,
+                        **WHO,
+                    )
                     mine.append(name)
                     told["claimed"] += 1
             except NoCapacity:

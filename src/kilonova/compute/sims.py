@@ -8,16 +8,34 @@ from pathlib import Path
 
 from kilonova.compute.agent import ComputeHost
 from kilonova.kit.ask import asked
-from kilonova.kit.bus import MemoryBus, letter
+from kilonova.kit.bus import MemoryBus, Remembers, letter
 from kilonova.kit.clock import Clock
 from kilonova.model.options import Compute, Sim
 from kilonova.virt.sim import SimDriver, SimState
 
 
+class Slate:
+    """A ledger in memory, for hosts that are memory themselves. Keeps the last answers."""
+
+    MOST = 10_000
+
+    def __init__(self) -> None:
+        self.answers: dict[str, bytes] = {}
+
+    def get(self, key: str) -> bytes | None:
+        return self.answers.get(key)
+
+    def put(self, key: str, answer: bytes, at: float) -> None:
+        self.answers.setdefault(key, answer)
+        while len(self.answers) > self.MOST:
+            self.answers.pop(next(iter(self.answers)), None)
+
+
 class SimHosts:
     """`options.hosts` of them, named `prefix`0, `prefix`1, …, with one crew of threads for all.
 
-    `states` outlive it: the next `SimHosts` on the same states finds the machines again.
+    `states` and `ledgers` are what lies on disks: the next `SimHosts` on the same ones finds machines and answers again.
+    `directory`: ledgers are files there.
     """
 
     def __init__(
@@ -30,17 +48,20 @@ class SimHosts:
         threads: int = 4,
         directory: Path | None = None,
         states: dict[str, SimState] | None = None,
+        ledgers: dict[str, Remembers] | None = None,
         prefix: str = "sim-",
     ) -> None:
         self.bus, self.clock, self.threads = bus, clock, threads
         options, self.compute = options or Sim(), compute or Compute()
         self.states = states if states is not None else {}
+        self.ledgers: dict[str, Remembers] = ledgers if ledgers is not None else {}
         self.hosts: dict[str, ComputeHost] = {}
         for i in range(options.hosts):
             name = f"{prefix}{i}"
             state = self.states.setdefault(name, SimState())
             dice = random.Random(f"{options.seed}/{name}")
             driver = SimDriver(name, state, clock=clock, dice=dice, options=options)
+            ledger = None if directory is not None else self.ledgers.setdefault(name, Slate())
             self.hosts[name] = ComputeHost(
                 name,
                 driver,
@@ -48,6 +69,7 @@ class SimHosts:
                 clock=clock,
                 options=self.compute,
                 directory=None if directory is None else directory / name,
+                ledger=ledger,
                 host_ip="127.0.0.1",
             )
         self.ends: list[Callable[[], None]] = []

@@ -42,11 +42,15 @@ class SimMachine:
 
 
 class SimState:
-    """What outlives a process: the host's disk, and the guests that run. `deaf` are guests that heed no button."""
+    """What outlives a process: the host's disk, and the guests that run.
+
+    `deaf` are guests that heed no button; a `broken` host refuses every act.
+    """
 
     def __init__(self) -> None:
         self.machines: dict[str, SimMachine] = {}
         self.deaf: set[str] = set()
+        self.broken = False
         self.lock = threading.Lock()
 
     def power_cut(self) -> None:
@@ -195,7 +199,7 @@ class SimDriver:
         o = self.options
         if o.latency_s:
             self.clock.sleep(self.dice.expovariate(1 / o.latency_s))
-        if may_fail and o.failure_rate and self.dice.random() < o.failure_rate:
+        if may_fail and (self.state.broken or (o.failure_rate and self.dice.random() < o.failure_rate)):
             raise Refused(f"The hypervisor refused to {what} the machine.")
 
     def _between(self, id: str, what: str, start: set[Power], end: Power) -> None:

@@ -1,0 +1,99 @@
+"""A process dies before or after each commit, letter, request and act of a story: all or nothing, and nothing is left."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.stories import Cloud, Handle
+
+Story = Callable[[Cloud, str], Handle]
+
+
+def build(cloud, name):
+    return cloud.boot(name)
+
+
+def build_delete(cloud, name):
+    s = cloud.boot(name)
+    s.delete()
+    return s
+
+
+def delete_overtakes_build(cloud, name):
+    """The build has come as far as its number says."""
+    s = cloud.boot(name, settle=False)
+    for _ in range(int(name[1:]) % 5):
+        cloud.step()
+    s.delete()
+    return s
+
+
+def delete_overtakes_stop(cloud, name):
+    s = cloud.boot(name)
+    s.act("os-stop", settle=False)
+    s.delete()
+    return s
+
+
+def reboot(cloud, name):
+    s = cloud.boot(name)
+    s.act("reboot", {"type": "HARD"})
+    return s
+
+
+def stop_start(cloud, name):
+    s = cloud.boot(name)
+    s.act("os-stop")
+    s.act("os-start")
+    return s
+
+
+def a_guest_ends(cloud, name):
+    s = cloud.boot(name)
+    cloud.hosts.hosts[s.row.host].driver.guest_shuts_down(s.id)
+    cloud.settle()
+    return s
+
+
+def next_host(cloud, name):
+    """The first that is asked refuses."""
+    cloud.states["h0"].broken = True
+    s = cloud.boot(name)
+    cloud.states["h0"].broken = False
+    return s
+
+
+ENDS = {
+    build: "active",
+    build_delete: "deleted",
+    delete_overtakes_build: "deleted",
+    delete_overtakes_stop: "deleted",
+    reboot: "active",
+    stop_start: "active",
+    a_guest_ends: "stopped",
+    next_host: "active",
+}
+
+
+@pytest.mark.parametrize("story", ENDS, ids=lambda s: s.__name__)
+def test_a_crash_at_every_boundary(tmp_path, story):
+    cloud = Cloud(tmp_path, hosts=2)
+    calm = 0
+    for k in range(1, 1000):
+        cloud.edges.count, cloud.edges.crash_at = 0, k
+        s = story(cloud, f"s{k}")
+        crashed, cloud.edges.crash_at = cloud.edges.count >= k, 0
+        cloud.settle()
+        for name in ("strays", "claims", "stuck"):
+            cloud.mend(name)
+        cloud.settle()
+        assert cloud.check() == [], f"after a crash at {k}"
+        assert s.row.vm_state == ENDS[story], f"after a crash at {k}: {s.show().get('fault')}"
+        if s.row.vm_state != "deleted":
+            s.delete()
+        calm += not crashed
+        if calm == 5:
+            break
+    assert k > 20
+    assert cloud.check() == []
+    cloud.db.close()
