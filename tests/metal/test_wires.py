@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kilonova.companions.wires import Status, Wires
+from kilonova.companions.wires import Status, Wires, guestfwd
 from kilonova.companions.wires.filters import link_local
 from kilonova.companions.wires.forward import Forward
 from kilonova.companions.wires.ground import CLOUD, MACHINE, NETNS, Ground
@@ -891,10 +892,22 @@ def test_a_wiring_that_cannot_be_is_refused_in_words(lab: Lab) -> None:
     assert not lab.wires.status().problems
 
 
+def answers(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+
+
 def test_without_ground_networks_are_refused(tmp_path: Path) -> None:
     ground = Ground.choose(tmp_path, "slirp")
-    wires = Wires(ground, metadata_app=None, metadata_secret="", clock=WallClock(), state_dir=tmp_path)
+    wires = Wires(ground, metadata_app=answers, metadata_secret="", clock=WallClock(), state_dir=tmp_path)
     wires.apply(Wiring())
+    wires.serve_programs(tmp_path / "metadata", {"server-1": "project-1"}.get)
+    for server, status in {"server-1": b"200", "server-2": b"404"}.items():
+        command = guestfwd.command(server, str(tmp_path / "metadata"))
+        said = subprocess.run(
+            command, shell=True, input=b"GET / HTTP/1.1\r\n\r\n", capture_output=True, timeout=30, check=True
+        )
+        assert said.stdout.split()[1] == status
     with pytest.raises(Unsupported, match="QEMU"):
         wires.apply(Wiring([network()]))
     status: Status = wires.status()

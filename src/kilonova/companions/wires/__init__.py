@@ -10,6 +10,7 @@ import contextlib
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Wires:
     ) -> None:
         self.ground, self.clock, self.state_dir = ground, clock, state_dir
         self.lock = threading.RLock()
-        self.proxy = MetadataProxy(metadata_app, metadata_secret) if metadata_app and ground.kind != "none" else None
+        self.proxy = MetadataProxy(metadata_app, metadata_secret) if metadata_app else None
         self.wiring: Wiring | None = None  # the last one that was made, whole
         self.applied_at: float | None = None
         self.failed = self.refused = ""
@@ -148,6 +149,20 @@ class Wires:
                 way_out=self._way_out(),
                 problems=problems,
             )
+
+    def serve_programs(self, path: Path, project_of: Callable[[str], str | None]) -> None:
+        """Metadata for guests under QEMU's own networking, over a unix socket in a private folder.
+
+        `guestfwd.command(server_id, path)` is what QEMU runs; `project_of` a server is its project's id, None for a
+        server that is unknown.
+        """
+
+        def whose(server_id: str) -> Asker | None:
+            project = project_of(server_id)
+            return None if project is None else Asker(server_id, project)
+
+        if self.proxy:
+            self.proxy.serve_programs(path, whose)
 
     def close(self) -> None:
         """Lets go: no thread, listener or socket of ours stays. Guests keep network and DHCP, but not metadata."""
