@@ -20,6 +20,7 @@ from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.errors import Fault, HostGone, NoCapacity, NotFound, Refused, Unavailable
 from kilonova.kit.journal import ALONE, RUNS, STEPS, Cause
 from kilonova.kit.workflow import (
+    LAST_ALONE,
     LOOK_S,
     RECORDS,
     Engine,
@@ -34,6 +35,7 @@ from kilonova.kit.workflow import (
     signal,
     start,
     wake_host,
+    when_alone,
     workflow,
 )
 
@@ -464,12 +466,14 @@ def test_a_judgement_never_overwrites_an_answer_that_came_after_the_look(desk: D
         run(add, 2)
 
     desk.start(judged)
-    desk.answer("r/1", 1)
-    desk.clock.at = 99
     engine = desk.engine
+    for desk.clock.at in (11, 32, 73, 99):  # somebody was there all the time: at 100 it is judged
+        engine.sweep()
+    with desk.db.tx() as tx:
+        tx.execute(sa.update(RUNS).values(due=0))
     run = taken(engine)  # has loaded the journal, and holds no transaction: as before an effect
     desk.clock.at = 101
-    with desk.db.tx() as tx:  # the answer of the first, by a process that saw the lease taken
+    with desk.db.tx() as tx:  # both answers, by a process that saw the lease taken
         done = {"finished": 100.0, "answer": "1"}
         tx.execute(sa.update(STEPS).where(STEPS.c.run == "r", STEPS.c.n == 1).values(done))
         tx.execute(sa.update(STEPS).where(STEPS.c.run == "r", STEPS.c.n == 2).values(done))
@@ -725,6 +729,36 @@ def test_two_that_wait_to_be_alone_do_not_wait_for_each_other_nor_go_together(de
     assert f"{second}/1" in desk.sent()
 
 
+def test_being_alone_is_taken_by_comparing(desk: Desk) -> None:
+    """Who saw an old holder does not get it, though all he saw had ended: another went first."""
+
+    class Late:
+        """A transaction that saw who was alone last before another became it."""
+
+        def __init__(self, tx: Tx, saw: str | None) -> None:
+            self.tx, self.saw = tx, saw
+
+        def execute(self, statement: Any, *terms: Any) -> Any:
+            found = self.tx.execute(statement, *terms)
+            return Scalar(self.saw) if statement is LAST_ALONE else found
+
+    class Scalar:
+        def __init__(self, value: str | None) -> None:
+            self.value = value
+
+        def scalar(self) -> str | None:
+            return self.value
+
+    for n, saw in (("1", None), ("2", "r1")):
+        desk.start(alone, 1, id=f"r{n}")
+        with desk.db.tx() as tx:
+            assert tx.execute(sa.select(ALONE.c.run)).scalars().all() == [f"r{n}"]
+        with pytest.raises(Unavailable), desk.db.tx() as tx:
+            when_alone.do(Late(tx, saw), "s", "late")
+    with desk.db.tx() as tx:
+        when_alone.do(tx, "s", "next")
+
+
 # ---- signals
 
 
@@ -955,6 +989,20 @@ def test_each_record_is_done_once_whatever_the_database_says(desk: Desk, mood: s
         engine.sweep()
     assert desk.state() == "done" and desk.row().user_id == "abc"
     assert 1 <= len(desk.world.did) <= 1 + times and {k for k, _ in desk.world.did} == {"r/1"}
+
+
+def test_who_lost_hold_of_a_run_does_not_take_it_from_one_of_its_own_house(desk: Desk) -> None:
+    """The database refuses a taking; before it is tried again, another thread of the same engine has the run."""
+    moody = Moody(desk.db)
+    engine, held = desk.another("c", moody), list[Run]()
+    desk.start(mixed, carry=False)
+    moody.moods = ["refused"]
+    desk.clock.sleep = lambda seconds: held.append(taken(desk.another("c")))  # type: ignore[method-assign]
+    engine.dice.seed(2)  # a process has one; two that agree would agree on the names of takings, too
+    engine.carry("r")
+    assert len(held) == 1 and desk.world.did == [] and desk.row().user_id == ""
+    finish(held[0])
+    assert desk.sent() == ["r/3"]
 
 
 def test_while_the_database_is_ill_the_run_is_left_and_then_found_without_waiting_for_the_lease(desk: Desk) -> None:
