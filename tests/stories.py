@@ -37,7 +37,7 @@ from kilonova.model.server import Server
 from kilonova.model.states import VM
 from kilonova.scheduler.select import Scheduler
 from kilonova.store import hosts, networks, placement, servers
-from kilonova.virt.sim import SimState, copy
+from kilonova.virt.sim import SimDriver, SimState, copy
 from tests.cloud.embedded import Embedded, Person
 
 RESTING = {
@@ -222,6 +222,11 @@ class Cloud:
             self.bus.serve(name, host.receive)
             self.bus.serve(asked(name), host.answer)
         self.report()
+
+    def driver(self, host: str) -> SimDriver:
+        """The hypervisor of a host, without edges."""
+        driver: SimDriver = self.hosts.hosts[host].driver.thing  # type: ignore[attr-defined]
+        return driver
 
     def report(self) -> None:
         for name, h in self.hosts.hosts.items():

@@ -50,7 +50,7 @@ def stop_start(cloud, name):
 
 def a_guest_ends(cloud, name):
     s = cloud.boot(name)
-    cloud.hosts.hosts[s.row.host].driver.guest_shuts_down(s.id)
+    cloud.driver(s.row.host).guest_shuts_down(s.id)
     cloud.settle()
     return s
 

@@ -97,15 +97,15 @@ def test_no_more_than_there_is_room_for(cloud):
 
 def test_a_host_that_refuses_is_followed_by_the_next(cloud):
     for name in ("h0", "h1"):
-        cloud.hosts.hosts[name].driver.options = options.Sim(failure_rate=1.0)
+        cloud.driver(name).options = options.Sim(failure_rate=1.0)
     s = cloud.boot()
     assert (s.status, s.row.host) == ("ACTIVE", "h2")
     assert s.events()[-1] == (BUILD, "Success")
 
 
 def test_hosts_that_all_refuse_say_why(cloud):
-    for h in cloud.hosts.hosts.values():
-        h.driver.options = options.Sim(failure_rate=1.0)
+    for name in cloud.states:
+        cloud.driver(name).options = options.Sim(failure_rate=1.0)
     s = cloud.boot()
     assert s.status == "ERROR"
     fault = s.show()["fault"]["message"]
@@ -223,7 +223,7 @@ def test_every_simple_verb(cloud):
 
 def test_an_act_that_fails_changes_nothing(cloud):
     s = cloud.boot()
-    driver = cloud.hosts.hosts[s.row.host].driver
+    driver = cloud.driver(s.row.host)
     driver.options = options.Sim(failure_rate=1.0)
     s.act("pause")
     assert (s.status, s.events()[-1]) == ("ACTIVE", ("compute_pause_instance", "Error"))
@@ -233,7 +233,7 @@ def test_an_act_that_fails_changes_nothing(cloud):
 
 def test_a_reboot_that_leaves_nothing_running_is_an_error(cloud):
     s = cloud.boot()
-    driver = cloud.hosts.hosts[s.row.host].driver
+    driver = cloud.driver(s.row.host)
 
     def reboot(id, hard, timeout_s):
         driver.state.machines[id].power = "shutdown"
@@ -322,7 +322,7 @@ def test_a_server_in_error_can_be_deleted(cloud):
 
 def test_a_guest_that_ends_itself_is_shut_off(cloud):
     s = cloud.boot()
-    driver = cloud.hosts.hosts[s.row.host].driver
+    driver = cloud.driver(s.row.host)
     driver.guest_shuts_down(s.id)
     cloud.settle()
     assert s.status == "SHUTOFF"
@@ -334,7 +334,7 @@ def test_a_guest_that_ends_itself_is_shut_off(cloud):
 def test_a_lost_event_is_found_by_the_next_report(cloud):
     s = cloud.boot()
     cloud.bus.lose = lambda to, raw: opened(raw).name == "PowerChanged"
-    cloud.hosts.hosts[s.row.host].driver.guest_crashes(s.id)
+    cloud.driver(s.row.host).guest_crashes(s.id)
     cloud.pass_time(20)
     assert (s.status, s.row.power_state) == ("SHUTOFF", 4)
 
@@ -342,7 +342,7 @@ def test_a_lost_event_is_found_by_the_next_report(cloud):
 def test_a_stopped_server_that_runs_is_stopped_again(cloud):
     s = cloud.boot()
     s.act("os-stop")
-    driver = cloud.hosts.hosts[s.row.host].driver
+    driver = cloud.driver(s.row.host)
     driver.start(s.id)  # behind our back
     cloud.settle()
     assert (s.status, s.state.machines[s.id].power) == ("SHUTOFF", "shutdown")
@@ -350,7 +350,7 @@ def test_a_stopped_server_that_runs_is_stopped_again(cloud):
 
 def test_an_orphan_is_swept(cloud):
     s = cloud.boot()
-    driver = cloud.hosts.hosts["h0"].driver
+    driver = cloud.driver("h0")
     machine = msgspec.structs.replace(s.state.machines[s.id].machine, id="00000000-0000-4000-8000-000000000000")
     driver.spawn(machine, lambda stage: None)
     cloud.settle()
