@@ -54,16 +54,16 @@ def run(client: Client, state: StateDir, image: str, say: Callable[[str], None])
     return {"id": id, "address": address, "floating": floating, "key": key, "seconds": time.monotonic() - began}
 
 
-def farewell(found: dict[str, Any], state: StateDir, url: str, real: bool, say: Callable[[str], None]) -> None:
-    """How to reach what was made."""
+def farewell(found: dict[str, Any], state: StateDir, url: str, where: str, say: Callable[[str], None]) -> None:
+    """How to reach what was made; `where` is what ssh is told, "" where there is no way in."""
     say("")
     say(f"Your cloud is at {url}; its first server was at its login prompt after {found['seconds']:.1f} s.")
     say("In another terminal:")
     say(f"  export OS_CLIENT_CONFIG_FILE={state.clouds} OS_CLOUD=kilonova")
     say("  openstack server list                     (pip install python-openstackclient)")
     say(f"  openstack console log show {SERVER}")
-    if found["floating"] and real:
-        say(f"  ssh -i {found['key']} kilonova@{found['floating']}")
+    if where:
+        say(f"  ssh -i {found['key']} {where}")
     say(f"Its own address is {found['address']}.")
 
 

@@ -1,10 +1,12 @@
 """`kilonova down`: stop the cloud that lives in a directory; with `--purge`, for ever."""
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
 from kilonova.cli.state import StateDir
+from kilonova.companions.wires import userns
 from kilonova.kit.errors import NotFound, Unavailable
 
 
@@ -32,7 +34,10 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
         from kilonova.cli.config import read
 
         with state.held():
-            purge(read(chosen.config), state)
+            if os.geteuid() == 0:
+                purge(read(chosen.config), state)
+            else:
+                userns.close(state.path)  # with all that lives in there
         shutil.rmtree(state.path)
         print(f"{state.path} is gone, and all that was in it.")
     else:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -13,9 +14,11 @@ from pathlib import Path
 from kilonova.cli import config as configuration
 from kilonova.cli import setup
 from kilonova.cli.state import Running, Secrets, StateDir, private, started, usual
+from kilonova.companions.wires import userns
+from kilonova.companions.wires.forward import Forward
 from kilonova.kit import log as logs
 from kilonova.kit.clock import Ids
-from kilonova.kit.errors import Refused, Trouble, Unavailable
+from kilonova.kit.errors import Refused, Trouble, Unavailable, Unsupported
 from kilonova.kit.http import listen
 from kilonova.model import options
 
@@ -99,13 +102,7 @@ def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     asked = chosen.port is not None or config.api.port != options.Api().port
-    try:
-        listener = listen(config.api.host, secrets.port or config.api.port)
-    except Unavailable as e:
-        if asked:
-            raise
-        _say(f"{e.said} A free port is taken instead.")
-        listener = listen(config.api.host, 0)
+    listener, way_in = _doors(config, state, secrets, asked)
     port = listener.getsockname()[1]
     if secrets.port != port and not asked:
         secrets.port = port
@@ -122,7 +119,7 @@ def _serve(
         state.tell(Running(os.getpid(), started(os.getpid()), url, time.time()))
         _say(f"The cloud is up at {url} after {time.monotonic() - began:.1f} s; its home is {state.path}.")
         if demo:
-            return _demo(cloud, state, secrets, chosen, url, stop)
+            return _demo(cloud, state, secrets, chosen, url, stop, way_in)
         _say(f"Next:  export OS_CLIENT_CONFIG_FILE={state.clouds} OS_CLOUD=kilonova; openstack flavor list")
         _when_ready(cloud.health.reasons, stop)
         if not chosen.no_image and not stop.is_set():
@@ -135,8 +132,40 @@ def _serve(
     return 0
 
 
+def _doors(
+    config: options.Config, state: StateDir, secrets: Secrets, asked: bool
+) -> tuple[socket.socket, socket.socket | None]:
+    """The API's listening socket, and for an ordinary user one more that can lead to a guest.
+
+    Both are made on the machine itself; then an ordinary user's process goes into a user namespace of his own, where
+    it has its networks as root has, and finds them there.
+    """
+    if handed := userns.inherited():
+        return handed[0], handed[1]
+    try:
+        listener = listen(config.api.host, config.api.port if asked else secrets.port or config.api.port)
+    except Unavailable as e:
+        if asked:
+            raise
+        _say(f"{e.said} A free port is taken instead.")
+        listener = listen(config.api.host, 0)
+    if config.compute.driver != "sim" and os.geteuid() != 0:
+        try:
+            argv = [sys.executable, "-P", "-m", "kilonova.main", *sys.argv[1:]]
+            userns.reexec_if_needed(argv, [listener, listen("127.0.0.1", 0)], state.path)
+        except Unsupported as e:
+            _say(f"{e.said} Guests get QEMU's own user networking.")
+    return listener, None
+
+
 def _demo(
-    cloud: object, state: StateDir, secrets: Secrets, chosen: argparse.Namespace, url: str, stop: threading.Event
+    cloud: object,
+    state: StateDir,
+    secrets: Secrets,
+    chosen: argparse.Namespace,
+    url: str,
+    stop: threading.Event,
+    way_in: socket.socket | None,
 ) -> int:
     from kilonova.cli import demo
     from kilonova.cli.client import Client
@@ -155,7 +184,13 @@ def _demo(
         facts = cloud.driver.host()
         _say(f"Machines run under {facts.virt_type}: {facts.virt_why}")
     found = demo.run(client, state, image, _say)
-    demo.farewell(found, state, url, cloud.config.compute.driver == "libvirt", _say)
+    where = ""
+    if cloud.driver is not None and found["floating"]:
+        where = f"kilonova@{found['floating']}"
+        if way_in is not None:  # the guest is in a namespace of this user's own: a port of the machine leads there
+            Forward(way_in, found["floating"], 22)
+            where = f"-p {way_in.getsockname()[1]} kilonova@127.0.0.1"
+    demo.farewell(found, state, url, where, _say)
     if chosen.once:
         demo.remove(client, found["id"], _say)
         return 0
