@@ -53,11 +53,19 @@ FLAVORS = (
 
 
 class Cloud:
-    """`listener` is bound already, and `url` what clients call it. `start` returns when the API answers; what is
-    still on its way stands at `/readyz`."""
+    """`listener` is bound already, and `url` what clients call it; `inner` is the same address in a user namespace.
+
+    `start` returns when the API answers; what is still on its way stands at `/readyz`.
+    """
 
     def __init__(
-        self, config: options.Config, state: StateDir, secrets: Secrets, listener: socket.socket, url: str
+        self,
+        config: options.Config,
+        state: StateDir,
+        secrets: Secrets,
+        listener: socket.socket,
+        url: str,
+        inner: socket.socket | None = None,
     ) -> None:
         self.config, self.state, self.secrets, self.url = config, state, secrets, url
         self.clock, self.ids, self.dice = WallClock(), Ids(), random.Random()
@@ -132,9 +140,10 @@ class Cloud:
             self.metrics, alive={"database": self._database}, ready={"database": self._database, "hosts": self._hosts}
         )
         apps = {f"/{name}": app for name, app in self.doors.items()}
-        self.server = Server(
-            Mount({**apps, "/metadata": self.metadata}, self.health), listener, threads=config.api.threads
-        )
+        whole = Mount({**apps, "/metadata": self.metadata}, self.health)
+        self.servers = [Server(whole, listener, threads=config.api.threads)]
+        if inner is not None:
+            self.servers.append(Server(whole, inner, threads=2))
         self.upkeep = Reconcilers(self, [rewired, keys_rotated, policies_read], clock=self.clock, dice=random.Random())
         self.host: ComputeHost | SimHosts | None = None
         self.driver: Driver | None = None
@@ -143,13 +152,15 @@ class Cloud:
 
     def start(self) -> None:
         self.conductor.start()
-        self.server.start()
+        for server in self.servers:
+            server.start()
         self.opening.start()
         self.upkeep.start()
 
     def close(self) -> None:
         """Answers what was asked, finishes or parks what runs, lets machines go on."""
-        self.server.stop()
+        for server in self.servers:
+            server.stop()
         self.opening.join(30)
         self.upkeep.close()
         self.conductor.close()

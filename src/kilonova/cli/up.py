@@ -112,7 +112,8 @@ def _serve(
 
     from kilonova.cli.cloud import Cloud  # the whole house: imported when all that can be refused was
 
-    cloud = Cloud(config, state, secrets, listener, url)
+    inner = listen("127.0.0.1", port) if way_in is not None else None  # there, it is another loopback
+    cloud = Cloud(config, state, secrets, listener, url, inner)
     cloud.start()
     try:
         _credentials(state, secrets, url)
