@@ -191,13 +191,16 @@ class Private:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             end = time.monotonic() + STARTING_S
-            while not (there := self._lives("keeper") and self.socket.exists()) and time.monotonic() < end:
+            while not (there := self._answers()) and time.monotonic() < end:
                 time.sleep(0.005)
             return there
         else:
             return False
         finally:
             os.close(lock)
+
+    def _answers(self) -> bool:
+        return self._lives("keeper") and self._lives("libvirtd") and self.socket.exists()
 
     def _running(self) -> dict[str, Any]:
         try:
@@ -421,10 +424,10 @@ class Link:
             self.places.release()
 
     def _connection(self) -> Any:
-        """The one there is, or the next one; after an attempt that failed there is none."""
+        """The one there is, or the next one. Where somebody else cares for libvirtd, one attempt is enough to know."""
         with self.changed:
-            before = self.attempts
-            self.changed.wait_for(lambda: self.conn or self.closed or self.attempts > before + 1, CONNECTING_S)
+            enough = self.attempts + (1 if isinstance(self.daemon, Running) else 1000)
+            self.changed.wait_for(lambda: self.conn or self.closed or self.attempts > enough, CONNECTING_S)
             if self.conn is None:
                 raise Unavailable("The hypervisor of this host cannot be reached.", why=self.why)
             return self.conn
@@ -472,8 +475,11 @@ class Link:
             wait_s = 0.0 if conn is not None else min(5.0, wait_s * 2 or 0.1)
 
     def _open(self) -> Any:
-        """A socket's file is there a moment before somebody listens: so more than one try."""
-        end = time.monotonic() + CONNECTING_S
+        """A socket's file is there a moment before somebody listens: so more than one try.
+
+        And some time after he died: so not many, and then the daemon is looked after again.
+        """
+        end = time.monotonic() + LISTENING_S
         while True:
             call = _Call(self.lib.open, self.daemon.uri)
             threading.Thread(target=call.run, name="libvirt open", daemon=True).start()
@@ -493,6 +499,7 @@ class Link:
 
 CALLS_MAX = 64
 CONNECTING_S = 10.0
+LISTENING_S = 0.5
 
 
 class _Call:
