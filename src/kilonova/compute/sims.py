@@ -35,7 +35,7 @@ class SimHosts:
     """`options.hosts` of them, named `prefix`0, `prefix`1, …, with one crew of threads for all.
 
     `states` and `ledgers` are what lies on disks: the next `SimHosts` on the same ones finds machines and answers again.
-    `directory`: ledgers are files there.
+    `directory`: both are files there, and outlive the process.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class SimHosts:
         self.hosts: dict[str, ComputeHost] = {}
         for i in range(options.hosts):
             name = f"{prefix}{i}"
-            state = self.states.setdefault(name, SimState())
+            if name not in self.states:
+                self.states[name] = SimState(None if directory is None else directory / name / "machines")
+            state = self.states[name]
             dice = random.Random(f"{options.seed}/{name}")
             driver = SimDriver(name, state, clock=clock, dice=dice, options=options)
             ledger = None if directory is not None else self.ledgers.setdefault(name, Slate())

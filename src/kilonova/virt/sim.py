@@ -1,14 +1,17 @@
 """A hypervisor that only exists in memory, behind the same protocol as a real one: for scale, tests and the simulator.
 
 What would lie on a host's disk and run on its CPUs is a `SimState`; the driver is only a hand on it.  So a process
-may die and another find its machines again, and a test may pull the plug of the host (`SimState.power_cut`).
+may die and another find its machines again (in a directory, if it was given one), and a test may pull the plug of the
+host (`SimState.power_cut`).
 
 Latencies and faults come from handed-in dice and pass on a handed-in clock: from a seed, the same each time.
 """
 
+import os
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -41,23 +44,60 @@ class SimMachine:
         self.log = ""
 
 
+class _Kept(msgspec.Struct):
+    """A `SimMachine` in its file."""
+
+    machine: Machine
+    power: Power
+    since: float
+    log: str
+
+
 class SimState:
     """What outlives a process: the host's disk, and the guests that run.
+
+    With a `directory` it outlives even kill -9: each machine is a file there.  A power cut of the machine under all
+    this may cost the last changes: simulated hosts are not worth a flush of the disk each time.
 
     `deaf` are guests that heed no button; a `broken` host refuses every act.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory
         self.machines: dict[str, SimMachine] = {}
         self.deaf: set[str] = set()
         self.broken = False
         self.lock = threading.Lock()
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for file in sorted(directory.glob("*.machine")):
+                kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
+                self.machines[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
+                found.log = kept.log
+
+    def keep(self, id: str) -> None:
+        """Write down how this machine is now; before anybody is told of it."""
+        if self.directory is None:
+            return
+        file = self.directory / f"{id}.machine"
+        with self.lock:
+            m = self.machines.get(id)
+            if m is None:
+                file.unlink(missing_ok=True)
+                return
+            new = file.with_suffix(".new")
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(fd, "wb") as f:
+                f.write(msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log)))
+            new.rename(file)
 
     def power_cut(self) -> None:
         """The whole host restarts: nothing runs any more, disks stay."""
         with self.lock:
             for m in self.machines.values():
                 m.power = "suspended" if m.power == "suspended" else "shutdown"
+        for id in list(self.machines):
+            self.keep(id)
 
 
 class SimDriver:
@@ -131,6 +171,7 @@ class SimDriver:
             self._act("destroy", may_fail=False)
             with self.state.lock:
                 gone = self.state.machines.pop(id, None)
+            self.state.keep(id)
             self.state.deaf.discard(id)
             if gone is not None and gone.power != "shutdown":
                 self._say(id, "shutdown")
@@ -221,6 +262,7 @@ class SimDriver:
     def _turn(self, id: str, m: SimMachine, power: Power) -> None:
         if m.power != power:
             m.power = power
+            self.state.keep(id)
             self._say(id, power)
 
     def _say(self, id: str, power: Power) -> None:
