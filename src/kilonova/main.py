@@ -109,7 +109,8 @@ def _config(words: list[str]) -> int:
 def _test(words: list[str]) -> int:
     from kilonova.cli import test
 
-    return test.main(words)
+    sys.argv[1:] = words
+    return test.main()
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def plug(world: World, key: str, job: Build, place: Place) -> Plugged:
 
 @plug.undo
 def _(world: World, key: str, job: Build, place: Place) -> None:
-    ports.release(world, job.server.id)
+    ports.take_back(world, job.server.id, key, place.host)
 
 
 # ---- spawn

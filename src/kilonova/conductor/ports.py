@@ -44,6 +44,13 @@ def release(world: World, server: str) -> None:
         let_go(world, p)
 
 
+def take_back(world: World, server: str, key: str, host: str) -> None:
+    """What one act has made, and no other: we may come late, and another try may have made ports of its own."""
+    for p in world.neighbours.network.ports(servers=[server]):
+        if (p.profile or {}).get(MARK) == key or (not ours(p) and p.host == host):
+            let_go(world, p)
+
+
 def let_go(world: World, port: Port) -> None:
     if ours(port):
         world.neighbours.network.delete_port(port.id)
@@ -98,7 +105,10 @@ def _bound(world: World, key: str, job: Build, w: Wanted, place: Place, there: l
     for port in there:
         if port.network_id == w.network_id and ours(port) and _has(port, w.fixed_ip):
             there.remove(port)
-            return port if port.host == place.host else network.bind_port(port.id, place.host, **owner)
+            if port.host == place.host and (port.profile or {}).get(MARK) == key:
+                return port
+            mark: dict[str, Any] = {"binding:profile": {MARK: key}}
+            return network.bind_port(port.id, place.host, **owner, **mark)
     wish: dict[str, Any] = {
         **owner,
         "project_id": s.project_id,
