@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
 SOCKET_PATH_MAX = 107  # of a Unix socket's name; sockaddr_un.sun_path, with its zero byte, is 108
+SYSTEM_LONGEST = len("/run/00000000-0000-0000-0000-000000000000.vnc")
 SESSION_LONGEST = len("/c/libvirt/qemu/channel/target/domain-999-instance-00000000/org.qemu.guest_agent.0")
 STARTING_S = 10.0
 LOG_MAX_BYTES = 1 << 20
@@ -266,7 +267,7 @@ class Private:
 
         A session daemon's longest is `c/libvirt/qemu/channel/target/domain-…`: it always needs one.
         """
-        if self.system and len(str(self.directory / "run" / "libvirt-sock-ro")) <= SOCKET_PATH_MAX:
+        if self.system and len(str(self.directory)) <= SOCKET_PATH_MAX - SYSTEM_LONGEST:
             return self.directory
         name = hashlib.sha256(str(self.directory).encode()).hexdigest()[:6]
         runtime = Path("/run" if self.system else os.environ.get("XDG_RUNTIME_DIR", "/"))
