@@ -1,0 +1,220 @@
+"""Tests that find nothing may be blind. Here each safety is taken out, one at a time, and the watchers are asked.
+
+    python tests/chaos/mutants.py            each mutant, and the first watcher that notices it
+    python tests/chaos/mutants.py NAME…      only those whose name contains one of these words
+    python tests/chaos/mutants.py --sim …    ask the simulator alone
+    python tests/chaos/mutants.py --tests …  ask the quick tests alone
+
+No part of the test run: what it says is written down in `docs/decisions/what-the-simulator-sees.md`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS_S, SEEDS_S, CRASHES_S = 100, 150, 150
+SEEDS = 40
+
+BUS, ENGINE, FLOWS = "tests/pure/test_bus.py", "tests/store/test_workflow.py", "tests/cloud/test_flows.py"
+PLACES, QUOTAS, HOST = "tests/store/test_placement.py", "tests/cloud/test_api_small.py", "tests/pure/test_fences.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`cuts`: (file, text, what stands there instead); each text is there once. `tests`: who should know first.
+
+    `story`: of `kilonova.sim.storms.STORIES`, to be told with a crash at every boundary.
+    """
+
+    cuts: list[tuple[str, str, str]]
+    tests: list[str]
+    story: str = "build, delete"
+
+
+# fmt: off
+MUTANTS = {
+    # hosts
+    "a host forgets what was taken back": Mutant([
+        ("kit/bus.py", "if m.undoes:", "if False:")], [BUS]),
+    "a host acts again on a repeated key": Mutant([
+        ("kit/bus.py", "answer = self.ledger.get(m.key) if m.key else None", "answer = None")], [BUS]),
+    "acts about one server may overlap": Mutant([
+        ("kit/bus.py", "return _LETTER.decode(raw)", 'return msgspec.structs.replace(_LETTER.decode(raw), about="")')],
+        [BUS], "delete overtakes stop"),
+    "letters are never too late": Mutant([
+        ("kit/bus.py", "if m.until and self.clock.now() > m.until:", "if False:")], [BUS]),
+    "a host builds for whose time is over": Mutant([
+        ("compute/machines.py", "if host.epochs.get(machine.id, machine.epoch) > machine.epoch:", "if False:")], [HOST]),
+    "a late undo destroys another's machine": Mutant([
+        ("compute/machines.py", "if m.epoch is not None and host.epochs.get(m.server, -1) > m.epoch:", "if False:")],
+        [HOST]),
+
+    # runs
+    "letters are not sent again": Mutant([
+        ("kit/workflow.py", "elif now >= past.due or news:", "elif not past.stored or news:")], [ENGINE]),
+    "parking ignores what came meanwhile": Mutant([
+        ("kit/workflow.py", 'PARK = HOLD.where(_r.wakes == _b("seen"))', 'PARK = HOLD.where(_b("seen") >= 0)')], [ENGINE]),
+    "a late owner may still write": Mutant([
+        ("kit/workflow.py", '& (_r.epoch == _b("ours")) & (_r.state', '& (_b("ours") >= 0) & (_r.state')], [ENGINE]),
+    "a commit may be done twice": Mutant([
+        ("kit/workflow.py", "HOLD = sa.update(RUNS).where(_ours).values(epoch=_r.epoch + 1)",
+                            "HOLD = sa.update(RUNS).where(_ours).values(epoch=_r.epoch)"),
+        ("kit/workflow.py", "self.epoch += 1", "pass"),
+        ("kit/workflow.py", "values(lease=_b(\"till\"), epoch=_r.epoch + 1)", "values(lease=_b(\"till\"), epoch=_r.epoch)")],
+        [ENGINE]),
+    "a lost run is taken from one's own house": Mutant([
+        ("kit/workflow.py", '_left = (_r.id == _b("the_id")) & (_r.owner == _b("ours"))',
+                            '_left = (_r.id == _b("the_id")) & (_b("ours") != "")')], [ENGINE]),
+    "an aborted effect is not undone": Mutant([
+        ("kit/workflow.py", 'step.kind == "effect"  # it', '(step.kind == "effect" and past.fault is None)  # it')], [ENGINE]),
+    "a refused command is not undone": Mutant([
+        ("kit/workflow.py", '"command" and past.host is not None)', '"command" and past.host is not None and not past.fault)')],
+        [ENGINE]),
+    "a judgement overwrites an answer": Mutant([
+        ("kit/workflow.py", '& (_s.n == _b("the_n")) & _s.finished.is_(None)', '& (_s.n == _b("the_n"))')], [ENGINE]),
+    "an effect may rest on what is not journaled": Mutant([
+        ("kit/workflow.py", "if self.dirty or self.unit.tx or", "if self.unit.tx or")], [ENGINE]),
+    "an abort tries the next host": Mutant([
+        ("kit/workflow.py", "except Aborted:\n            raise", "except ZeroDivisionError:\n            raise")],
+        [ENGINE], "delete overtakes build"),
+
+    # flows
+    "delete does not wait for others": Mutant([
+        ("conductor/delete.py", "run.when_alone()", "pass")], [FLOWS], "delete overtakes build"),
+    "delete forgets ports": Mutant([
+        ("conductor/delete.py", "run(unplug, server.id)", "pass")], [FLOWS]),
+    "the undo of a claim gives nothing back": Mutant([
+        ("conductor/create.py", "placement.release(tx, server.id, place.provider, now=now)", "pass")], [FLOWS]),
+    "the undo of a port takes another try's": Mutant([
+        ("conductor/ports.py", "(p.profile or {}).get(MARK) == key or", "ours(p) or")], [FLOWS]),
+    "a suspicion is believed though the server moved": Mutant([
+        ("conductor/watch.py", "row.generation != job.generation or row.task_state is not None or row.vm_state",
+                               "row.vm_state")], [FLOWS]),
+    "nobody compares what hosts hold": Mutant([
+        ("conductor/watch.py", "for id in strange + odd if", "for id in [] if")], [FLOWS]),
+    "nobody compares ports": Mutant([
+        ("conductor/watch.py", "    for p in made:\n", "    for p in made[:0]:\n")], [FLOWS]),
+
+    # the store
+    "where it runs is not told to a later verb": Mutant([
+        ("store/servers.py", '"task_state": None, "updated_at": now}\n    if tx.execute(OURS, _told(server, values)).rowcount:\n'
+                             "        return True\n    if facts:",
+                             '"task_state": None, "updated_at": now}\n    if tx.execute(OURS, _told(server, values)).rowcount:\n'
+                             "        return True\n    if False:")], [FLOWS], "delete overtakes build"),
+    "who no longer owns a server puts it down": Mutant([
+        ("store/servers.py", 'T.c.generation == sa.bindparam("ours"))\n', 'sa.bindparam("ours") >= 0)\n')],
+        [FLOWS], "delete overtakes stop"),
+    "a claim does not ask for room": Mutant([
+        ("store/placement.py", "        .where(_i.used + n <= (_i.total - _i.reserved) * _i.allocation_ratio)\n", "")], [PLACES]),
+    "a quota does not count what there is": Mutant([
+        ("store/quotas.py", "allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)",
+                            "allowed, used = limits(tx, defaults, project_id, who), Usage()")], [FLOWS, QUOTAS]),
+}
+# fmt: on
+
+CRASH = """
+import logging, sys
+logging.disable()
+from kilonova.sim.storms import STORIES, crash_everywhere
+for n, found in crash_everywhere(STORIES[sys.argv[1]]):
+    if found:
+        sys.exit(print(f"crash at {n}: {found[0]}"))
+"""
+STORM = """
+import logging, sys
+logging.disable()
+from kilonova.sim.storms import play
+for seed in range(1, int(sys.argv[1]) + 1):
+    if found := play(seed)[0]:
+        sys.exit(print(f"seed {seed}: {found[0]}"))
+"""
+
+
+def main(words: list[str]) -> int:
+    """0 if every chosen mutant was noticed."""
+    names = [w for w in words if not w.startswith("--")]
+    watchers = [seeds, crashes] if "--sim" in words else [tests] if "--tests" in words else [tests, seeds, crashes]
+    unseen = 0
+    for name, mutant in MUTANTS.items():
+        if names and not any(w in name for w in names):
+            continue
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="kilonova-mutant-") as there:
+            planted(Path(there), mutant, name)
+            said = next((s for watch in watchers if (s := watch(Path(there), mutant))), None)
+        unseen += said is None
+        print(f"| {name} | {said or 'NOBODY'} | {time.monotonic() - began:.0f} s |", flush=True)
+    return 1 if unseen else 0
+
+
+def planted(there: Path, mutant: Mutant, name: str) -> None:
+    """A copy of the house, in which one safety is missing."""
+    for part in ("src", "tests"):
+        shutil.copytree(ROOT / part, there / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copy(ROOT / "pyproject.toml", there)
+    for file, old, new in mutant.cuts:
+        path = there / "src/kilonova" / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{name}: {file} has {text.count(old)} times: {old}"
+        path.write_text(text.replace(old, new))
+
+
+def tests(there: Path, mutant: Mutant) -> str | None:
+    """The first test that fails, or hangs."""
+    for file in mutant.tests:
+        text = asked(there, TESTS_S, "-m", "pytest", "-x", "-m", "not slow", "-o", "timeout=60", "-v", file)
+        if found := re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py)::(\S+)", text, re.MULTILINE):
+            return f"{found[1]}: {found[2]}"
+        if "Timeout" in text or text.endswith(OUT_OF_TIME):
+            begun = re.findall(r"(\w+\.py)::(\w+)", text)
+            return f"{begun[-1][0]}: {begun[-1][1]}, which hangs" if begun else None
+        if not re.search(r"\d+ passed", text):
+            return f"{file} does not run: {text.strip().splitlines()[-1][:100]}"
+    return None
+
+
+def seeds(there: Path, mutant: Mutant) -> str | None:
+    """The first storm that ends badly."""
+    return _heard("simulator", asked(there, SEEDS_S, "-c", STORM, str(SEEDS)))
+
+
+def crashes(there: Path, mutant: Mutant) -> str | None:
+    """The first boundary at which nobody may die."""
+    return _heard(f"story “{mutant.story}”", asked(there, CRASHES_S, "-c", CRASH, mutant.story))
+
+
+OUT_OF_TIME = "(out of time)"
+
+
+def _heard(who: str, text: str) -> str | None:
+    lines = [line for line in text.strip().splitlines() if line != OUT_OF_TIME]
+    return f"{who}, {_plain(lines[-1])}" if lines else None
+
+
+def _plain(line: str) -> str:
+    return re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "a server", line)[:110].replace("|", "/")
+
+
+def asked(there: Path, patience_s: float, *argv: str) -> str:
+    env = os.environ | {"PYTHONPATH": str(there / "src"), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    with (there / "said").open("w+") as said:
+        try:
+            subprocess.run(
+                [sys.executable, *argv], cwd=there, env=env, stdout=said, stderr=subprocess.STDOUT, timeout=patience_s
+            )
+            late = ""
+        except subprocess.TimeoutExpired:
+            late = f"\n{OUT_OF_TIME}"
+        said.seek(0)
+        return said.read() + late
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
