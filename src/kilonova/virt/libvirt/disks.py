@@ -359,7 +359,8 @@ def _run(command: list[str], timeout_s: float) -> bytes:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout_s,
-            env={"PATH": PATH, "LC_ALL": "C"},
+            # One arena: each thread's own would count as 64 MiB of address space.
+            env={"PATH": PATH, "LC_ALL": "C", "MALLOC_ARENA_MAX": "1"},
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -369,7 +370,9 @@ def _run(command: list[str], timeout_s: float) -> bytes:
     said = done.stderr.decode(errors="replace").strip()
     if "No space left on device" in said or "Disk quota exceeded" in said:
         raise OSError(28, "No space left on device")
-    raise Refused("A disk could not be prepared.", why=f"{name} ended with {done.returncode}: {said}")
+    why = f"{name} ended with {done.returncode}: {said}"
+    logger.warning("%s", why)
+    raise Refused("A disk could not be prepared.", why=why)
 
 
 @contextlib.contextmanager
