@@ -62,12 +62,17 @@ def ours(port: Port) -> bool:
     return MARK in (port.profile or {})
 
 
-def described(world: World, server: Server, ports: list[Port], tags: list[str | None]) -> Plugged:
-    """Bound ports, with what must be known of their networks. Asked anew only where what we know is old."""
+def described(
+    world: World, server: Server, ports: list[Port], tags: list[str | None], *, every: bool = False
+) -> Plugged:
+    """Bound ports, with what must be known of their networks. Asked anew only where what we know is old.
+
+    A port that we made just now has no floating address; `every`: they are asked for all the same.
+    """
     networks = _networks(world, ports)
     subnets = _subnets(world, ports)
     groups = _groups(world, ports)
-    brought = [p.id for p in ports if not ours(p)]
+    brought = [p.id for p in ports if every or not ours(p)]
     floating = world.neighbours.network.floating_ips(ports=brought) if brought else []
     nics = [
         plug(p, networks[p.network_id], subnets.get(p.network_id, []), floating, tag or "")

@@ -35,7 +35,7 @@ import random
 import typing
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
@@ -324,7 +324,7 @@ class Engine:
 
     Nothing in here waits or has a thread: see `worker.py`.  `world` is what effects are given.  `gone(tx, host)`
     says that a host is no more, so that nobody waits for its answer.  `watch(workflow, step)` is told each step
-    that is taken or looked at.
+    that is taken or looked at.  `turns`, if given, is a lock: one thread carries at a time.
     """
 
     def __init__(
@@ -340,7 +340,9 @@ class Engine:
         lease_s: float = 60.0,
         address: str = "conductor",
         watch: Callable[[str, str], object] | None = None,
+        turns: AbstractContextManager[Any] | None = None,
     ) -> None:
+        self.turns = turns or nullcontext()
         self.me, self.db, self.world, self.send = me, db, world, send
         self.clock, self.dice, self.gone, self.lease_s = clock, dice, gone, lease_s
         self.address, self.watch = address, watch
@@ -405,7 +407,8 @@ class Engine:
         """Bring a run as far as it will go, and then those that waited for its end."""
         todo: deque[tuple[str, Take]] = deque([(id, take)])
         while todo:
-            todo.extend((other, self._wake) for other in self._bring_one(*todo.popleft()))
+            with self.turns:
+                todo.extend((other, self._wake) for other in self._bring_one(*todo.popleft()))
 
     def _bring_one(self, id: str, take: "Take") -> list[str]:
         """Take a run and play it; again while there is news, and from the top when the database refuses.
