@@ -30,6 +30,7 @@ from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.health import Health, Metrics
 from kilonova.kit.http import Mount, Server, Service, Wsgi
 from kilonova.kit.reconcile import Reconcilers, reconciler
+from kilonova.kit.structs import learn
 from kilonova.kit.workflow import RUNS
 from kilonova.metadata.app import service as metadata_service
 from kilonova.metadata.drive import config_drive
@@ -151,6 +152,7 @@ class Cloud:
         _measure(self.metrics, self.db)
 
     def start(self) -> None:
+        learn()
         self.conductor.start()
         for server in self.servers:
             server.start()
@@ -209,6 +211,7 @@ class Cloud:
     def _libvirt(self) -> Driver:
         from kilonova.virt.libvirt.driver import LibvirtDriver
 
+        learn()
         compute = self.config.compute
         drive = functools.partial(
             config_drive,
