@@ -23,7 +23,7 @@ TESTS_S, SEEDS_S, CRASHES_S = 100, 150, 150
 SEEDS = 40
 
 BUS, ENGINE, FLOWS = "tests/pure/test_bus.py", "tests/store/test_workflow.py", "tests/cloud/test_flows.py"
-PLACES, QUOTAS, HOST = "tests/store/test_placement.py", "tests/cloud/test_api_small.py", "tests/pure/test_fences.py"
+PLACES, OWNERS, HOST = "tests/store/test_placement.py", "tests/cloud/test_ownership.py", "tests/pure/test_fences.py"
 
 
 @dataclass(frozen=True)
@@ -87,35 +87,35 @@ MUTANTS = {
 
     # flows
     "delete does not wait for others": Mutant([
-        ("conductor/delete.py", "run.when_alone()", "pass")], [FLOWS], "delete overtakes build"),
+        ("conductor/delete.py", "run.when_alone()", "pass")], [OWNERS, FLOWS], "delete overtakes build"),
     "delete forgets ports": Mutant([
         ("conductor/delete.py", "run(unplug, server.id)", "pass")], [FLOWS]),
     "the undo of a claim gives nothing back": Mutant([
         ("conductor/create.py", "placement.release(tx, server.id, place.provider, now=now)", "pass")], [FLOWS]),
     "the undo of a port takes another try's": Mutant([
-        ("conductor/ports.py", "(p.profile or {}).get(MARK) == key or", "ours(p) or")], [FLOWS]),
+        ("conductor/ports.py", "(p.profile or {}).get(MARK) == key or", "ours(p) or")], [OWNERS, FLOWS]),
     "a suspicion is believed though the server moved": Mutant([
         ("conductor/watch.py", "row.generation != job.generation or row.task_state is not None or row.vm_state",
-                               "row.vm_state")], [FLOWS]),
+                               "row.vm_state")], [OWNERS, FLOWS]),
     "nobody compares what hosts hold": Mutant([
-        ("conductor/watch.py", "for id in strange + odd if", "for id in [] if")], [FLOWS]),
+        ("conductor/watch.py", "for id in strange + odd if", "for id in [] if")], [f"{FLOWS}::test_an_orphan_is_swept"]),
     "nobody compares ports": Mutant([
-        ("conductor/watch.py", "    for p in made:\n", "    for p in made[:0]:\n")], [FLOWS]),
+        ("conductor/watch.py", "    for p in made:\n", "    for p in made[:0]:\n")], [f"{FLOWS}::test_ports_claims_and_servers_that_nobody_owns_are_mended"]),
 
     # the store
     "where it runs is not told to a later verb": Mutant([
         ("store/servers.py", '"task_state": None, "updated_at": now}\n    if tx.execute(OURS, _told(server, values)).rowcount:\n'
                              "        return True\n    if facts:",
                              '"task_state": None, "updated_at": now}\n    if tx.execute(OURS, _told(server, values)).rowcount:\n'
-                             "        return True\n    if False:")], [FLOWS], "delete overtakes build"),
+                             "        return True\n    if False:")], [OWNERS, FLOWS], "delete overtakes build"),
     "who no longer owns a server puts it down": Mutant([
         ("store/servers.py", 'T.c.generation == sa.bindparam("ours"))\n', 'sa.bindparam("ours") >= 0)\n')],
-        [FLOWS], "delete overtakes stop"),
+        [OWNERS, FLOWS], "delete overtakes stop"),
     "a claim does not ask for room": Mutant([
         ("store/placement.py", "        .where(_i.used + n <= (_i.total - _i.reserved) * _i.allocation_ratio)\n", "")], [PLACES]),
     "a quota does not count what there is": Mutant([
         ("store/quotas.py", "allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)",
-                            "allowed, used = limits(tx, defaults, project_id, who), Usage()")], [FLOWS, QUOTAS]),
+                            "allowed, used = limits(tx, defaults, project_id, who), Usage()")], [OWNERS]),
 }
 # fmt: on
 
