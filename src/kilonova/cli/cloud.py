@@ -53,6 +53,9 @@ FLAVORS = (
 )
 
 
+REOPEN_S = 10.0  # a host that did not come up is tried again
+
+
 class Cloud:
     """`listener` is bound already, and `url` what clients call it; `inner` is the same address in a user namespace.
 
@@ -124,6 +127,7 @@ class Cloud:
             dice=random.Random(),
             config=config,
         )
+        self.networks.told = self.conductor.readdress
         self.asker = Asker(self.bus, clock=self.clock, ids=self.ids)
         world = World(
             self.db,
@@ -145,9 +149,12 @@ class Cloud:
         self.servers = [Server(whole, listener, threads=config.api.threads)]
         if inner is not None:
             self.servers.append(Server(whole, inner, threads=2))
-        self.upkeep = Reconcilers(self, [rewired, keys_rotated, policies_read], clock=self.clock, dice=random.Random())
+        self.upkeep = Reconcilers(
+            self, [rewired, keys_rotated, policies_read, bases_evicted], clock=self.clock, dice=random.Random()
+        )
         self.host: ComputeHost | SimHosts | None = None
         self.driver: Driver | None = None
+        self.closing = threading.Event()
         self.opening = threading.Thread(target=self._open_hosts, name="hosts", daemon=True)
         _measure(self.metrics, self.db)
 
@@ -163,6 +170,7 @@ class Cloud:
         """Answers what was asked, finishes or parks what runs, lets machines go on."""
         for server in self.servers:
             server.stop()
+        self.closing.set()
         self.opening.join(30)
         self.upkeep.close()
         self.conductor.close()
@@ -179,7 +187,13 @@ class Cloud:
     # ---- hosts
 
     def _open_hosts(self) -> None:
-        """A hypervisor may take its time; the API answers meanwhile."""
+        """A hypervisor may take its time, and may not be there yet; the API answers meanwhile."""
+        while not self.closing.is_set():
+            if self._opened():
+                return
+            self.closing.wait(REOPEN_S)
+
+    def _opened(self) -> bool:
         try:
             if self.wires is not None:
                 network.rewire(self.networks)
@@ -206,7 +220,13 @@ class Cloud:
             self.host.start()
         except Exception as e:
             self.failed = str(e) or type(e).__name__
-            log.exception("no host came up")
+            log.exception("no host came up; it is tried again")
+            if self.driver is not None:
+                self.driver.close()
+                self.driver = None
+            return False
+        self.failed = ""
+        return True
 
     def _libvirt(self) -> Driver:
         from kilonova.virt.libvirt.driver import LibvirtDriver
@@ -272,6 +292,8 @@ def open_db(config: options.Config, state: StateDir) -> Db:
 def purge(config: options.Config, state: StateDir) -> None:
     """All that a cloud has outside its directory: machines, their daemon, networks."""
     ground = Ground.choose(state.path, config.network.plane) if config.compute.driver != "sim" else None
+    if ground is not None:
+        ground.prepare()
     for directory in sorted((state.path / "hosts").glob("*/instances")):
         from kilonova.virt.libvirt.driver import LibvirtDriver
 
@@ -353,3 +375,11 @@ def policies_read(cloud: Cloud) -> list[str]:
     for service in cloud.doors.values():
         service.policy.refresh()
     return []
+
+
+@reconciler(every_s=3600)
+def bases_evicted(cloud: Cloud) -> list[str]:
+    """Copies of images that no server has used for long make room."""
+    from kilonova.virt.libvirt.driver import LibvirtDriver
+
+    return cloud.driver.evict_images() if isinstance(cloud.driver, LibvirtDriver) else []

@@ -125,6 +125,7 @@ def create(call: Call) -> View:
     shown = call.world.change(work)
     if shown["port_id"]:
         weave(call.world)
+        _tell(call.world, {shown["port_id"]})
     return frame.answer(KIND, call, False, [shown])
 
 
@@ -241,8 +242,11 @@ def _way(tx: Tx, floating: store.Floating, at: store.Address) -> str:
 
 @R.put("/v2.0/floatingips/{id}", body=FloatingChangeBody, policy="update_floatingip", late=True)
 def update(call: Call, id: str) -> View:
+    touched: set[str | None] = set()
+
     def work(tx: Tx) -> View:
         floating = KIND.get(tx, id)
+        touched.add(floating.port_id)
         frame.allow(call, "update", KIND, frame.target(floating), id)
         frame.revised(KIND, call, floating)
         told = frame.said(call.body.floatingip)
@@ -265,19 +269,31 @@ def update(call: Call, id: str) -> View:
 
     shown = call.world.change(work)
     weave(call.world)
+    _tell(call.world, touched | {shown["port_id"]})
     return frame.answer(KIND, call, False, [shown])
 
 
 @R.delete("/v2.0/floatingips/{id}", ok=204, policy="delete_floatingip", late=True)
 def delete(call: Call, id: str) -> None:
-    def work(tx: Tx) -> bool:
+    def work(tx: Tx) -> str | None:
         floating = KIND.get(tx, id)
         frame.allow(call, "delete", KIND, frame.target(floating), id)
         frame.revised(KIND, call, floating)
         store.remove(tx, store.Floating, floating.id)
         store.remove(tx, store.Port, floating.floating_port_id)
         store.discharge(tx, floating.project_id, "floatingip")
-        return floating.port_id is not None
+        return floating.port_id
 
-    if call.world.change(work):
+    if port := call.world.change(work):
         weave(call.world)
+        _tell(call.world, {port})
+
+
+def _tell(world: World, ports: set[str | None]) -> None:
+    """Whose ports these are has other addresses now."""
+    if world.told is None:
+        return
+    with world.db.read() as tx:
+        found = store.find(tx, store.Port, store.ports.c.id.in_([p for p in ports if p]))
+    if devices := {p.device_id for p in found if p.device_id and p.device_owner.startswith("compute:")}:
+        world.told(devices)

@@ -38,6 +38,7 @@ class World:
     ids: Ids
     config: options.Network
     wires: Mapping[str, Apply] | None = None
+    told: Callable[[set[str]], None] | None = None  # who wants to know which devices have other addresses now
     looms: dict[str, "Loom"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
