@@ -167,7 +167,7 @@ def _struct_at(model: type[msgspec.Struct], version: int) -> type[msgspec.Struct
     if same:
         return model
     c = model.__struct_config__
-    return msgspec.defstruct(
+    made = msgspec.defstruct(
         f"{model.__name__}_2_{version}",
         fields,
         kw_only=True,
@@ -177,6 +177,8 @@ def _struct_at(model: type[msgspec.Struct], version: int) -> type[msgspec.Struct
         tag_field=c.tag_field,
         module=model.__module__,
     )
+    msgspec.json.Decoder(made)  # learnt here, by one thread, before another can see it: why is in `kit/structs.py`
+    return made
 
 
 def _default(default: Any, factory: Any) -> dict[str, Any]:
