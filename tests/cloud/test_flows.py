@@ -221,6 +221,20 @@ def test_every_simple_verb(cloud):
         assert cloud.check() == []
 
 
+def test_a_deaf_guest_is_switched_off_in_the_end(cloud):
+    s = cloud.boot()
+    s.state.deaf.add(s.id)
+    began = cloud.clock.now()
+    s.act("os-stop")
+    assert s.status == "SHUTOFF"
+    assert 60 <= cloud.clock.now() - began < 100
+    s.act("os-start")
+    began = cloud.clock.now()
+    s.act("os-stop", settle=False)
+    s.delete()  # nobody waits for it any longer
+    assert s.row.vm_state == "deleted"
+
+
 def test_an_act_that_fails_changes_nothing(cloud):
     s = cloud.boot()
     driver = cloud.driver(s.row.host)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
+from kilonova.model.options import Compute
 from kilonova.virt.driver import POWER_NUMBERS, Driver
 
 log = logging.getLogger(__name__)
@@ -16,6 +17,7 @@ class Host(Protocol):
     """Who is told: `compute.agent.ComputeHost`. `epochs` are those of its machines, `acts` what is being done, by server."""
 
     driver: Driver
+    options: Compute
     epochs: dict[str, int]
     acts: dict[str, str]
     abandoned: set[str]
@@ -52,7 +54,7 @@ def power(host: Host, m: Power) -> Done:
     """A refusal says in its code how the machine is now: what a failed reboot means depends on that."""
     with host.at_work(m.server, m.to):
         try:
-            ACTS[m.to](host.driver, m)
+            ACTS[m.to](host.driver, m, m.timeout_s if m.timeout_s >= 0 else host.options.shutdown_timeout_s)
         except Trouble as e:
             raise type(e)(e.said, why=e.why, code=e.code or _how(host, m.server)) from e
         except Exception as e:
@@ -61,15 +63,15 @@ def power(host: Host, m: Power) -> Done:
         return Done(_power(host, m.server))
 
 
-ACTS: dict[str, Callable[[Driver, Power], None]] = {
-    "start": lambda d, m: d.start(m.server),
-    "stop": lambda d, m: d.stop(m.server, m.timeout_s),
-    "reboot": lambda d, m: d.reboot(m.server, False, m.timeout_s),
-    "hard_reboot": lambda d, m: d.reboot(m.server, True, 0),
-    "pause": lambda d, m: d.pause(m.server),
-    "unpause": lambda d, m: d.unpause(m.server),
-    "suspend": lambda d, m: d.suspend(m.server),
-    "resume": lambda d, m: d.resume(m.server),
+ACTS: dict[str, Callable[[Driver, Power, float], None]] = {
+    "start": lambda d, m, _: d.start(m.server),
+    "stop": lambda d, m, timeout_s: d.stop(m.server, timeout_s),
+    "reboot": lambda d, m, timeout_s: d.reboot(m.server, False, timeout_s),
+    "hard_reboot": lambda d, m, _: d.reboot(m.server, True, 0),
+    "pause": lambda d, m, _: d.pause(m.server),
+    "unpause": lambda d, m, _: d.unpause(m.server),
+    "suspend": lambda d, m, _: d.suspend(m.server),
+    "resume": lambda d, m, _: d.resume(m.server),
 }
 
 

@@ -68,6 +68,10 @@ class Conductor:
 
     def start(self) -> None:
         """Go on where an earlier life stopped, and listen."""
+        workers = self.world.config.workers
+        create.spawn.patience_s = workers.build_timeout_s
+        for step in verbs.STEPS.values():
+            step.patience_s = workers.command_timeout_s
         self.worker.start()
         self.ends.append(self.bus.serve(self.address, self.engine.receive, 2))
         self.reconcilers.start()

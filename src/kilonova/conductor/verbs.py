@@ -13,7 +13,6 @@ from kilonova.model.states import VERBS, VM
 from kilonova.store import servers
 
 REBOOTS = "reboot", "hard_reboot"
-TIMEOUT_S = 60.0  # for a guest to end itself, where the server does not say another
 
 
 @workflow
@@ -31,9 +30,9 @@ def act(run: Run, job: Act) -> None:
 
 
 def timeout_s(server: Server) -> float:
-    """`os_shutdown_timeout` of the image, or what is usual."""
+    """How long a guest may take to end itself: `os_shutdown_timeout` of the image, or what its host has for it (-1)."""
     text = server.image.properties.get("os_shutdown_timeout", "")
-    return float(text) if text.isdecimal() else TIMEOUT_S
+    return float(text) if text.isdecimal() else -1
 
 
 def _power(verb: str) -> Step[[Server, str], Done]:

@@ -38,11 +38,11 @@ class Destroy(Call[Done], frozen=True):
 
 @compute
 class Power(Call[Done], frozen=True):
-    """One of the simple verbs. `timeout_s`: how long a guest may take to help, 0: at once."""
+    """One of the simple verbs. `timeout_s`: how long a guest may take to help; 0: at once, below: as the host has it."""
 
     server: str
     to: Literal["start", "stop", "reboot", "hard_reboot", "pause", "unpause", "suspend", "resume"]
-    timeout_s: float = 60
+    timeout_s: float = -1
     machine: Machine | None = None  # for start and hard reboot: what it should be, made anew
 
 
