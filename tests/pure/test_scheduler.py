@@ -256,9 +256,9 @@ def test_what_a_flavor_takes():
 
 def test_what_flavor_and_image_require():
     flavor = Flavor("1", "f", 1, 64, 0, extra_specs={"trait:A": "required", "trait:B": "forbidden"})
-    image = Image(id="i", properties={"trait:C": "required", "hw_firmware_type": "uefi"})
+    image = Image(id="i", properties={"trait:C": "required"})
     asked = ask(Server("s", "p", "u", "n", "n", flavor, image=image))
-    assert (asked.required, asked.forbidden) == (["A", "C", "COMPUTE_FIRMWARE_UEFI"], ["B"])
+    assert (asked.required, asked.forbidden) == (["A", "C"], ["B"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from math import ceil
 import msgspec
 
 from kilonova.model.flavor import Flavor
-from kilonova.model.server import Image, Server
+from kilonova.model.server import Server
 
 VCPU, MEMORY_MB, DISK_GB = "VCPU", "MEMORY_MB", "DISK_GB"
 
@@ -65,12 +65,4 @@ def _traits(server: Server, how: str) -> set[str]:
     told = dict(server.flavor.extra_specs)
     if how == "required":
         told |= {k: v for k, v in server.image.properties.items() if k.startswith("trait:")}
-    named = {k.removeprefix("trait:") for k, v in told.items() if k.startswith("trait:") and v == how}
-    return named | (_by_image(server.image) if how == "required" else set())
-
-
-def _by_image(image: Image) -> set[str]:
-    """Traits that follow from what the image's properties ask of a hypervisor."""
-    if image.properties.get("hw_firmware_type") == "uefi":
-        return {"COMPUTE_FIRMWARE_UEFI"}
-    return set()
+    return {k.removeprefix("trait:") for k, v in told.items() if k.startswith("trait:") and v == how}
