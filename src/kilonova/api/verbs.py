@@ -1,5 +1,6 @@
 """The simple verbs: one claim, one run, 202. What each may is a row of `model/states.py`."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -39,63 +40,23 @@ def reboot(call: Call, id: str) -> None:
     act(call, id, "hard_reboot" if call.body.type.upper() == "HARD" else "reboot")
 
 
-@R.post(
-    "/v2.1/servers/{id}/action", action="os-start", ok=202, body=Any, policy="os_compute_api:servers:start", late=True
-)
-def start_(call: Call, id: str) -> None:
-    act(call, id, "start")
+# Action → (verb, policy): their bodies say nothing.
+PLAIN = {
+    "os-start": ("start", "os_compute_api:servers:start"),
+    "os-stop": ("stop", "os_compute_api:servers:stop"),
+    "pause": ("pause", "os_compute_api:os-pause-server:pause"),
+    "unpause": ("unpause", "os_compute_api:os-pause-server:unpause"),
+    "suspend": ("suspend", "os_compute_api:os-suspend-server:suspend"),
+    "resume": ("resume", "os_compute_api:os-suspend-server:resume"),
+}
 
 
-@R.post(
-    "/v2.1/servers/{id}/action", action="os-stop", ok=202, body=Any, policy="os_compute_api:servers:stop", late=True
-)
-def stop(call: Call, id: str) -> None:
-    act(call, id, "stop")
+def _plain(verb: str) -> Callable[..., None]:
+    def do(call: Call, id: str) -> None:
+        act(call, id, verb)
+
+    return do
 
 
-@R.post(
-    "/v2.1/servers/{id}/action",
-    action="pause",
-    ok=202,
-    body=Any,
-    policy="os_compute_api:os-pause-server:pause",
-    late=True,
-)
-def pause(call: Call, id: str) -> None:
-    act(call, id, "pause")
-
-
-@R.post(
-    "/v2.1/servers/{id}/action",
-    action="unpause",
-    ok=202,
-    body=Any,
-    policy="os_compute_api:os-pause-server:unpause",
-    late=True,
-)
-def unpause(call: Call, id: str) -> None:
-    act(call, id, "unpause")
-
-
-@R.post(
-    "/v2.1/servers/{id}/action",
-    action="suspend",
-    ok=202,
-    body=Any,
-    policy="os_compute_api:os-suspend-server:suspend",
-    late=True,
-)
-def suspend(call: Call, id: str) -> None:
-    act(call, id, "suspend")
-
-
-@R.post(
-    "/v2.1/servers/{id}/action",
-    action="resume",
-    ok=202,
-    body=Any,
-    policy="os_compute_api:os-suspend-server:resume",
-    late=True,
-)
-def resume(call: Call, id: str) -> None:
-    act(call, id, "resume")
+for _action, (_verb, _policy) in PLAIN.items():
+    R.post("/v2.1/servers/{id}/action", action=_action, ok=202, body=Any, policy=_policy, late=True)(_plain(_verb))
