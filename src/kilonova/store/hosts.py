@@ -596,7 +596,11 @@ def _mirrored(tx: Tx, aggregate: str, host: str, there: bool, now: float) -> Non
 def mark(tx: Tx) -> None:
     """Hosts, services or aggregates are not what they were: who keeps a copy reads it again."""
     if not tx.execute(MARK).rowcount:
-        tx.execute(sa.insert(MARKS), {"name": "hosts", "n": 1})
+        try:
+            with tx.begin_nested():
+                tx.execute(sa.insert(MARKS), {"name": "hosts", "n": 1})
+        except sa.exc.IntegrityError:  # the first time, and another was first
+            tx.execute(MARK)
 
 
 def marked(tx: Tx) -> int:
