@@ -14,7 +14,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +401,7 @@ class ConductorProcess(Process):
             config=CONFIG,
             watch_steps=self._at,
         )
+        self.conductor.engine.turns = nullcontext()  # threads here take turns anyhow, and one may sleep in its turn
         judge = self.conductor.world.gone
 
         def gone(tx: Tx, host: str) -> bool:
