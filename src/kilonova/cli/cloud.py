@@ -97,6 +97,7 @@ class Cloud:
         self.networks = network.World(self.db, self.clock, self.ids, config.network, self._wires_of_hosts())
         network.bootstrap(self.networks, self.first.admin_project_id)
         self.doors: dict[str, Service] = {}
+        self.turns = threading.RLock()
         self._open("identity", identity.service(self.realm, config.policy.file))
         self._open("image", image.service(self.images, self.realm.gate, config.policy.file))
         self._open("network", network.make_service(self.networks, self.realm.gate, config.policy.file))
@@ -255,6 +256,8 @@ class Cloud:
 
     def _open(self, name: str, service: Service) -> None:
         service.observe = self.metrics.observer(name)
+        if self.db.engine.dialect.name == "sqlite":
+            service.turns = self.turns
         self.doors[name] = service
 
     def _wires_of_hosts(self) -> dict[str, Callable[..., None]] | None:
