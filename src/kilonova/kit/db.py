@@ -10,6 +10,7 @@ wants to write can be refused half-way, and no waiting will help it.
 """
 
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,26 +49,31 @@ class Db:
             engine.setdefault("isolation_level", "READ COMMITTED")
         # Its errors are logged with the statement; what was to be written may be a secret.
         self.engine = sa.create_engine(url, hide_parameters=True, **engine)
+        self.sqlite = sqlite
         self.pen: AbstractContextManager[Any] = threading.Lock() if sqlite else nullcontext()
-        self.writer = self.engine.execution_options(write=True)
         self.dice = dice or random.Random()
         self.statements = 0  # how many were sent; bench and tests read it
-        sa.event.listen(self.engine, "before_cursor_execute", self._count)
-        sa.event.listen(self.engine, "handle_error", _misfit)
+        # Not by SQLAlchemy's events: as soon as an engine has one, each statement asks for a dozen of them.
+        dialect: Any = self.engine.dialect
+        dialect.do_execute = self._sending(dialect.do_execute)
+        dialect.do_executemany = self._sending(dialect.do_executemany)
         if sqlite:
             sa.event.listen(self.engine, "connect", _pragmas)
-            sa.event.listen(self.engine, "begin", _begin)
 
     @contextmanager
     def tx(self) -> Iterator[Tx]:
         """One transaction. Leaving the block commits; an exception rolls back."""
-        with self.pen, self.writer.begin() as tx:
+        with self.pen, self.engine.begin() as tx:
+            if self.sqlite:
+                _begin(tx, "BEGIN IMMEDIATE")
             yield tx
 
     @contextmanager
     def read(self) -> Iterator[Tx]:
         """A look, at one moment, that keeps nobody waiting."""
         with self.engine.begin() as tx:
+            if self.sqlite:
+                _begin(tx, "BEGIN")
             yield tx
 
     def run(self, work: Callable[Concatenate[Tx, P], R], *args: P.args, **more: P.kwargs) -> R:
@@ -95,22 +101,24 @@ class Db:
 
     sleep = staticmethod(time.sleep)
 
-    def _count(self, *_: Any) -> None:
-        self.statements += 1
+    def _sending(self, send: Callable[..., None]) -> Callable[..., None]:
+        """A value that no column can hold (a NUL in a text, too long, too large a number) is its giver's fault."""
+        misfits = self.engine.dialect.loaded_dbapi.DataError, OverflowError, UnicodeEncodeError
+
+        def counted(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+            self.statements += 1
+            try:
+                send(cursor, statement, parameters, context)
+            except misfits as e:
+                why = f"{type(e).__name__}: {e}"
+                raise Invalid("A value is too long, too large, or has a character that cannot be kept.", why=why) from e
+
+        return counted
 
 
 def claim(tx: Tx, statement: sa.Update, parameters: dict[str, Any] | None = None) -> bool:
     """Did this one conditional UPDATE take what it wanted? No RETURNING: MariaDB has none on UPDATE."""
     return bool(tx.execute(statement, parameters or {}).rowcount)
-
-
-def _misfit(context: Any) -> None:
-    """A value that no column can hold (a NUL in a text, too long, too large a number) is its giver's fault."""
-    if isinstance(context.sqlalchemy_exception, sa.exc.DataError) or isinstance(
-        context.original_exception, OverflowError | UnicodeEncodeError
-    ):
-        why = f"{type(context.original_exception).__name__}: {context.original_exception}"
-        raise Invalid("A value is too long, too large, or has a character that cannot be kept.", why=why)
 
 
 def _pragmas(dbapi: Any, _: Any) -> None:
@@ -119,8 +127,10 @@ def _pragmas(dbapi: Any, _: Any) -> None:
         dbapi.execute(f"PRAGMA {pragma}")
 
 
-def _begin(connection: sa.Connection) -> None:
+def _begin(tx: Tx, how: str) -> None:
     """Straight to the driver: SQLAlchemy's own way costs more than the BEGIN itself."""
-    write = connection.get_execution_options().get("write")
-    driver: Any = connection.connection.dbapi_connection
-    driver.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+    driver: Any = tx.connection.dbapi_connection
+    try:
+        driver.execute(how)
+    except sqlite3.OperationalError as e:
+        raise sa.exc.OperationalError(how, None, e) from e
