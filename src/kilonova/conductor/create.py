@@ -22,7 +22,7 @@ from kilonova.kit.errors import (
     Trouble,
 )
 from kilonova.kit.workflow import Run, command, effect, record, workflow
-from kilonova.model.ask import amounts, ask
+from kilonova.model.ask import amounts_of, ask
 from kilonova.model.host import Place
 from kilonova.model.plan import plan
 from kilonova.model.server import Server
@@ -112,7 +112,7 @@ def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Claim
         tx,
         server.id,
         place.provider,
-        amounts(server.flavor),
+        amounts_of(server),
         now=now,
         project_id=server.project_id,
         user_id=server.user_id,

@@ -42,10 +42,15 @@ def amounts(flavor: Flavor, *, volume_backed: bool = False) -> dict[str, int]:
     return {c: n for c, n in wanted.items() if n > 0}
 
 
+def amounts_of(server: Server) -> dict[str, int]:
+    """What this server takes of its host."""
+    return amounts(server.flavor, volume_backed=server.volume_backed)
+
+
 def ask(server: Server, *, host: str | None = None, node: str | None = None, forced: bool = False) -> Ask:
     """What this server wants, wherever it goes; `host`, `node` where the caller named one."""
     return Ask(
-        amounts=amounts(server.flavor),
+        amounts=amounts_of(server),
         required=sorted(_traits(server, "required")),
         forbidden=sorted(_traits(server, "forbidden")),
         zone=server.availability_zone,

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
-from kilonova.model.ask import amounts
+from kilonova.model.ask import amounts_of
 from kilonova.model.server import Server
 from kilonova.model.states import VM
 from kilonova.store import hosts, networks, placement, servers
@@ -73,7 +73,7 @@ def _claims(tx: Tx, all: list[Server]) -> list[str]:
             said.append(f"{of.get(i.provider)}: {have} {i.resource_class} claimed of {i.total}")
     said += [f"{n} {name} claimed of {provider}, which has none" for (provider, name), n in sums.items()]
     for s in all:
-        expect = {s.host: amounts(s.flavor)} if s.host and s.deleted_at is None else {}
+        expect = {s.host: amounts_of(s)} if s.host and s.deleted_at is None else {}
         found = {h: dict(c) for h, c in held.pop(s.id, {}).items()}
         if found != expect:
             said.append(f"{s.id} ({s.vm_state}) on {s.host} holds {found}")

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NotFound
+from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
 from kilonova.model.server import Image, Plug, Server
@@ -42,6 +43,7 @@ T = sa.Table(
     sa.Column("node", sa.String(255)),
     sa.Column("availability_zone", sa.String(255)),
     sa.Column("plugs", sa.Text, nullable=False),
+    sa.Column("devices", sa.Text),  # NULL: none
     sa.Column("tags", sa.Text, nullable=False),  # ",one,two," — a tag has no comma, so LIKE '%,one,%' finds it
     sa.Column("metadata", sa.Text, nullable=False),
     sa.Column("system_metadata", sa.Text, nullable=False),
@@ -78,6 +80,7 @@ def row(server: Server) -> dict[str, Any]:
     values: dict[str, Any] = {f: getattr(server, f) for f in Server.__struct_fields__ if f != "number"}
     for name in _JSON:
         values[name] = _text(values[name])
+    values["devices"] = _text(server.devices or None)
     values["tags"] = tags_text(server.tags)
     values["vm_state"] = str(server.vm_state)
     return values | {
@@ -212,6 +215,8 @@ def of(found: Any) -> Server:
     for i, read in _READ:
         if values[i] is not None:
             values[i] = read(values[i])
+    if values[_DEVICES] is None:
+        values[_DEVICES] = []
     return Server(*values)
 
 
@@ -242,6 +247,7 @@ _JSON: dict[str, msgspec.json.Decoder[Any]] = {
     "flavor": msgspec.json.Decoder(Flavor),
     "image": msgspec.json.Decoder(Image),
     "plugs": msgspec.json.Decoder(list[Plug]),
+    "devices": msgspec.json.Decoder(list[Device]),
     "metadata": msgspec.json.Decoder(dict[str, str]),
     "system_metadata": msgspec.json.Decoder(dict[str, str]),
     "keypair": msgspec.json.Decoder(Keypair),
@@ -254,6 +260,8 @@ _READ: list[tuple[int, Callable[[str], Any]]] = [
     for i, f in enumerate(Server.__struct_fields__)
     if f in _JSON or f in ("tags", "vm_state")
 ]
+
+_DEVICES = Server.__struct_fields__.index("devices")
 
 SELECT = sa.select(*[T.c[f] for f in Server.__struct_fields__])  # in the order of the Struct
 GET = SELECT.where(T.c.id == sa.bindparam("the_id"))
