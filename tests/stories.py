@@ -174,7 +174,9 @@ class Cloud:
 
     def start_conductor(self) -> None:
         """As after a crash: what was in memory is gone."""
-        self.scheduler = Scheduler(self.db, clock=self.clock, dice=random.Random(self.dice.random()))
+        self.scheduler = Scheduler(
+            self.db, clock=self.clock, dice=random.Random(self.dice.random()), options=self.config.scheduler
+        )
         self.conductor = Conductor(
             "c0",
             EdgyDb(self.db, self.edges),

@@ -28,6 +28,7 @@ from kilonova.api.bodies import (
     truth,
 )
 from kilonova.api.registry import R, World, cause, link, links
+from kilonova.api.server_groups import hinted
 from kilonova.clients import ImageInfo
 from kilonova.contracts.jobs import Build
 from kilonova.kit.db import Tx
@@ -38,8 +39,9 @@ from kilonova.kit.workflow import start
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
 from kilonova.model.server import Image, Server, Wanted
+from kilonova.model.server_group import ServerGroup
 from kilonova.model.states import Task
-from kilonova.store import catalog, quotas, servers
+from kilonova.store import catalog, quotas, server_groups, servers
 
 GIB = 1 << 30
 UUID = r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}"
@@ -156,6 +158,7 @@ class Found:
     host: str | None
     node: str | None
     forced: bool
+    company: ServerGroup | None
 
 
 @R.post("/v2.1/servers", body=Body, ok=202, policy="os_compute_api:servers:create")
@@ -164,7 +167,7 @@ def create(call: Call) -> Reply:
     hints = _hints(call.body.hints or call.body.old_hints or {})
     least, most = _counts(wish)
     _plain_checks(call, wish, most)
-    found = _gather(call, wish, most)
+    found = _gather(call, wish, hints, most)
     _decide(call, wish, found)
     password = wish.admin_password or call.world.ids.password(call.world.config.api.password_length)
     made = call.world.db.run(_record, call, wish, found, hints, least, most, password)
@@ -285,12 +288,13 @@ def _check_devices(wish: Wish) -> None:
 # ---- gather: reads, changes nothing
 
 
-def _gather(call: Call, wish: Wish, most: int) -> Found:
+def _gather(call: Call, wish: Wish, hints: dict[str, msgspec.Raw], most: int) -> Found:
     world: World = call.world
     zone, host, node, forced = _place(call, wish)
     with world.db.read() as tx:
         flavor = _flavor(call, tx, str(wish.flavor_ref))
         keypair = _keypair(call, tx, wish.key_name)
+        company = hinted(call, tx, msgspec.json.decode(hints["group"])) if "group" in hints else None
     if zone is not None and zone not in world.hosts.zones():
         raise Invalid("The requested availability zone is not available")
     if host is not None and host not in world.hosts:
@@ -298,7 +302,7 @@ def _gather(call: Call, wish: Wish, most: int) -> Found:
     image = _image(call, wish)
     networks = _networks(call, wish, most)
     groups = [] if networks == "none" else _groups(call, wish.security_groups or [])
-    return Found(flavor, image, keypair, networks, groups, zone, host, node, forced)
+    return Found(flavor, image, keypair, networks, groups, zone, host, node, forced, company)
 
 
 def _flavor(call: Call, tx: Tx, ref: str) -> Flavor:
@@ -518,6 +522,8 @@ def _record(
         least,
         most,
     )
+    if found.company is not None:
+        server_groups.join(tx, world.config.quota, found.company, call.context.user_id, n)
     reservation = f"r-{world.ids.hex()[:8]}"
     made = [_server(call, wish, found, hints, i, n, most, reservation, now) for i in range(n)]
     servers.create(tx, made)
@@ -582,5 +588,6 @@ def _server(
         reservation_id=reservation,
         scheduler_hints=hints,
         trusted_certs=wish.trusted_image_certificates,
+        group_id=found.company.id if found.company else None,
         created_at=now,
     )

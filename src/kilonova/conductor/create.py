@@ -27,7 +27,7 @@ from kilonova.model.host import Place
 from kilonova.model.plan import plan
 from kilonova.model.server import Server
 from kilonova.model.states import VM, Task
-from kilonova.store import hosts, placement, servers
+from kilonova.store import hosts, placement, server_groups, servers
 
 NO_HOST = "No valid host was found. There are not enough hosts available."
 CHOICES = 10  # claims may be lost to others; to be asked so often for new places is more than bad luck
@@ -108,6 +108,7 @@ class Claimed(msgspec.Struct, frozen=True):
 
 @record
 def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Claimed:
+    server_groups.admit(tx, server, place.host, place.provider)
     placement.claim(
         tx,
         server.id,

@@ -100,6 +100,7 @@ class Server(msgspec.Struct, frozen=True):
     root_device: str = "/dev/vda"
     scheduler_hints: dict[str, msgspec.Raw] = {}
     trusted_certs: list[str] | None = None
+    group_id: str | None = None  # the server group that it is a member of
     fault_run: str | None = None  # the run whose fault it shows
     created_at: float = 0
     updated_at: float | None = None

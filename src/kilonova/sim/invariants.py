@@ -12,8 +12,9 @@ from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
 from kilonova.model.ask import amounts_of
 from kilonova.model.server import Server
+from kilonova.model.server_group import admits
 from kilonova.model.states import VM
-from kilonova.store import hosts, networks, placement, servers
+from kilonova.store import hosts, networks, placement, server_groups, servers
 
 RESTING = {
     VM.active,
@@ -45,6 +46,7 @@ def wrong(
         said += _claims(tx, all)
         said += _machines(all, holds)
         said += _ports(all, _our_ports(tx) if ports is None else ports)
+        said += _groups(tx, all)
         said += [line for s in all for line in _resting(tx, s)]
     return said
 
@@ -97,6 +99,29 @@ def _machines(all: list[Server], holds: Mapping[str, Mapping[str, tuple[str, int
             if host in wanted and epoch != s.epoch:
                 said.append(f"{s.id} on {host} is of epoch {epoch}, written is {s.epoch}")
     return said + [f"{id} is no server and has machines on {sorted(found)}" for id, found in at.items()]
+
+
+def _groups(tx: Tx, all: list[Server]) -> list[str]:
+    """Strict server groups are kept, and whoever is a member is so of a group that there is."""
+    said = []
+    known = {g.id: g for g in server_groups.page(tx, None, limit=10**6)}
+    at: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for s in all:
+        if s.group_id is not None and s.deleted_at is None:
+            if s.group_id not in known:
+                said.append(f"{s.id} is a member of {s.group_id}, which is no group")
+            elif s.host is not None:
+                at[s.group_id][s.host] += 1
+    for id, hosts_ in at.items():
+        g, total = known[id], sum(hosts_.values())
+        if not _all_admitted(g.policy, g.max_per_host or 1, hosts_, total):
+            said.append(f"{g.policy} group {id} has {dict(hosts_)}")
+    return said
+
+
+def _all_admitted(policy: str, most: int, at: Mapping[str, int], total: int) -> bool:
+    """Had each been the last to come, would it have been let in?"""
+    return all(admits(policy, most, n - 1, total - n) for n in at.values())
 
 
 def _our_ports(tx: Tx) -> list[tuple[str, str, str]]:

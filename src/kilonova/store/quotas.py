@@ -105,7 +105,7 @@ def claim(
 
     Holds the project's lock until the transaction ends.
     """
-    _lock(tx, project_id)
+    lock(tx, project_id)
     fits = most
     for who in (None, user_id):
         own = own_limits(tx, project_id, user_id) if who else None
@@ -135,7 +135,7 @@ def _over(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int, n: int)
     )
 
 
-def _lock(tx: Tx, project_id: str) -> None:
+def lock(tx: Tx, project_id: str) -> None:
     """UPDATE quota_locks SET n = n + 1 WHERE project_id = … : whoever comes second waits for the first's end."""
     if tx.dialect.name == "sqlite":
         return  # one writer

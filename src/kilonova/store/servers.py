@@ -62,6 +62,7 @@ T = sa.Table(
     sa.Column("root_device", sa.String(255), nullable=False),
     sa.Column("scheduler_hints", sa.Text, nullable=False),
     sa.Column("trusted_certs", sa.Text),
+    sa.Column("group_id", sa.String(36)),
     sa.Column("fault_run", sa.String(64)),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("updated_at", sa.Double),
@@ -72,6 +73,7 @@ T = sa.Table(
     sa.Index("servers_newest", "deleted_at", "created_at", "id"),
     sa.Index("servers_on_host", "host"),
     sa.Index("servers_changed", "updated_at"),
+    sa.Index("servers_of_group", "group_id"),
 )
 
 
