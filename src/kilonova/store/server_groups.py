@@ -7,7 +7,6 @@ a strict group changes the group's row, so they queue there, and each counts wha
 from collections.abc import Iterable
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
