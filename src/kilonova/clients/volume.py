@@ -14,7 +14,7 @@ import msgspec
 
 from kilonova.clients.session import Query, Session, decoded, part
 from kilonova.kit.clock import parsed
-from kilonova.kit.errors import NotFound, Unavailable
+from kilonova.kit.errors import Invalid, NotFound, Unavailable
 from kilonova.model.machine import VolumeSource
 
 T = TypeVar("T")
@@ -342,6 +342,28 @@ class Volumes:
             if not things or f"{what}_links" not in page:
                 return
             said["marker"] = decoded(self.session.name, raw, list[_Named])[-1].id
+
+
+MADE_FOR = "kilonova:device"  # in the metadata of a volume that was made for a device of a server: the device's uuid
+
+
+def given_back(volumes: Volumes, server_id: str, volume_id: str | None, device: str) -> None:
+    """What was reserved for this device of the server, or made for it, is so no longer. Nothing there: done."""
+    if volume_id is not None:
+        for a in volumes.attachments(server_id=server_id, volume_id=volume_id):
+            volumes.release(a.id)
+        return
+    for v in volumes.list(all_projects=True, metadata={MADE_FOR: device}):
+        if v.status not in ("deleting", "error_deleting"):
+            erased(volumes, v)
+
+
+def erased(volumes: Volumes, volume: VolumeInfo) -> None:
+    """Delete it. Raises Unavailable while it is on its way to a state in which it can be."""
+    try:
+        volumes.delete(volume.id)
+    except Invalid as e:
+        raise Unavailable(f"Volume {volume.id} is {volume.status}.", why=e.said) from e
 
 
 def nested(attachment: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ first that no device has; a device keeps its own.
 """
 
 import itertools
+import re
 import string
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -54,9 +55,9 @@ def disk(server: Server, d: Device, letter: str = "", connections: Connections |
 
 
 def named(server: Server) -> list[Device]:
-    """Its devices, with names for those that have none."""
+    """Its devices, each with the name that its bus gives it; letters that were asked for are kept."""
     return [
-        d if d.name else msgspec.structs.replace(d, name=f"/dev/{PREFIXES[bus_of(server, d)]}{letter}")
+        msgspec.structs.replace(d, name=f"/dev/{PREFIXES[bus_of(server, d)]}{letter}")
         for _, d, letter in _slots(server)
         if d is not None
     ]
@@ -70,7 +71,7 @@ def next_name(server: Server, bus: Bus) -> str:
 
 def has_name(server: Server, name: str) -> bool:
     """Is a disk called so, whatever its bus?"""
-    return _letter(name) in {letter for _, _, letter in _slots(server)}
+    return letters_of(name) in {letter for _, _, letter in _slots(server)}
 
 
 def root_name(server: Server) -> str:
@@ -96,14 +97,14 @@ def _slots(server: Server) -> Iterator[tuple[Role, Device | None, str]]:
     if not server.devices:
         yield from zip((r for r in ROLES if _tell_of(server, r)), itertools.repeat(None), string.ascii_lowercase)
         return
-    taken = {_letter(d.name) for d in server.devices if d.name}
+    taken = {letters_of(d.name) for d in server.devices if d.name}
     free = (x for x in _letters() if x not in taken)
     for role in ROLES:
         mine = [d for d in server.devices if d.role == role]
         if not mine and _tell_of(server, role):
             yield role, None, next(free)
         for d in mine:
-            yield role, d, _letter(d.name) if d.name else next(free)
+            yield role, d, letters_of(d.name) if d.name else next(free)
 
 
 def _tell_of(server: Server, role: Role) -> bool:
@@ -166,7 +167,7 @@ def _letters() -> Iterator[str]:
     yield from map("".join, itertools.product(string.ascii_lowercase, repeat=2))
 
 
-def _letter(name: str) -> str:
-    """/dev/vdb → b; /dev/xvdc, sdc → c."""
-    bare = name.removeprefix("/dev/").removeprefix("x")
-    return bare[2:].rstrip(string.digits) if bare[:2] in ("vd", "sd", "hd") else bare
+def letters_of(name: str) -> str:
+    """/dev/vdb → b; /dev/xvdc, sdc → c; "" for what is no name of a disk."""
+    found = re.fullmatch(r"(?:/dev/)?(?:x?vd|sd|hd)([a-z]{1,2})[0-9]*", name)
+    return found[1] if found else ""

@@ -134,6 +134,10 @@ class Compute(Struct, frozen=True):
         int, Meta(description="Builds that may fail one after another before other hosts are preferred; 0 never.", ge=0)
     ] = 10
     max_concurrent_builds: A[int, Meta(description="Servers a host builds at the same time; 0 is no limit.", ge=0)] = 10
+    local_disks_max: A[
+        int, Meta(description="Local disks that a new server may be described with; -1 is no limit.", ge=-1)
+    ] = 3
+    disks_max: A[int, Meta(description="Disks of a server when a volume is attached; -1 is no limit.", ge=-1)] = -1
     force_config_drive: A[bool, Meta(description="Give every server a config drive.")] = False
     config_drive_format: A[Literal["iso9660", "vfat"], Meta(description="The file system of config drives.")] = (
         "iso9660"
@@ -345,6 +349,9 @@ class Volume(Struct, frozen=True):
     url: A[
         str | None, Meta(description="A real block-storage service.", examples=["https://cinder.example.org/v3"])
     ] = None
+    cross_zone_attach: A[bool, Meta(description="Volumes may be of another availability zone than their server.")] = (
+        True
+    )
 
 
 class Log(Struct, frozen=True):
