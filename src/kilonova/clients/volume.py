@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from kilonova.clients.carriers import Absent
 from kilonova.clients.session import Query, Session, decoded, part
 from kilonova.kit.clock import parsed
 from kilonova.kit.errors import Invalid, NotFound, Unavailable
@@ -123,6 +124,11 @@ class Volumes:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+
+    @property
+    def there(self) -> bool:
+        """Does this cloud have such a service at all?"""
+        return not isinstance(self.session.carrier, Absent)
 
     # -- volumes
 

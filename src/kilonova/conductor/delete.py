@@ -4,15 +4,18 @@ It may overtake anything; whoever asked for it has called "abort" to those who a
 that is gone is swept when the host returns.
 """
 
+from contextlib import suppress
+from typing import Any
+
 import msgspec
 
-from kilonova.conductor import ports
+from kilonova.conductor import ports, volumes
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Destroy, Done
 from kilonova.contracts.jobs import Delete
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import HostGone
+from kilonova.kit.errors import HostGone, Trouble
 from kilonova.kit.workflow import FOREVER, Run, command, effect, record, workflow
 from kilonova.model.server import Server
 from kilonova.model.states import VM
@@ -24,24 +27,35 @@ def delete(run: Run, job: Delete) -> None:
     server = job.server
     run.if_undone(undeleted, server, run.id, run.now)
     run.when_alone()
-    host = run(standing, server.id).host
-    if host is not None:
+    found = run(standing, server.id)
+    if found.host is not None:
         try:
-            run(destroy, server.id, host)
+            run(destroy, server.id, found.host)
         except HostGone:
             pass
     run(unplug, server.id)
+    if found.volumes:
+        run(volumes.release, server.id)
+        for id in found.doomed:
+            with suppress(Trouble):  # it is the user's then, and he can see it
+                run(volumes.erase, id)
     run(deleted, server, run.now)
 
 
 class Standing(msgspec.Struct, frozen=True):
+    """`doomed` are the volumes that are to go with it."""
+
     host: str | None
+    volumes: bool = False
+    doomed: list[str] = []
 
 
 @record
 def standing(tx: Tx, id: str) -> Standing:
-    """Where it is, now that nobody moves it."""
-    return Standing(servers.get(tx, id).host)
+    """Where it is and what it has, now that nobody changes it."""
+    s = servers.get(tx, id)
+    doomed = [d.volume_id for d in s.devices if d.is_volume and d.volume_id and d.delete_on_termination]
+    return Standing(s.host, volumes.has_volumes(s), doomed)
 
 
 @command(patience_s=FOREVER, event="compute_terminate_instance")
@@ -57,7 +71,8 @@ def unplug(world: World, key: str, id: str) -> None:
 @record
 def deleted(tx: Tx, server: Server, now: float) -> None:
     placement.release(tx, server.id, now=now)
-    gone = {"host": None, "node": None, "power_state": 0, "terminated_at": now, "deleted_at": now}
+    gone: dict[str, Any] = {"host": None, "node": None, "power_state": 0, "terminated_at": now, "deleted_at": now}
+    gone |= {"devices": []} if server.devices else {}
     servers.finish(tx, server, VM.deleted, now, **gone)
 
 
