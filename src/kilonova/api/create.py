@@ -28,8 +28,8 @@ from kilonova.api.bodies import (
 )
 from kilonova.api.devices import DeviceWish, OldDeviceWish, asked, fitting, of_image, seen
 from kilonova.api.registry import R, World, cause, link, links
-from kilonova.api.server_groups import hinted
 from kilonova.api.reserved import reserved
+from kilonova.api.server_groups import hinted
 from kilonova.clients import ImageInfo
 from kilonova.contracts.jobs import Build
 from kilonova.kit.db import Tx
