@@ -48,6 +48,17 @@ class Port(msgspec.Struct, frozen=True):
     resource_request: dict[str, Any] | None = None
 
 
+class Binding(msgspec.Struct, frozen=True):
+    """One of a port's hosts: where it is (ACTIVE), or could be next (INACTIVE)."""
+
+    host: str
+    status: str = "ACTIVE"
+    vif_type: str | None = ""
+    vif_details: dict[str, Any] | None = {}
+    vnic_type: str | None = "normal"
+    profile: dict[str, Any] | None = {}
+
+
 class NetworkInfo(msgspec.Struct, frozen=True):
     """A network. `mtu` 0: not said."""
 
@@ -172,6 +183,40 @@ class Network:
         with suppress(NotFound):
             self.session.tell("DELETE", f"/v2.0/ports/{part(id)}", token=token)
 
+    # -- a port on its way from host to host
+
+    def bindings(self, port: str) -> list[Binding]:
+        """Raises NotFound where there is no such port."""
+        return self.session.json("GET", f"/v2.0/ports/{part(port)}/bindings", _Bindings).bindings
+
+    def expect_port(self, port: Port, host: str) -> Binding:
+        """Let it be able to come to this host, beside where it is; with the profile that it has. Safe to do twice.
+
+        Raises Conflict where the network service cannot have it there.
+        """
+        wish = {"host": host, "vnic_type": port.vnic_type or "normal", "profile": port.profile or {}}
+        path = f"/v2.0/ports/{part(port.id)}/bindings"
+        try:
+            return self.session.json("POST", path, _OneBinding, body={"binding": wish}).binding
+        except Conflict:
+            if there := [b for b in self.bindings(port.id) if b.host == host]:
+                return there[0]
+            raise
+
+    def switch_port(self, port: str, host: str) -> None:
+        """It is on that host from now on, and could be where it was before. Safe to do twice. Raises NotFound."""
+        path = f"/v2.0/ports/{part(port)}/bindings/{part(host)}/activate"
+        try:
+            self.session.tell("PUT", path)
+        except Conflict:
+            if not any(b.host == host and b.status == "ACTIVE" for b in self.bindings(port)):
+                raise
+
+    def forget_binding(self, port: str, host: str) -> None:
+        """It does not come to, or come back to, this host. Nothing there: done."""
+        with suppress(NotFound):
+            self.session.tell("DELETE", f"/v2.0/ports/{part(port)}/bindings/{part(host)}")
+
     # -- what they hang on
 
     def networks(
@@ -245,6 +290,14 @@ class Network:
 
 class _OnePort(msgspec.Struct):
     port: Port
+
+
+class _OneBinding(msgspec.Struct):
+    binding: Binding
+
+
+class _Bindings(msgspec.Struct):
+    bindings: list[Binding]
 
 
 class _OneTopology(msgspec.Struct):

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from kilonova.clients import Neighbours
-from kilonova.conductor import addresses, create, delete, verbs, volumes, watch
+from kilonova.conductor import addresses, create, delete, resize, verbs, volumes, watch
 from kilonova.conductor.world import World
 from kilonova.contracts.conductor import PowerChanged, Report
 from kilonova.contracts.scheduler import Choose, Chosen
@@ -19,7 +19,10 @@ from kilonova.kit.worker import Worker
 from kilonova.kit.workflow import Engine, Workflow
 from kilonova.model.options import Config
 
-FLOWS: list[Workflow[object]] = [create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress]  # type: ignore[list-item]
+FLOWS: list[Workflow[Any]] = [
+    create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
+    resize.revert,
+]  # fmt: skip
 
 
 class Conductor:

@@ -19,7 +19,8 @@ from kilonova.kit.errors import HostGone, Trouble
 from kilonova.kit.workflow import FOREVER, Run, command, effect, record, workflow
 from kilonova.model.server import Server
 from kilonova.model.states import VM
-from kilonova.store import placement, servers
+from kilonova.store import migrations, placement, servers
+from kilonova.store.migrations import Kind, Status
 
 
 @workflow
@@ -28,9 +29,9 @@ def delete(run: Run, job: Delete) -> None:
     run.if_undone(undeleted, server, run.id, run.now)
     run.when_alone()
     found = run(standing, server.id)
-    if found.host is not None:
+    for host in [*([found.host] if found.host is not None else []), *found.kept]:
         try:
-            run(destroy, server.id, found.host)
+            run(destroy, server.id, host)
         except HostGone:
             pass
     run(unplug, server.id)
@@ -43,11 +44,12 @@ def delete(run: Run, job: Delete) -> None:
 
 
 class Standing(msgspec.Struct, frozen=True):
-    """`doomed` are the volumes that are to go with it."""
+    """`doomed` are the volumes that are to go with it; `kept` other hosts where a machine of it lies, since a move that is not decided."""
 
     host: str | None
     volumes: bool = False
     doomed: list[str] = []
+    kept: list[str] = []
 
 
 @record
@@ -55,7 +57,8 @@ def standing(tx: Tx, id: str) -> Standing:
     """Where it is and what it has, now that nobody changes it."""
     s = servers.get(tx, id)
     doomed = [d.volume_id for d in s.devices if d.is_volume and d.volume_id and d.delete_on_termination]
-    return Standing(s.host, volumes.has_volumes(s), doomed)
+    others = {m.source for m in migrations.holding(tx, id) if m.type != Kind.evacuation and m.source} - {s.host}
+    return Standing(s.host, volumes.has_volumes(s), doomed, sorted(others))
 
 
 @command(patience_s=FOREVER, event="compute_terminate_instance")
@@ -71,9 +74,16 @@ def unplug(world: World, key: str, id: str) -> None:
 @record
 def deleted(tx: Tx, server: Server, now: float) -> None:
     placement.release(tx, server.id, now=now)
+    for m in migrations.holding(tx, server.id):
+        placement.release(tx, m.uuid, now=now)
+        migrations.change(tx, m.uuid, now, ENDS.get(Status(m.status), Status.error))
     gone: dict[str, Any] = {"host": None, "node": None, "power_state": 0, "terminated_at": now, "deleted_at": now}
     gone |= {"devices": []} if server.devices else {}
     servers.finish(tx, server, VM.deleted, now, **gone)
+
+
+# What becomes of a move whose server is deleted: one that waited for a word is as good as confirmed.
+ENDS = {Status.finished: Status.confirmed, Status.done: Status.completed}
 
 
 @record

@@ -145,6 +145,15 @@ class Compute(Struct, frozen=True):
     reclaim_interval_s: A[
         int, Meta(description="Deleted servers can be restored for so long; 0 deletes at once.", ge=0)
     ] = 0
+    allow_resize_to_same_host: A[
+        bool, Meta(description="A resize may leave a server where it is; a cold migration never does.")
+    ] = False
+    resize_confirm_window_s: A[
+        int, Meta(description="A resize that nobody confirms or reverts is confirmed after so long; 0 never.", ge=0)
+    ] = 0
+    max_concurrent_live_migrations: A[
+        int, Meta(description="Servers that leave a host at the same time while they run; 0 is no limit.", ge=0)
+    ] = 1
     lost_server: A[
         Literal["log", "stop", "destroy"],
         Meta(description="What is done with a machine on a host that no server owns."),

@@ -10,11 +10,12 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
-from kilonova.model.ask import amounts_of
+from kilonova.model.ask import amounts, amounts_of
 from kilonova.model.server import Server
 from kilonova.model.server_group import admits
 from kilonova.model.states import VM
-from kilonova.store import hosts, networks, placement, server_groups, servers
+from kilonova.store import hosts, migrations, networks, placement, server_groups, servers
+from kilonova.store.migrations import OVER, Status
 
 RESTING = {
     VM.active,
@@ -44,7 +45,9 @@ def wrong(
         all = [servers.of(r) for r in tx.execute(servers.SELECT)]
         said = _runs(tx)
         said += _claims(tx, all)
-        said += _machines(all, holds)
+        said += _machines(all, holds, undecided(tx))
+        said += _moves(tx, all)
+        said += [f"port {b.port_id} could still come to {b.host}" for b in networks.find(tx, networks.Binding)]
         said += _ports(all, _our_ports(tx) if ports is None else ports)
         said += _groups(tx, all)
         said += [line for s in all for line in _resting(tx, s)]
@@ -79,13 +82,53 @@ def _claims(tx: Tx, all: list[Server]) -> list[str]:
         found = {h: dict(c) for h, c in held.pop(s.id, {}).items()}
         if found != expect:
             said.append(f"{s.id} ({s.vm_state}) on {s.host} holds {found}")
+    on_volumes = {s.id for s in all if s.volume_backed}
+    for m in undecided(tx):
+        found = {h: dict(c) for h, c in held.pop(m.uuid, {}).items()}
+        if m.old_flavor is None or found != {m.source: amounts(m.old_flavor, volume_backed=m.server in on_volumes)}:
+            said.append(f"the {m.type} of {m.server} from {m.source} holds {found}")
     return said + [f"{consumer} is no server and holds {dict(h)}" for consumer, h in held.items()]
 
 
-def _machines(all: list[Server], holds: Mapping[str, Mapping[str, tuple[str, int]]]) -> list[str]:
+def undecided(tx: Tx) -> list[migrations.Migration]:
+    """The moves that hold something of the host that they came from, at rest."""
+    holding = [str(s) for s in (Status.finished, Status.done)]
+    return [migrations.of(r) for r in tx.execute(migrations.SELECT.where(migrations.T.c.status.in_(holding)))]
+
+
+def _moves(tx: Tx, all: list[Server]) -> list[str]:
     said = []
+    of = {s.id: s for s in all}
+    waiting = {m.server for m in undecided(tx) if m.status == Status.finished}
+    said += [
+        f"{s.id} is resized, and nothing is to be decided"
+        for s in all
+        if s.vm_state == VM.resized and s.id not in waiting
+    ]
+    for m in map(migrations.of, tx.execute(migrations.SELECT)):
+        if m.status not in OVER and m.status != Status.finished:
+            said.append(f"the {m.type} of {m.server} rests as {m.status}")
+        if m.status == Status.finished and of[m.server].vm_state not in (VM.resized, VM.error):
+            said.append(f"the {m.type} of {m.server}, which is {of[m.server].vm_state}, waits for a word")
+    return said
+
+
+def _machines(
+    all: list[Server], holds: Mapping[str, Mapping[str, tuple[str, int]]], moves: list[migrations.Migration]
+) -> list[str]:
+    said = []
+    here = {h: dict(machines) for h, machines in holds.items()}
+    for m in moves:  # what is kept until its user decides
+        lies = here.get(m.source or "")
+        if m.status != Status.finished or lies is None:
+            continue
+        names = [n for n in (m.server, f"{m.server}.kept") if lies.get(n) == ("shutdown", m.source_epoch)]
+        if not names:
+            said.append(f"nothing is kept of {m.server} on {m.source}")
+        for name in names:
+            del lies[name]
     at: dict[str, dict[str, tuple[str, int]]] = defaultdict(dict)
-    for host, machines in holds.items():
+    for host, machines in here.items():
         for id, how in machines.items():
             at[id][host] = how
     for s in all:

@@ -118,6 +118,23 @@ def claim(
     return fits
 
 
+def claim_more(tx: Tx, defaults: options.Quota, project_id: str, user_id: str, cores: int, ram_mb: int) -> None:
+    """May a server become larger by so much? What becomes less, or stays, is not asked about. Raises OverQuota.
+
+    Holds the project's lock until the transaction ends.
+    """
+    cores, ram_mb = max(cores, 0), max(ram_mb, 0)
+    _lock(tx, project_id)
+    for who in (None, user_id):
+        if who and not own_limits(tx, project_id, who):
+            continue
+        allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)
+        over = {"cores": cores > 0 and 0 <= allowed["cores"] < used.cores + cores}
+        over["ram"] = ram_mb > 0 and 0 <= allowed["ram"] < used.ram + ram_mb
+        if any(over.values()):
+            raise _exceeded([r for r, is_ in over.items() if is_], {"cores": cores, "ram": ram_mb}, used, allowed)
+
+
 def _rooms(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int) -> list[int]:
     rooms = []
     for resource, each in (("instances", 1), ("cores", cores), ("ram", ram_mb)):
@@ -129,6 +146,10 @@ def _rooms(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int) -> lis
 def _over(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int, n: int) -> OverQuota:
     wanted = {"cores": cores * n, "instances": n, "ram": ram_mb * n}
     over = [r for r, w in wanted.items() if 0 <= allowed[r] < getattr(used, r) + w]
+    return _exceeded(over, wanted, used, allowed)
+
+
+def _exceeded(over: list[str], wanted: dict[str, int], used: Usage, allowed: dict[str, int]) -> OverQuota:
     join: Any = lambda f: ", ".join(str(f(r)) for r in over)
     return OverQuota(
         f"Quota exceeded for {join(str)}: Requested {join(wanted.get)}, but already used {join(lambda r: getattr(used, r))} of {join(allowed.get)} {join(str)}"

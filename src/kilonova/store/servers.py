@@ -193,6 +193,17 @@ def finish(tx: Tx, server: Server, to: VM, now: float, **facts: Any) -> bool:
     return False
 
 
+def sized(flavor: Flavor, quota: Flavor | None = None) -> dict[str, Any]:
+    """As facts for `finish`: it is as large as that. `quota`: and another that it may become counts as well, class by class."""
+    other = quota or flavor
+    return {
+        "flavor": flavor,
+        "flavor_id": flavor.id,
+        "vcpus": max(flavor.vcpus, other.vcpus),
+        "memory_mb": max(flavor.memory_mb, other.memory_mb),
+    }
+
+
 def change(tx: Tx, id: str, now: float | None, **facts: Any) -> None:
     """Write columns of a living server that no run owns: name, metadata, lock, tags. Raises NotFound."""
     if "tags" in facts:
