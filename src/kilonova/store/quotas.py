@@ -124,7 +124,7 @@ def claim_more(tx: Tx, defaults: options.Quota, project_id: str, user_id: str, c
     Holds the project's lock until the transaction ends.
     """
     cores, ram_mb = max(cores, 0), max(ram_mb, 0)
-    _lock(tx, project_id)
+    lock(tx, project_id)
     for who in (None, user_id):
         if who and not own_limits(tx, project_id, who):
             continue
