@@ -56,16 +56,22 @@ class Net:
     """The service in this process, asked as a stranger would."""
 
     def __init__(
-        self, directory: Path, wires: dict[str, Callable[[Wiring], None]] | None = None, **config: Any
+        self,
+        directory: Path,
+        wires: dict[str, Callable[[Wiring], None]] | None = None,
+        apart: frozenset[str] = frozenset(),
+        way_out: bool = True,
+        **config: Any,
     ) -> None:
         self.db = Db(f"sqlite:///{directory}/network-{uuid.uuid4().hex}.db")
         meta.create_all(self.db.engine)
-        self.world = World(self.db, WallClock(), Ids(random.Random(1)), Network(**config), wires=wires)
+        self.world = World(self.db, WallClock(), Ids(random.Random(1)), Network(**config), wires, apart)
         self.service = network.make_service(self.world, gate)
-        network.bootstrap(self.world, "admins")
+        network.bootstrap(self.world, "admins", way_out=way_out)
         self.carrier = Inside(self.service, "http://cloud.test/network")
         self.public, self.private = (
-            self.get(f"/networks?name={n}")["networks"][0]["id"] for n in ("public", "private")
+            next((n["id"] for n in self.get(f"/networks?name={name}")["networks"]), "")
+            for name in ("public", "private")
         )
         self.inner = self.get("/subnets?name=private")["subnets"][0]["id"]
 
@@ -772,14 +778,14 @@ def wired(tmp_path: Path) -> Iterator[tuple[Net, Wires, Wires]]:
     net.db.close()
 
 
-def bound(net: Net, **wish: Any) -> Any:
+def bound(net: Net, host: str = "host-1", **wish: Any) -> Any:
     return net.make(
         "port",
         network_id=net.private,
         project_id="demos",
         device_id="s",
         device_owner="compute:nova",
-        binding__host_id="host-1",
+        binding__host_id=host,
         **wish,
     )
 
@@ -847,6 +853,26 @@ def test_a_host_without_wires_of_ours_cannot_be_bound(wired: tuple[Net, Wires, W
     net, _, _ = wired
     port = net.make("port", network_id=net.private, binding__host_id="elsewhere")
     assert (port["binding:vif_type"], port["status"], port["binding:vif_details"]) == ("binding_failed", "DOWN", {})
+
+
+def test_a_host_that_makes_no_networks_leaves_it_to_qemu(tmp_path: Path) -> None:
+    net = Net(tmp_path, {}, apart=frozenset({"laptop"}))
+    port = bound(net, "laptop")
+    assert (port["binding:vif_type"], port["status"]) == ("user", "ACTIVE")
+    assert port["binding:vif_details"] == {"port_filter": False, "connectivity": "l3"}
+    assert bound(net, "elsewhere")["binding:vif_type"] == "binding_failed"
+    wish = {"floating_network_id": net.public, "port_id": port["id"]}
+    said = refused(400, "BadRequest", lambda: net.ask("POST", "/floatingips", {"floatingip": wish}, "demo"))
+    assert "QEMU" in said
+    assert net.get("/floatingips")["floatingips"] == []
+    net.db.close()
+
+
+def test_without_a_way_out_there_is_no_public_network(tmp_path: Path) -> None:
+    net = Net(tmp_path, {}, apart=frozenset({"laptop"}), way_out=False)
+    assert [n["name"] for n in net.get("/networks")["networks"]] == ["private"]
+    assert net.get("/routers")["routers"] == []
+    net.db.close()
 
 
 def test_wires_that_are_broken_fail_the_binding_and_are_mended_later(wired: tuple[Net, Wires, Wires]) -> None:

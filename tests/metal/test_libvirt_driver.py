@@ -416,7 +416,7 @@ def test_an_ordinary_user_has_it_as_well(guest: Path) -> None:
     nobody += [f"PYTHONPATH={Path(kilonova.__file__).parents[1]}", "PYTHONDONTWRITEBYTECODE=1"]
     with tempfile.TemporaryDirectory(prefix="kilonova-nobody-") as home:
         shutil.copy(guest, home)
-        (state := Path(home) / ("x" * 90)).mkdir()
+        (state := Path(home) / ("a blank " + "x" * 90)).mkdir()
         for path in (Path(home), state, Path(home) / guest.name):
             os.chown(path, 65534, 65534)
         import_ = subprocess.run(

@@ -1,5 +1,6 @@
 """A `Machine` in libvirt's words: what must be in them whatever a machine is like."""
 
+import ipaddress
 import re
 import string
 from xml.etree import ElementTree
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kilonova.kit.errors import Refused
 from kilonova.model.machine import Disk, FixedIp, Identity, ImageSource, Machine, Nic
-from kilonova.virt.libvirt.xml import NAMESPACE, QEMU, Laid, Layer, Place, domain_xml, epoch_of
+from kilonova.virt.libvirt.xml import NAMESPACE, QEMU, Apart, Laid, Layer, Place, domain_xml, epoch_of
 
 ID = "0b1c2d3e-0000-4000-8000-00000000002a"
 LAID = Laid([Layer("/srv/instances/x/disk.vda", "qcow2"), Layer("/srv/cache/image", "raw")])
@@ -144,20 +145,45 @@ def test_nics() -> None:
         domain_xml(machine(nics=[msgspec.structs.replace(NIC, vif_type="unbound")]), PLACE)
 
 
+def arguments(of: Machine, place: Place) -> list[str]:
+    return [a.get("value", "") for a in made(of, place).iterfind(f"{{{QEMU}}}commandline/{{{QEMU}}}arg")]
+
+
 def test_qemus_own_network() -> None:
-    details: dict[str, str | int | bool] = {
-        "guestfwd": "tcp:10.0.0.9:80-cmd:/bin/x a,b",
-        "hostfwd": "tcp::22-:22\ntcp::80-:80",
-    }
     ip = FixedIp("10.0.0.5", prefix=24, gateway="10.0.0.1")
-    nic = msgspec.structs.replace(NIC, vif_type="user", ips=[ip], details=details)
-    root = made(machine(nics=[NIC, nic]))
-    line = [a.get("value", "") for a in root.iterfind(f"{{{QEMU}}}commandline/{{{QEMU}}}arg")]
+    nic = msgspec.structs.replace(NIC, vif_type="user", ips=[ip], details={"hostfwd": "tcp::22-:22"})
+    place = at(apart=Apart("/bin/x a,b", 4022), sandbox="ours")
+    root = made(machine(nics=[NIC, nic]), place)
     assert len(root.findall("devices/interface")) == 1
-    netdev = re.split(r"(?<!,),(?!,)", line[1])
-    assert {"net=10.0.0.0/24", "host=10.0.0.1", "dhcpstart=10.0.0.5", "hostfwd=tcp::22-:22"} <= set(netdev)
-    assert "guestfwd=tcp:10.0.0.9:80-cmd:/bin/x a,,b" in netdev  # a comma that is meant
-    assert "bus=pcie.0" in line[3] and "addr=0x11" in line[3]
+    line = arguments(machine(nics=[NIC, nic]), place)
+    first, metadata = (re.split(r"(?<!,),(?!,)", word) for word in line if word.startswith("user,"))
+    assert {"net=10.0.0.0/24", "host=10.0.0.1", "dns=10.0.0.254", "dhcpstart=10.0.0.5", "restrict=on"} <= set(first)
+    assert [w for w in first if w.startswith("hostfwd")] == ["hostfwd=tcp:127.0.0.1:4022-10.0.0.5:22"]  # ours alone
+    assert "guestfwd=tcp:169.254.169.254:80-cmd:/bin/x a,,b" in metadata  # a comma that is meant
+    assert "restrict=on" in metadata
+    cards = [word for word in line if word.startswith("virtio-net-pci")]
+    assert [re.findall("addr=(.*)", c) for c in cards] == [["0x11"], ["0x12"]] and all("bus=pcie.0" in c for c in cards)
+    assert len({re.findall("mac=([^,]*)", c)[0] for c in cards}) == 2
+    open_ = arguments(machine(nics=[nic]), at(apart=Apart(outside=True)))
+    assert "restrict=off" in open_[1] and "guestfwd" not in str(open_) and "hostfwd" not in str(open_)
+
+
+def test_qemu_may_start_a_program_only_for_metadata() -> None:
+    nic = msgspec.structs.replace(NIC, vif_type="user")
+    place = at(apart=Apart("/bin/x"), sandbox="ours")
+    assert "spawn=allow" in arguments(machine(nics=[nic]), place)[1]
+    assert "spawn=deny" in arguments(machine(), place)[1]
+    assert arguments(machine(), PLACE) == []  # libvirt confines it
+
+
+@given(st.integers(1, 254), st.integers(24, 30), st.booleans())
+def test_qemu_takes_no_address_that_is_the_guests(host: int, width: int, gateway: bool) -> None:
+    net = ipaddress.ip_network(f"10.0.0.{host}/{width}", strict=False)
+    hosts = [str(a) for a in net.hosts()]
+    ip = FixedIp(hosts[host % len(hosts)], prefix=width, gateway=hosts[0] if gateway else None)
+    line = arguments(machine(nics=[msgspec.structs.replace(NIC, vif_type="user", ips=[ip])]), PLACE)[1]
+    own = re.findall(r"(?:host|dns)=(10[^,]*)", line)
+    assert len(set(own)) == len(own) and (ip.address not in own or ip.address == ip.gateway)
 
 
 def test_cpus() -> None:

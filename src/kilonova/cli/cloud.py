@@ -18,7 +18,7 @@ from kilonova.api.registry import World
 from kilonova.cli.state import Secrets, StateDir
 from kilonova.clients import Carrier, Inside, Login, neighbours
 from kilonova.companions import identity, image, network
-from kilonova.companions.wires import Wires
+from kilonova.companions.wires import Wires, guestfwd
 from kilonova.companions.wires.ground import Ground
 from kilonova.compute.agent import ComputeHost, Images
 from kilonova.compute.sims import SimHosts
@@ -37,7 +37,7 @@ from kilonova.metadata.drive import config_drive
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.scheduler.select import Scheduler
-from kilonova.store import catalog, hosts
+from kilonova.store import catalog, hosts, servers
 from kilonova.virt.driver import Driver
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,9 @@ class Cloud:
         image.recover(self.images)
 
         self.ground = _ground(config, state)
-        self.networks = network.World(self.db, self.clock, self.ids, config.network, self._wires_of_hosts())
-        network.bootstrap(self.networks, self.first.admin_project_id)
+        wires, apart = self._wires_of_hosts()
+        self.networks = network.World(self.db, self.clock, self.ids, config.network, wires, apart)
+        network.bootstrap(self.networks, self.first.admin_project_id, way_out=wires is None or bool(wires))
         self.doors: dict[str, Service] = {}
         self.turns = threading.RLock()
         self._open("identity", identity.service(self.realm, config.policy.file))
@@ -111,6 +112,8 @@ class Cloud:
             self.db, self.neighbours.network, config, clock=self.clock, ids=self.ids, secret=secrets.metadata_secret
         )
         self.wires = _wires(self.ground, self.metadata, secrets, self.clock, state)
+        if self.wires is not None and apart:
+            self.wires.serve_programs(state.metadata, self._project_of)
 
         self.db.run(_furnish, self.clock.now())
         down_after_s = config.compute.host_down_after_s
@@ -250,6 +253,8 @@ class Cloud:
             fetch=Images(self.neighbours.image).fetch,
             config_drive=drive,
             netns=self.ground.netns_path if self.ground else None,
+            carry=lambda id: guestfwd.command(id, str(self.state.metadata)),
+            outside=self.config.network.forward,
         )
 
     # ---- parts
@@ -260,11 +265,19 @@ class Cloud:
             service.turns = self.turns
         self.doors[name] = service
 
-    def _wires_of_hosts(self) -> dict[str, Callable[..., None]] | None:
-        """On this machine there is one host with a data plane; simulated ones have none."""
-        if self.ground is None or self.ground.kind == "none":
-            return None
-        return {self.name: lambda wiring: self.wires.apply(wiring) if self.wires else None}
+    def _wires_of_hosts(self) -> tuple[dict[str, Callable[..., None]] | None, frozenset[str]]:
+        """On this machine there is one host, with a data plane or by QEMU alone; simulated ones have none."""
+        if self.ground is None:
+            return None, frozenset()
+        if not self.ground.wired:
+            return {}, frozenset({self.name} if self.ground.kind == "qemu" else ())
+        return {self.name: lambda wiring: self.wires.apply(wiring) if self.wires else None}, frozenset()
+
+    def _project_of(self, server: str) -> str | None:
+        """Who asks for metadata through QEMU is a server that there is."""
+        with self.db.read() as tx:
+            found = servers.find(tx, [server])
+        return found[server].project_id if server in found else None
 
     def _database(self) -> str:
         with self.db.read() as tx:
@@ -294,9 +307,7 @@ def open_db(config: options.Config, state: StateDir) -> Db:
 
 def purge(config: options.Config, state: StateDir) -> None:
     """All that a cloud has outside its directory: machines, their daemon, networks."""
-    ground = Ground.choose(state.path, config.network.plane) if config.compute.driver != "sim" else None
-    if ground is not None:
-        ground.prepare()
+    ground = _ground(config, state)
     for directory in sorted((state.path / "hosts").glob("*/instances")):
         from kilonova.virt.libvirt.driver import LibvirtDriver
 
@@ -313,7 +324,7 @@ def purge(config: options.Config, state: StateDir) -> None:
         for held in driver.machines():
             driver.destroy(held.id)
         driver.close(stop_daemon=True)
-    if ground is not None and ground.kind != "none":
+    if ground is not None and ground.wired:
         Wires(
             ground, metadata_app=None, metadata_secret="", clock=WallClock(), state_dir=state.path / "wires"
         ).remove_all()
@@ -324,7 +335,7 @@ def _ground(config: options.Config, state: StateDir) -> Ground | None:
     if config.compute.driver == "sim":
         return None
     want = "machine" if config.libvirt.uri else config.network.plane
-    ground = Ground.choose(state.path, want)
+    ground = Ground.choose(state.path, want, forward=config.network.forward)
     ground.prepare()
     log.info("networks: %s", ground.why)
     return ground

@@ -1,5 +1,6 @@
 """`kilonova demo`: a first server, through the public API alone, shown as it comes to life."""
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,11 +60,11 @@ def farewell(found: dict[str, Any], state: StateDir, url: str, where: str, say: 
     say("")
     say(f"Your cloud is at {url}; its first server was at its login prompt after {found['seconds']:.1f} s.")
     say("In another terminal:")
-    say(f"  export OS_CLIENT_CONFIG_FILE={state.clouds} OS_CLOUD=kilonova")
+    say(f"  export OS_CLIENT_CONFIG_FILE={shlex.quote(str(state.clouds))} OS_CLOUD=kilonova")
     say("  openstack server list                     (pip install python-openstackclient)")
     say(f"  openstack console log show {SERVER}")
     if where:
-        say(f"  ssh -i {found['key']} {where}")
+        say(f"  ssh -i {shlex.quote(str(found['key']))} {where}")
     say(f"Its own address is {found['address']}.")
 
 
@@ -169,6 +170,7 @@ def _console(client: Client, id: str, tell: Callable[[str], None]) -> None:
     """The guest's own words, as they come, up to its login prompt."""
     until, shown = time.monotonic() + LOGIN_S, 0
     while time.monotonic() < until:
+        status = client.get(f"/compute/v2.1/servers/{id}")["server"]["status"]
         text = client.post(f"/compute/v2.1/servers/{id}/action", {"os-getConsoleOutput": {}})["output"]
         lines = text.replace("\r", "").split("\n")
         for line in lines[shown:-1]:
@@ -177,6 +179,8 @@ def _console(client: Client, id: str, tell: Callable[[str], None]) -> None:
         if lines[-1].rstrip().endswith("login:"):
             tell(f"| {lines[-1]}")
             return
+        if status not in ("ACTIVE", "BUILD"):
+            raise Refused(f"The server is {status} before its login prompt came.")
         time.sleep(0.1)
     raise Refused(f"The guest showed no login prompt within {LOGIN_S:.0f} s.")
 

@@ -1,7 +1,6 @@
 """`kilonova down`: stop the cloud that lives in a directory; with `--purge`, for ever."""
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
@@ -34,10 +33,10 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
         from kilonova.cli.config import read
 
         with state.held():
-            if os.geteuid() == 0:
-                purge(read(chosen.config), state)
-            else:
+            if userns.holder(state.path):
                 userns.close(state.path)  # with all that lives in there
+            else:
+                purge(read(chosen.config), state)
         shutil.rmtree(state.path)
         print(f"{state.path} is gone, and all that was in it.")
     else:

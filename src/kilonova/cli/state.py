@@ -60,6 +60,11 @@ class StateDir:
         return self.path / "openrc"
 
     @property
+    def metadata(self) -> Path:
+        """The socket where guests under QEMU's user networking find the metadata service."""
+        return self.path / "metadata"
+
+    @property
     def log(self) -> Path:
         return self.path / "kilonova.log"
 

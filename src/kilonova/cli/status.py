@@ -2,12 +2,14 @@
 
 import argparse
 import http.client
+import socket
 import urllib.parse
 from typing import Any
 
 import msgspec
 
 from kilonova.cli.state import StateDir
+from kilonova.virt.libvirt.driver import doors
 
 
 def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
@@ -19,15 +21,28 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
         print('{"up": false}' if chosen.json else "It is not up.")
         return 3
     checks = asked(now.url)
+    laid = {id: port for host in (chosen.state_dir / "hosts").glob("*/") for id, port in doors(host).items()}
+    ways = {id: port for id, port in laid.items() if opens(port)}
     bad = {n: why for n, why in checks.items() if why != "ok"}
     if chosen.json:
-        shown = {"up": True, "ready": not bad, "pid": now.pid, "url": now.url, "checks": checks}
+        shown = {"up": True, "ready": not bad, "pid": now.pid, "url": now.url, "checks": checks, "ssh_ports": ways}
         print(msgspec.json.encode(shown).decode())
     else:
         print(f"It is up at {now.url} (process {now.pid}) and {'not ready' if bad else 'ready'}.")
         for name, why in bad.items():
             print(f"  {name}: {why}")
+        for id, port in ways.items():
+            print(f"  server {id}: ssh -p {port} USER@127.0.0.1")
     return 1 if bad else 0
+
+
+def opens(port: int) -> bool:
+    """Does somebody listen at this port of the machine's loopback? Not while the server is off."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
 
 
 def asked(url: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -22,7 +23,14 @@ from kilonova.kit.errors import Refused, Trouble, Unavailable, Unsupported
 from kilonova.kit.http import listen
 from kilonova.model import options
 
-GUEST = "kilonova-guest"
+# What guests have where we make no networks, and what they have not.
+APART = (
+    "So each server is alone with QEMU: it has its address, metadata, and a port of this machine that leads to its ssh\n"
+    "(`kilonova status` lists them). There are no security groups, routers and floating IPs, servers do not reach one\n"
+    "another, and they {outside}.\n"
+    "Metadata is on a second card: an image that asks only its first one needs a config drive."
+)
+OUTSIDE = {False: "do not get out (option network.forward)", True: "get out, and to this machine's loopback"}
 
 
 def main(words: list[str], *, demo: bool) -> int:
@@ -117,11 +125,16 @@ def _serve(
     cloud.start()
     try:
         _credentials(state, secrets, url)
+        if cloud.ground is not None and cloud.ground.kind == "qemu":
+            _say(cloud.ground.why)
+            _say(APART.format(outside=OUTSIDE[config.network.forward]))
         state.tell(Running(os.getpid(), started(os.getpid()), url, time.time()))
         _say(f"The cloud is up at {url} after {time.monotonic() - began:.1f} s; its home is {state.path}.")
         if demo:
             return _demo(cloud, state, secrets, chosen, url, stop, way_in)
-        _say(f"Next:  export OS_CLIENT_CONFIG_FILE={state.clouds} OS_CLOUD=kilonova; openstack flavor list")
+        _say(
+            f"Next:  export OS_CLIENT_CONFIG_FILE={shlex.quote(str(state.clouds))} OS_CLOUD=kilonova; openstack flavor list"
+        )
         _when_ready(cloud.health.reasons, stop)
         if not chosen.no_image and not stop.is_set():
             _in_background(lambda: _image(url, secrets, state, chosen.image, config, _say))
@@ -150,12 +163,14 @@ def _doors(
             raise
         _say(f"{e.said} A free port is taken instead.")
         listener = listen(config.api.host, 0)
-    if config.compute.driver != "sim" and os.geteuid() != 0:
+    if config.compute.driver != "sim" and os.geteuid() != 0 and config.network.plane in ("auto", "user"):
         try:
             argv = [sys.executable, "-P", "-m", "kilonova.main", *sys.argv[1:]]
             userns.reexec_if_needed(argv, [listener, listen("127.0.0.1", 0)], state.path)
         except Unsupported as e:
-            _say(f"{e.said} Guests get QEMU's own user networking.")
+            if config.network.plane == "user":
+                raise
+            _say(f"No user namespace: {e.said}")
     return listener, None
 
 
@@ -171,6 +186,7 @@ def _demo(
     from kilonova.cli import demo
     from kilonova.cli.client import Client
     from kilonova.cli.cloud import Cloud
+    from kilonova.virt.libvirt.driver import doors
 
     assert isinstance(cloud, Cloud)
     client = Client(url, secrets.admin_password)
@@ -191,6 +207,8 @@ def _demo(
         if way_in is not None:  # the guest is in a namespace of this user's own: a port of the machine leads there
             Forward(way_in, found["floating"], 22)
             where = f"-p {way_in.getsockname()[1]} kilonova@127.0.0.1"
+    elif port := doors(state.path / "hosts" / cloud.name).get(found["id"]):
+        where = f"-p {port} kilonova@127.0.0.1"
     demo.farewell(found, state, url, where, _say)
     if chosen.once:
         demo.remove(client, found["id"], _say)

@@ -134,10 +134,6 @@ class Compute(Struct, frozen=True):
         int, Meta(description="Builds that may fail one after another before other hosts are preferred; 0 never.", ge=0)
     ] = 10
     max_concurrent_builds: A[int, Meta(description="Servers a host builds at the same time; 0 is no limit.", ge=0)] = 10
-    local_disks_max: A[
-        int, Meta(description="Local disks that a new server may be described with; -1 is no limit.", ge=-1)
-    ] = 3
-    disks_max: A[int, Meta(description="Disks of a server when a volume is attached; -1 is no limit.", ge=-1)] = -1
     force_config_drive: A[bool, Meta(description="Give every server a config drive.")] = False
     config_drive_format: A[Literal["iso9660", "vfat"], Meta(description="The file system of config drives.")] = (
         "iso9660"
@@ -145,15 +141,6 @@ class Compute(Struct, frozen=True):
     reclaim_interval_s: A[
         int, Meta(description="Deleted servers can be restored for so long; 0 deletes at once.", ge=0)
     ] = 0
-    allow_resize_to_same_host: A[
-        bool, Meta(description="A resize may leave a server where it is; a cold migration never does.")
-    ] = False
-    resize_confirm_window_s: A[
-        int, Meta(description="A resize that nobody confirms or reverts is confirmed after so long; 0 never.", ge=0)
-    ] = 0
-    max_concurrent_live_migrations: A[
-        int, Meta(description="Servers that leave a host at the same time while they run; 0 is no limit.", ge=0)
-    ] = 1
     lost_server: A[
         Literal["log", "stop", "destroy"],
         Meta(description="What is done with a machine on a host that no server owns."),
@@ -332,9 +319,18 @@ class Network(Struct, frozen=True):
         Literal["auto", "root", "user", "slirp", "none"],
         Meta(
             description="How networks are made real: in this machine (`root`), in a user namespace of our own (`user`), "
-            "by QEMU alone (`slirp`), or not at all; `auto` takes the first that can be had."
+            "by QEMU alone (`slirp`: each guest is alone and has metadata and a port for ssh), or not at all; `auto` "
+            "takes the first that can be had."
         ),
     ] = "auto"
+    forward: A[
+        bool,
+        Meta(
+            description="Let guests out to what this machine reaches: switches on forwarding of IPv4 packets on the whole "
+            "machine, which stays on; under `slirp` lets QEMU connect for them, to the machine's own loopback too. Unset, "
+            "guests get out if the machine forwards already (in a user namespace: where slirp4netns is installed)."
+        ),
+    ] = False
     namespace_prefix: A[str, Meta(description="Begins the names of network namespaces, bridges and taps.")] = "kn"
     public_cidr: A[str, Meta(description="Addresses that the outside can reach: floating IPs.")] = "172.24.4.0/24"
     private_cidr: A[str, Meta(description="Addresses of the first project's first network.")] = "10.0.0.0/24"
@@ -358,9 +354,6 @@ class Volume(Struct, frozen=True):
     url: A[
         str | None, Meta(description="A real block-storage service.", examples=["https://cinder.example.org/v3"])
     ] = None
-    cross_zone_attach: A[bool, Meta(description="Volumes may be of another availability zone than their server.")] = (
-        True
-    )
 
 
 class Log(Struct, frozen=True):

@@ -43,7 +43,7 @@ def view(world: World, port: store.Port, b: store.Binding, status: str) -> View:
         "profile": b.profile,
         "status": status,
         "vif_type": b.vif_type,
-        "vif_details": ports.details(world, port) if b.vif_type == "bridge" else {},
+        "vif_details": ports.details(world, port.network_id, b.vif_type),
         "project_id": port.project_id,
     }
 
@@ -120,7 +120,7 @@ def create(call: Call, id: str) -> View:
         told = frame.said(wish)
         vnic = told.get("vnic_type", "normal")
         vif = ports.vif_type(call.world, wish.host, vnic)
-        if vif != "bridge":
+        if vif not in ports.PLUGGED:
             raise _failed(id, wish.host)
         b = store.Binding(id, wish.host, vnic, vif, told.get("profile") or {})
         store.add(tx, b)

@@ -18,28 +18,32 @@ N = store.networks.c
 # ---- the cloud's first
 
 
-def bootstrap(world: World, project_id: str) -> bool:
+def bootstrap(world: World, project_id: str, *, way_out: bool = True) -> bool:
     """`public`, which leads out and has floating IPs, `private` for everybody, and the router between them.
+
+    Without a `way_out` there is `private` alone: on hosts that make no networks a floating IP would lead nowhere.
 
     They belong to `project_id` (the administrator's).  Only where there is no network at all: what somebody
     deleted or changed stays so.  Were they made?  The wires are not told yet: see `rewire`.
     """
-    return world.change(_bootstrap, world, project_id)
+    return world.change(_bootstrap, world, project_id, way_out)
 
 
-def _bootstrap(tx: Tx, world: World, project: str) -> bool:
+def _bootstrap(tx: Tx, world: World, project: str, way_out: bool) -> bool:
     if store.find(tx, store.Network):
         return False
     c = world.config
+    private = networks.new(tx, world, project, NetworkWish(name="private", description="For everybody", shared=True))
+    inner = _subnet(tx, world, project, private, "private", c.private_cidr)
+    if not way_out:
+        return True
     public = networks.new(
         tx,
         world,
         project,
         NetworkWish(name="public", description="The way out", router_external=True, is_default=True),
     )
-    private = networks.new(tx, world, project, NetworkWish(name="private", description="For everybody", shared=True))
     _subnet(tx, world, project, public, "public", c.public_cidr, dhcp=False)
-    inner = _subnet(tx, world, project, private, "private", c.private_cidr)
     _join(tx, world, project, "router", public, private, inner)
     return True
 

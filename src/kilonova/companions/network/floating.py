@@ -190,6 +190,12 @@ def _lead(tx: Tx, call: Call, floating: store.Floating, port_id: str, fixed: str
             "and therefore cannot be bound.",
             code="BadRequest",
         )
+    if port.binding_vif_type == "user":
+        raise Invalid(
+            f"Bad floatingip request: Port {port_id} is on a host without networks of its own (QEMU's user networking), "
+            "where no floating IP leads.",
+            code="BadRequest",
+        )
     at = _fixed(store.addresses_of(tx, [port_id]).get(port_id, []), port_id, fixed)
     router_id = _way(tx, floating, at)
     same = T.port_id == port_id, T.fixed_ip_address == at.address, T.floating_network_id == floating.floating_network_id

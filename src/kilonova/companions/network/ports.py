@@ -23,6 +23,7 @@ from kilonova.store import networks as store
 from kilonova.store.networks import Address
 
 MOST_ADDRESSES, MOST_PAIRS, MOST_PROFILE_BYTES = 5, 10, 4095
+PLUGGED = ("bridge", "user")  # vif types a host can make: on our wires, or by QEMU
 SERVICE = ("network:router_interface", "network:router_gateway", "network:floatingip")  # are made by other resources
 
 # ---- what is said
@@ -102,7 +103,6 @@ def views(tx: Tx, world: World, ports: Sequence[store.Port]) -> list[View]:
 
 def view(world: World, whole: Whole) -> View:
     p = whole.port
-    bound = p.binding_vif_type == "bridge"
     return {
         **frame.standard(p),
         "network_id": p.network_id,
@@ -127,13 +127,15 @@ def view(world: World, whole: Whole) -> View:
         "binding:host_id": p.binding_host_id,
         "binding:profile": p.binding_profile,
         "binding:vif_type": p.binding_vif_type,
-        "binding:vif_details": details(world, p) if bound else {},
+        "binding:vif_details": details(world, p.network_id, p.binding_vif_type),
     }
 
 
-def details(world: World, p: store.Port) -> dict[str, Any]:
+def details(world: World, network_id: str, vif: str) -> dict[str, Any]:
     """How a host plugs it: which bridge, and that the wires filter and not the hypervisor's side."""
-    return {"bridge_name": world.bridge(p.network_id), "port_filter": True, "connectivity": "l2"}
+    if vif == "bridge":
+        return {"bridge_name": world.bridge(network_id), "port_filter": True, "connectivity": "l2"}
+    return {"port_filter": False, "connectivity": "l3"} if vif == "user" else {}
 
 
 def hostname(address: str) -> str:
@@ -361,9 +363,9 @@ def binding(world: World, port: store.Port | None, told: dict[str, Any]) -> dict
     vif = vif_type(world, host, vnic)
     if (port and port.status == "N/A") or device_owner.startswith("network:"):
         status = port.status if port else "ACTIVE"
-    elif vif != "bridge" or not up:
+    elif vif not in PLUGGED or not up:
         status = "DOWN"
-    elif world.wires is None:
+    elif vif == "user" or world.wires is None:
         status = "ACTIVE"
     else:  # until the wires know it
         same = port is not None and port.binding_host_id == host and port.binding_vif_type == "bridge"
@@ -378,9 +380,11 @@ def binding(world: World, port: store.Port | None, told: dict[str, Any]) -> dict
 
 
 def vif_type(world: World, host: str, vnic: str) -> str:
-    """Ordinary cards only, on hosts whose wires we hold."""
+    """Ordinary cards only, on hosts whose wires we hold, or whose guests QEMU connects."""
     if not host:
         return "unbound"
+    if vnic == "normal" and host in world.apart:
+        return "user"
     return "bridge" if vnic == "normal" and (world.wires is None or host in world.looms) else "binding_failed"
 
 
@@ -469,9 +473,10 @@ def _changes(tx: Tx, world: World, port: store.Port, told: dict[str, Any]) -> di
     if "mac_address" in told:
         mac = ipam.checked_mac(told["mac_address"])
         if mac != port.mac_address:
-            if port.binding_host_id and port.binding_vif_type == "bridge":
+            if port.binding_host_id and port.binding_vif_type in PLUGGED:
                 raise Conflict(
-                    f"Unable to complete operation on port {port.id}, port is already bound, port type: bridge, "
+                    f"Unable to complete operation on port {port.id}, port is already bound, "
+                    f"port type: {port.binding_vif_type}, "
                     f"old_mac {port.mac_address}, new_mac {mac}.",
                     code="PortBound",
                 )

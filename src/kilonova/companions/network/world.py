@@ -31,6 +31,7 @@ class Again(Exception):
 class World:
     """`wires`: the hosts whose data plane we hold, and how each is told its whole `Wiring`. None: there is no data
     plane (a simulated cloud) and a port may be bound to any host. The first host carries the routers and DHCP.
+    `apart`: hosts that can make no networks; QEMU gives each of their guests one of its own (vif_type `user`).
     """
 
     db: Db
@@ -38,6 +39,7 @@ class World:
     ids: Ids
     config: options.Network
     wires: Mapping[str, Apply] | None = None
+    apart: frozenset[str] = frozenset()
     told: Callable[[set[str]], None] | None = None  # who wants to know which devices have other addresses now
     looms: dict[str, "Loom"] = field(default_factory=dict)
 

@@ -84,7 +84,7 @@ class Wires:
         Safe from several threads, and to repeat; after an error the same call goes on where it stopped.
         """
         with self.lock:
-            if self.ground.kind == "none":
+            if not self.ground.wired:
                 if wiring.networks:
                     raise Unsupported(
                         "This host has no networks of its own: its guests use QEMU's.", why=self.ground.why
@@ -108,7 +108,7 @@ class Wires:
     def remove_all(self) -> None:
         """As if there had never been a data plane of this cloud here. Guests' taps lose their bridge."""
         with self.lock:
-            if self.ground.kind == "none":
+            if not self.ground.wired:
                 return
             self.wiring = None
             if self.proxy:
@@ -460,8 +460,8 @@ class Wires:
         return Table("ip", self._table, chains={"outwards": tuple(lines)})
 
     def _way_out(self) -> str:
-        if self.ground.kind == "none":
-            return "by QEMU"
+        if not self.ground.wired:
+            return "by QEMU" if self.ground.forward else "none: QEMU lets guests out where network.forward is set"
         with self.ground.enter(MACHINE):
             forwards = Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "1"
             default = any(

@@ -1,4 +1,4 @@
-"""Where the data plane lives: a network namespace of this cloud, the machine's own one, or none at all.
+"""Where the data plane lives: a network namespace of this cloud, the machine's own one, or nowhere.
 
 Three spaces have a name here.  `MACHINE` is the namespace Kilonova's process was started in.  `CLOUD` holds bridges
 and taps: a namespace of its own where we may make one, else the same as the machine's.  Every network with DHCP and
@@ -27,14 +27,15 @@ CLONE_NEWNET = 0x40000000
 IP_FREEBIND = 15
 PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
 
-Kind = Literal["namespace", "machine", "inside", "none"]
+Kind = Literal["namespace", "machine", "inside", "qemu", "none"]
 # fmt: off
 KINDS: dict[str, Kind | Literal["auto"]] = {
     "auto": "auto",
     "namespace": "namespace", "root": "namespace",
     "machine":   "machine",
     "user":      "inside",    "inside": "inside",
-    "slirp":     "none",      "none": "none",
+    "slirp":     "qemu",      "qemu": "qemu",
+    "none":      "none",
 }
 # fmt: on
 
@@ -58,14 +59,16 @@ class Ground:
     def choose(cls, state_dir: Path, want: str = "auto", *, forward: bool = False) -> "Ground":
         """The first ground that can be had, or the one wanted.
 
-        `want` is auto, namespace (or root), machine, user or none (or slirp).  Raises Refused, with the reason, where
-        the wanted one cannot be had; auto always finds one, if need be `none`: QEMU's own user networking.
+        `want` is auto, namespace (or root), machine, user, slirp or none.  Raises Refused, with the reason, where
+        the wanted one cannot be had; auto always finds one, if need be `qemu`: its own user networking.
         """
         kind = KINDS.get(want)
         if kind is None:
             raise Refused(f"There is no ground called {want!r} for networks: {', '.join(KINDS)}.")
+        if kind == "qemu":
+            return cls(kind, state_dir, why="Networks by QEMU alone, as configured.", forward=forward)
         if kind == "none":
-            return cls("none", state_dir, why="Networks by QEMU alone, as wanted.")
+            return cls(kind, state_dir, why="No networks at all, as configured.")
         if kind == "auto" and os.environ.get(INSIDE):
             kind = "inside"
         if kind == "inside" and not os.environ.get(INSIDE):
@@ -74,12 +77,17 @@ class Ground:
         if lacking and kind != "auto":
             raise Refused(f"Networks cannot be made here: {lacking}")
         if lacking:
-            return cls("none", state_dir, why=f"Networks by QEMU alone: {lacking}")
+            return cls("qemu", state_dir, why=f"Networks by QEMU alone: {lacking}", forward=forward)
         if kind == "inside":
             return cls(kind, state_dir, why="In a user namespace of our own.", forward=True)
         if kind == "machine":
             return cls(kind, state_dir, why="In the machine's own network namespace, as wanted.", forward=forward)
         return cls("namespace", state_dir, why="In a network namespace of this cloud's own.", forward=forward)
+
+    @property
+    def wired(self) -> bool:
+        """Has it a data plane of ours? Else guests have QEMU's user networking, or nothing."""
+        return self.kind not in ("qemu", "none")
 
     @property
     def own(self) -> bool:
@@ -111,7 +119,7 @@ class Ground:
 
     def prepare(self) -> None:
         """Makes the cloud's namespace, where it is to be one and is not there."""
-        if self.kind != "none":
+        if self.wired:
             self.runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
         if self.own:
             self.make(self.name)
@@ -159,7 +167,7 @@ class Ground:
     @contextlib.contextmanager
     def enter(self, space: str = CLOUD) -> Iterator[None]:
         """The calling thread is in that space meanwhile: its new sockets, its children, its /proc/sys/net."""
-        if self.kind == "none":
+        if not self.wired:
             raise Unsupported("This host has no networks of its own.", why=self.why)
         here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:

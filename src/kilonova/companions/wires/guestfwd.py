@@ -13,6 +13,7 @@ import select
 import shlex
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 HELLO = "kilonova-server "
@@ -37,6 +38,17 @@ def greeting(connection: socket.socket) -> str:
     return text.removeprefix(HELLO)
 
 
+@contextlib.contextmanager
+def near(path: str) -> Iterator[str]:
+    """Another name of a socket, for who binds or connects it: the kernel takes 107 bytes, and folders are deep."""
+    folder, _, name = path.rpartition("/")
+    fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("guestfwd", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--server", required=True, help="id of the server whose guest asks")
@@ -44,7 +56,8 @@ def main(argv: list[str]) -> int:
     chosen = parser.parse_args(argv)
     with socket.socket(socket.AF_UNIX) as proxy:
         try:
-            proxy.connect(chosen.socket)
+            with near(chosen.socket) as name:
+                proxy.connect(name)
             proxy.sendall(f"{HELLO}{chosen.server}\n".encode("ascii"))
             splice(proxy)
         except OSError as e:

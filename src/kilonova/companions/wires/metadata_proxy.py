@@ -96,7 +96,8 @@ class MetadataProxy:
         """A unix socket for `guestfwd.py`: who may open it may speak for every server, so its folder must be private."""
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
+        with guestfwd.near(str(path)) as name:
+            listener.bind(name)
         path.chmod(0o600)
         listener.listen(64)
         self.whose = whose

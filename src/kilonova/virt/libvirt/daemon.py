@@ -230,7 +230,8 @@ class Private:
             daemon += DAEMON_SYSTEM_CONF
             qemu += QEMU_SYSTEM_CONF + ("" if _cgroups() else "cgroup_controllers = []\n")
         else:
-            daemon += f'log_outputs = "3:file:{self.logs}/libvirtd.log"\n'
+            # By its short name, which has no blank: libvirt would begin a second output behind one.
+            daemon += f'log_outputs = "3:file:{self.short}/k/libvirt/libvirtd.log"\n'
         for name, text in (("libvirtd.conf", daemon), ("qemu.conf", qemu)):
             if not (where / name).exists() or (where / name).read_text() != text:
                 _put(where / name, text)

@@ -7,6 +7,7 @@ last, so whatever a crash leaves behind is listed by `machines()`:
     disks.json     where its disks lie                disk.vda …    the disks
     domain.xml     what libvirt was told              disk.config   the config drive
     console.log    what the guest said on its serial line, the newest `console_log_max_bytes`
+    ssh.port       under QEMU's user networking: the port of the machine's loopback that leads to its ssh
 
 The console's file is written by QEMU alone, so a guest never waits for us and nothing is lost while we are away.  It is
 kept short by taking its head off from behind (FALLOC_FL_PUNCH_HOLE): no byte is copied, none is lost between a copy
@@ -51,6 +52,8 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 BLOCK = 4096
 LOOKS = 4  # at a domain that changes while we look
 
+SSH_PORT = "ssh.port"
+
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Told = Literal["stopped", "rebooted", "changed"]
 
@@ -59,7 +62,9 @@ class LibvirtDriver:
     """See the module. `Driver`, for QEMU and KVM.
 
     `fetch(image_id, write)` gives an image's bytes; `config_drive(machine)` the content of a config drive; `netns` is
-    the path of the network namespace in which guests are plugged.  Everything it has lies under `state_dir`.
+    the path of the network namespace in which guests are plugged.  `carry(id)` is the command with which QEMU's user
+    networking reaches the metadata service in that server's name, `outside` whether its guests get out.  Everything it
+    has lies under `state_dir`.
     """
 
     def __init__(
@@ -73,12 +78,15 @@ class LibvirtDriver:
         fetch: disks.Fetch,
         config_drive: Callable[[Machine], bytes],
         netns: str | None = None,
+        carry: Callable[[str], str] | None = None,
+        outside: bool = False,
         hostname: str = "",
         boots_max: int = 0,
     ) -> None:
         """Returns at once; the first call waits until libvirt is there. Raises Unsupported where QEMU or it is missing."""
         self.options, self.compute = options or Libvirt(), compute or Compute()
         self.state_dir, self.clock, self.config_drive = state_dir.absolute(), clock, config_drive
+        self.carry, self.outside = carry, outside
         self.hostname = hostname or self.compute.host or socket.gethostname()
         self.emulator = machine_host.emulator()
         self.shared = self.options.uri is not None  # with a libvirtd that runs guests as another user
@@ -106,7 +114,8 @@ class LibvirtDriver:
         if self.options.uri:
             self.daemon = Running(self.options.uri)
         else:
-            self.daemon = Private(self.state_dir / "libvirt", ids=ids, netns=netns, hostname=self.hostname)
+            qemu = "seccomp_sandbox = 0\n" if carry else ""  # see xml.py, _sandbox
+            self.daemon = Private(self.state_dir / "libvirt", ids=ids, netns=netns, hostname=self.hostname, qemu=qemu)
         self.owner = self._owner(ids)
         self.lib = library()
         self.link = Link(self.daemon, call_timeout_s=self.options.call_timeout_s, connected=self._connected)
@@ -594,7 +603,25 @@ class LibvirtDriver:
             spare_slots=options.hotplug_slots,
             tcg_cache_mb=options.tcg_cache_mb,
             taps="libvirt" if os.geteuid() == 0 else "ready",
+            apart=self._apart(machine),
+            sandbox="ours" if self.carry else "libvirt",
         )
+
+    def _apart(self, machine: Machine) -> xml.Apart:
+        if all(nic.vif_type != "user" for nic in machine.nics):
+            return xml.Apart()
+        metadata = self.carry(machine.id) if self.carry else ""
+        return xml.Apart(metadata, self._ssh_port(machine.id), self.outside)
+
+    def _ssh_port(self, id: str) -> int:
+        """A free port of the machine's loopback: the one it had, as long as nobody else took it."""
+        file, found = self._directory(id) / SSH_PORT, 0
+        for port in (ssh_port(file.parent), 0):
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as tried:
+                found = tried.getsockname()[1]
+                break
+        _put(file, str(found).encode(), 0o600)
+        return found
 
     def _cpu_model(self) -> str:
         if self.options.cpu_mode != "custom" or not self.options.cpu_models:
@@ -744,10 +771,25 @@ REASONS = {
     "Cannot get interface MTU": "A network of the server is missing on this host.",
     "Unable to add bridge": "A network of the server is missing on this host.",
     "No such device": "A network of the server is missing on this host.",
+    "host forwarding rule": "The port of this machine that leads to the server is taken by another program.",
     "find any firmware": "This host has no firmware of the kind the server asks for.",
     "does not support": "The hypervisor of this host does not support what the server asks for.",
     "unsupported configuration": "The hypervisor of this host does not support what the server asks for.",
 }
+
+
+def ssh_port(directory: Path) -> int:
+    """The port of the machine's loopback that leads to the ssh of a server with this directory; 0: none does."""
+    try:
+        return int((directory / SSH_PORT).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def doors(state_dir: Path) -> dict[str, int]:
+    """Of a host: server → the port of the machine's loopback that leads to its ssh. Asks nobody, files tell."""
+    found = {path.parent.name: ssh_port(path.parent) for path in (state_dir / "instances").glob(f"[!.]*/{SSH_PORT}")}
+    return {id: port for id, port in sorted(found.items()) if port}
 
 
 def _put(path: Path, content: bytes, mode: int) -> None:

@@ -24,6 +24,12 @@ ElementTree.register_namespace("kilonova", NAMESPACE)
 ElementTree.register_namespace("qemu", QEMU)
 
 CONFIG_DRIVE = "disk.config"
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+METADATA = "169.254.169.254"
+METADATA_NETWORK = ["net=169.254.169.0/24", "host=169.254.169.2", "dhcpstart=169.254.169.15"]
+FIRST_SLOT = 0x10  # of cards that libvirt does not know; it begins from the other end
+
 DEVICE_OF = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd"}
 
 
@@ -39,6 +45,14 @@ class Laid(msgspec.Struct, frozen=True):
 
     layers: list[Layer]
     read_only: bool = False
+
+
+class Apart(msgspec.Struct, frozen=True):
+    """What a host adds to cards that QEMU connects by itself (`vif_type` user)."""
+
+    metadata: str = ""  # a command that carries one connection to the metadata service
+    ssh_port: int = 0  # of the machine's loopback, leads to the guest's port 22
+    outside: bool = False  # may the guest reach what this user reaches, the machine's loopback too?
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -58,6 +72,8 @@ class Place(msgspec.Struct, frozen=True):
     spare_slots: int = 8  # for what is plugged in later
     tcg_cache_mb: int = 64
     taps: Literal["libvirt", "ready"] = "libvirt"  # who makes them; ready: they are there when it starts
+    apart: Apart = Apart()
+    sandbox: Literal["libvirt", "ours"] = "libvirt"  # who confines QEMU
 
 
 def domain_xml(machine: Machine, at: Place) -> str:
@@ -82,9 +98,7 @@ def domain_xml(machine: Machine, at: Place) -> str:
             _devices(machine, at, kind),
         ]
     )
-    if arguments := [
-        word for nic in machine.nics if nic.vif_type == "user" for word in _user_network(nic, machine, kind)
-    ]:
+    if arguments := [*_sandbox(machine, at), *_apart(machine, at, kind)]:
         line = element(f"{{{QEMU}}}commandline")
         line.extend([element(f"{{{QEMU}}}arg", value=word) for word in arguments])
         domain.append(line)
@@ -328,28 +342,66 @@ def _screen(machine: Machine, at: Place) -> list[Element]:
 # ---- QEMU's own network, where the host can make none
 
 
-def _user_network(nic: Nic, machine: Machine, kind: str) -> list[str]:
-    """QEMU plays the router. libvirt has no words for most of it, so it is said on QEMU's command line.
+def _apart(machine: Machine, at: Place, kind: str) -> list[str]:
+    """QEMU plays switch, DHCP and router of each card. libvirt has no words for most of it: said on QEMU's command line.
 
-    From `details`: `cidr`, `gateway`, `hostfwd` (`tcp:127.0.0.1:2222-:22`), `guestfwd` (`tcp:ADDRESS:PORT-cmd:…`),
-    each one or several separated by newlines; unset, `cidr` and the guest's address are those of its first IPv4.
+    The metadata service has to be in the network that leads to it, so it gets a card of its own, the last one.
     """
+    nics = [nic for nic in machine.nics if nic.vif_type == "user"]
+    words = [word for nic in nics for word in _user_network(nic, nic is nics[0], machine, at, kind)]
+    if nics and at.apart.metadata:
+        there = f"guestfwd=tcp:{METADATA}:80-cmd:{at.apart.metadata}"
+        network = [*METADATA_NETWORK, "ipv6=off", "restrict=on", there]
+        mac = f"{int(nics[0].mac[:2], 16) ^ 4:02x}{nics[0].mac[2:]}"
+        words += _plugged("user-metadata", network, "virtio", mac, FIRST_SLOT + len(machine.nics), kind)
+    return words
+
+
+def _sandbox(machine: Machine, at: Place) -> list[str]:
+    """As libvirt would say it, but where QEMU itself starts the program that carries a guest's questions.
+
+    libvirt's own, which lets nothing be started, would be laid upon ours; so there it is told to lay none.
+    """
+    if at.sandbox == "libvirt":
+        return []
+    starts = at.apart.metadata and any(nic.vif_type == "user" for nic in machine.nics)
+    # What raises privileges is denied with setsid, by which QEMU makes the program the leader of its own session. None
+    # are gained by executing something: seccomp itself sets no_new_privs.
+    may = "elevateprivileges=allow,spawn=allow" if starts else "elevateprivileges=deny,spawn=deny"
+    return ["-sandbox", f"on,obsolete=deny,{may},resourcecontrol=deny"]
+
+
+def _user_network(nic: Nic, first: bool, machine: Machine, at: Place, kind: str) -> list[str]:
     ip = next((ip for ip in nic.ips if ip.version == 4), None)
-    cidr = str(nic.details.get("cidr") or (f"{ip.address}/{ip.prefix}" if ip else "10.0.2.0/24"))
-    network = ipaddress.ip_interface(cidr).network
-    words = ["user", f"id=user-{nic.device}", f"net={network}"]
-    if gateway := nic.details.get("gateway") or (ip and ip.gateway):
-        words.append(f"host={gateway}")
-    if ip and ipaddress.ip_address(ip.address) in network:
-        words.append(f"dhcpstart={ip.address}")
+    network = ipaddress.ip_interface(f"{ip.address}/{ip.prefix}" if ip else "10.0.2.0/24").network
+    gateway = (ip and ip.gateway) or _unused(network, {ip.address} if ip else set())
+    resolver = _unused(network, {gateway, ip.address if ip else ""})
+    words = [f"net={network}", "ipv6=off", f"restrict={'off' if at.apart.outside else 'on'}"]
+    words += [f"host={gateway}"] * bool(gateway) + [f"dns={resolver}"] * bool(resolver)
+    words += [f"dhcpstart={ip.address}"] if ip else []
     words.append(f"hostname={machine.identity.hostname or machine.name}")
-    for key in ("hostfwd", "guestfwd"):
-        words.extend(f"{key}={rule}" for rule in str(nic.details.get(key, "")).splitlines() if rule)
-    device = {"virtio": "virtio-net-pci"}.get(nic.model, nic.model)
-    slot = 0x10 + machine.nics.index(nic)
+    if first and at.apart.ssh_port:
+        words.append(f"hostfwd=tcp:127.0.0.1:{at.apart.ssh_port}-{ip.address if ip else ''}:22")
+    return _plugged(f"user-{nic.device}", words, nic.model, nic.mac, FIRST_SLOT + machine.nics.index(nic), kind)
+
+
+def _unused(network: IPNetwork, taken: set[str]) -> str:
+    """An address for QEMU itself, from the end, where DHCP comes last; "" where the network is too small."""
+    last = int(network.broadcast_address)
+    found = (str(ipaddress.ip_address(n)) for n in range(last - 1, max(int(network.network_address), last - 8), -1))
+    return next((address for address in found if address not in taken), "")
+
+
+def _plugged(id: str, network: list[str], model: str, mac: str, slot: int, kind: str) -> list[str]:
+    device = {"virtio": "virtio-net-pci"}.get(model, model)
     root = "pci.0" if kind == "pc" or "i440fx" in kind else "pcie.0"
-    plug = [device, f"netdev=user-{nic.device}", f"mac={nic.mac}", "romfile=", f"bus={root}", f"addr=0x{slot:x}"]
-    return ["-netdev", ",".join(map(_doubled, words)), "-device", ",".join(map(_doubled, plug))]
+    plug = [device, f"netdev={id}", f"mac={mac}", "romfile=", f"bus={root}", f"addr=0x{slot:x}"]
+    return [
+        "-netdev",
+        ",".join(map(_doubled, ["user", f"id={id}", *network])),
+        "-device",
+        ",".join(map(_doubled, plug)),
+    ]
 
 
 def _doubled(word: str) -> str:
