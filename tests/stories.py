@@ -2,11 +2,11 @@
 
 API, conductor, scheduler, hosts, identity, images and networks are the real ones, on SQLite in a directory of the
 test's own; hypervisors are simulated.  Letters lie in a list until `settle` brings them, and time passes when
-nothing else can be done.  `wrong` is the one list of what must be true of any cloud at rest.
+nothing else can be done.  What must be true of it at rest is `sim.invariants.wrong`, for the simulator the same.
 """
 
 import random
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,32 +26,18 @@ from kilonova.conductor.app import Conductor
 from kilonova.kit.ask import asked
 from kilonova.kit.bus import Answered, answer_to, letter, opened
 from kilonova.kit.clock import Ids
-from kilonova.kit.db import Db, Tx
+from kilonova.kit.db import Db
 from kilonova.kit.errors import Unavailable
 from kilonova.kit.http import Mount
-from kilonova.kit.journal import RUNS, STEPS, fault_of
+from kilonova.kit.journal import RUNS
 from kilonova.model import options
-from kilonova.model.ask import amounts
 from kilonova.model.options import Config
 from kilonova.model.server import Server
-from kilonova.model.states import VM
 from kilonova.scheduler.select import Scheduler
-from kilonova.store import hosts, networks, placement, servers
+from kilonova.sim.invariants import wrong
+from kilonova.store import servers
 from kilonova.virt.sim import SimDriver, SimState, copy
 from tests.cloud.embedded import Embedded, Person
-
-RESTING = {
-    VM.active,
-    VM.stopped,
-    VM.paused,
-    VM.suspended,
-    VM.error,
-    VM.deleted,
-    VM.rescued,
-    VM.resized,
-    VM.soft_deleted,
-}
-POWER = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
 
 
 class StoryBus:
@@ -188,7 +174,9 @@ class Cloud:
 
     def start_conductor(self) -> None:
         """As after a crash: what was in memory is gone."""
-        self.scheduler = Scheduler(self.db, clock=self.clock, dice=random.Random(self.dice.random()))
+        self.scheduler = Scheduler(
+            self.db, clock=self.clock, dice=random.Random(self.dice.random()), options=self.config.scheduler
+        )
         self.conductor = Conductor(
             "c0",
             EdgyDb(self.db, self.edges),
@@ -415,111 +403,6 @@ class Handle:
         host = self.row.host
         assert host is not None
         return self.cloud.states[host]
-
-
-# ---- what must be true of any cloud at rest
-
-
-def wrong(
-    db: Db,
-    holds: Mapping[str, Mapping[str, tuple[str, int]]],
-    ports: Iterable[tuple[str, str, str]] | None = None,
-) -> list[str]:
-    """What is not as it must be, in words; nothing: all is well.
-
-    `holds`: of each host that works, what it has: {server: (power, epoch)}.  `ports`: (id, device, host) of all ports
-    that belong to servers; None: they are looked up in our own network service.
-    """
-    with db.read() as tx:
-        all = [servers.of(r) for r in tx.execute(servers.SELECT)]
-        said = _runs(tx)
-        said += _claims(tx, all)
-        said += _machines(all, holds)
-        said += _ports(all, _our_ports(tx) if ports is None else ports)
-        said += [line for s in all for line in _resting(tx, s)]
-    return said
-
-
-def _runs(tx: Tx) -> list[str]:
-    runs = tx.execute(sa.select(RUNS)).all()
-    said = [f"run {r.workflow} of {r.subject} is {r.state}: {r.fault}" for r in runs if r.state in ("running", "stuck")]
-    ended = sa.select(STEPS.c.step, STEPS.c.run).join(RUNS, RUNS.c.id == STEPS.c.run)
-    loose = tx.execute(ended.where(STEPS.c.finished.is_(None), RUNS.c.state.in_(["done", "failed"]))).all()
-    return said + [f"step {s.step} of run {s.run} never ended" for s in loose]
-
-
-def _claims(tx: Tx, all: list[Server]) -> list[str]:
-    said = []
-    of = {n.uuid: n.host for n in tx.execute(sa.select(hosts.NODES))}
-    sums: dict[tuple[str, str], int] = defaultdict(int)
-    held: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
-    for a in tx.execute(sa.select(placement.ALLOCATIONS)):
-        sums[a.provider, a.resource_class] += a.amount
-        held[a.consumer][of.get(a.provider, a.provider)][a.resource_class] = a.amount
-    for i in tx.execute(sa.select(placement.INVENTORIES)):
-        have = sums.pop((i.provider, i.resource_class), 0)
-        if i.used != have:
-            said.append(f"{of.get(i.provider)}: {i.used} {i.resource_class} used, {have} claimed")
-        if have > (i.total - i.reserved) * i.allocation_ratio:
-            said.append(f"{of.get(i.provider)}: {have} {i.resource_class} claimed of {i.total}")
-    said += [f"{n} {name} claimed of {provider}, which has none" for (provider, name), n in sums.items()]
-    for s in all:
-        expect = {s.host: amounts(s.flavor)} if s.host and s.deleted_at is None else {}
-        found = {h: dict(c) for h, c in held.pop(s.id, {}).items()}
-        if found != expect:
-            said.append(f"{s.id} ({s.vm_state}) on {s.host} holds {found}")
-    return said + [f"{consumer} is no server and holds {dict(h)}" for consumer, h in held.items()]
-
-
-def _machines(all: list[Server], holds: Mapping[str, Mapping[str, tuple[str, int]]]) -> list[str]:
-    said = []
-    at: dict[str, dict[str, tuple[str, int]]] = defaultdict(dict)
-    for host, machines in holds.items():
-        for id, how in machines.items():
-            at[id][host] = how
-    for s in all:
-        found = at.pop(s.id, {})
-        wanted = {s.host} if s.host in holds and s.deleted_at is None else set()
-        if set(found) != wanted and not (s.vm_state == VM.error and not found):
-            said.append(f"{s.id} ({s.vm_state}) on {s.host} has machines on {sorted(found)}")
-        for host, (power, epoch) in found.items():
-            if host in wanted and POWER[power] != s.power_state and s.vm_state != VM.error:
-                said.append(f"{s.id} ({s.vm_state}) is {power} on {host}, written is {s.power_state}")
-            if host in wanted and epoch != s.epoch:
-                said.append(f"{s.id} on {host} is of epoch {epoch}, written is {s.epoch}")
-    return said + [f"{id} is no server and has machines on {sorted(found)}" for id, found in at.items()]
-
-
-def _our_ports(tx: Tx) -> list[tuple[str, str, str]]:
-    p = networks.Port
-    return [
-        (x.id, x.device_id, x.binding_host_id)
-        for x in networks.find(tx, p)
-        if x.device_id and x.device_owner.startswith("compute:")
-    ]
-
-
-def _ports(all: list[Server], ports: Iterable[tuple[str, str, str]]) -> list[str]:
-    said = []
-    of: dict[str, dict[str, str]] = defaultdict(dict)
-    for id, device, host in ports:
-        of[device][id] = host
-    for s in all:
-        wanted = {p.port_id: s.host for p in s.plugs} if s.deleted_at is None and s.host else {}
-        if (found := of.pop(s.id, {})) != wanted:
-            said.append(f"{s.id} ({s.vm_state}) on {s.host} has ports {found}, written are {wanted}")
-    return said + [f"{device} is no server and has ports {sorted(found)}" for device, found in of.items()]
-
-
-def _resting(tx: Tx, s: Server) -> list[str]:
-    said = []
-    if s.task_state is not None or s.vm_state not in RESTING:
-        said.append(f"{s.id} rests as {s.vm_state}, {s.task_state}")
-    if s.vm_state == VM.error and (s.fault_run is None or fault_of(tx, s.fault_run) is None):
-        said.append(f"{s.id} is in error, and nobody says why")
-    if (s.vm_state == VM.deleted) != (s.deleted_at is not None):
-        said.append(f"{s.id} is {s.vm_state}, deleted at {s.deleted_at}")
-    return said
 
 
 @contextmanager

@@ -94,7 +94,12 @@ def test_a_restart_forgets_neither_machines_nor_answers(house):
     house.desk.answers(2)
     assert copy(house.state) == {"s": ("shutdown", 1)}
     house.send(Look(server="s"), "r/2")
-    assert msgspec.json.decode(house.desk.answers(3)[-1].answer) == {"there": True, "power_state": 4, "epoch": 1}
+    assert msgspec.json.decode(house.desk.answers(3)[-1].answer) == {
+        "there": True,
+        "power_state": 4,
+        "epoch": 1,
+        "kept": None,
+    }
     house.host.close()
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from kilonova.metadata import documents
 from kilonova.metadata.documents import EC2, OPENSTACK, Subject, resolve
+from kilonova.model.disks import disks
 from kilonova.model.flavor import Flavor
 from kilonova.model.identity import identity_of, number_of
 from kilonova.model.machine import BlankSource, Disk, FixedIp, Identity, ImageSource, Keypair, Nic, VolumeSource
-from kilonova.model.plan import disks
 from kilonova.model.server import Address, Image, Plug, Server
 
 KEY = Keypair("mine", "ssh-ed25519 AAAA me@home")

@@ -14,7 +14,6 @@ from kilonova.api.bodies import (
     Base64,
     Boolish,
     Count,
-    Digits,
     DiskConfig,
     HostName,
     Metadata,
@@ -27,7 +26,10 @@ from kilonova.api.bodies import (
     decoded,
     truth,
 )
+from kilonova.api.devices import DeviceWish, OldDeviceWish, asked, fitting, of_image, seen
 from kilonova.api.registry import R, World, cause, link, links
+from kilonova.api.reserved import reserved
+from kilonova.api.server_groups import hinted
 from kilonova.clients import ImageInfo
 from kilonova.contracts.jobs import Build
 from kilonova.kit.db import Tx
@@ -35,14 +37,18 @@ from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuot
 from kilonova.kit.routes import Call, Reply
 from kilonova.kit.versions import only, required, since, until, was
 from kilonova.kit.workflow import start
+from kilonova.model import disks
+from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
 from kilonova.model.server import Image, Server, Wanted
+from kilonova.model.server_group import ServerGroup
 from kilonova.model.states import Task
-from kilonova.store import catalog, quotas, servers
+from kilonova.store import block_devices, catalog, quotas, server_groups, servers
 
 GIB = 1 << 30
 UUID = r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}"
+MAPPINGS = "mappings", "block_device_mapping", "img_mappings", "img_block_device_mapping"  # not kept with a server
 MORE_NETWORKS = "Multiple possible networks found, use a Network ID to be more specific."
 
 
@@ -51,42 +57,6 @@ class NetworkWish(msgspec.Struct, forbid_unknown_fields=True):
     port: Uuid | None = None
     uuid: Annotated[Uuid | None, was(str | None, until="2.36")] = None
     tag: Annotated[Tag | None, only("2.32-2.36", "2.42-")] = None
-
-
-class OldDevice(msgspec.Struct, forbid_unknown_fields=True):
-    """block_device_mapping: volumes only."""
-
-    virtual_name: Annotated[str, Meta(max_length=255)] | None = None
-    volume_id: Uuid | None = None
-    snapshot_id: Uuid | None = None
-    volume_size: Annotated[int, Meta(ge=1, le=2**31 - 1)] | Digits | None = None
-    device_name: str | None = None
-    delete_on_termination: Boolish = False
-    no_device: Any = None
-    connection_info: str | None = None
-
-
-class Device(msgspec.Struct, forbid_unknown_fields=True):
-    """block_device_mapping_v2."""
-
-    virtual_name: Annotated[str, Meta(max_length=255)] | None = None
-    volume_id: Uuid | None = None
-    snapshot_id: Uuid | None = None
-    volume_size: Annotated[int, Meta(ge=1, le=2**31 - 1)] | Digits | None = None
-    device_name: Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[a-zA-Z0-9._/-]*$")] | None = None
-    delete_on_termination: Boolish = False
-    no_device: Any = None
-    connection_info: str | None = None
-    source_type: Literal["blank", "image", "snapshot", "volume"] | None = None
-    uuid: Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[a-zA-Z0-9._-]*$")] | None = None
-    image_id: Uuid | None = None
-    destination_type: Literal["local", "volume"] | None = None
-    guest_format: Annotated[str, Meta(max_length=255)] | None = None
-    device_type: Annotated[str, Meta(max_length=255)] | None = None
-    disk_bus: Annotated[str, Meta(max_length=255)] | None = None
-    boot_index: int | Annotated[str, Meta(pattern=r"^-?[0-9]+$", max_length=12)] | None = None
-    tag: Annotated[Tag | None, only("2.32", "2.42-")] = None
-    volume_type: Annotated[Annotated[str, Meta(max_length=255)] | None, since("2.67")] = None
 
 
 class Group(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,8 +90,8 @@ class Wish(msgspec.Struct, forbid_unknown_fields=True):
     access_v6: str | None = field(default=None, name="accessIPv6")
     personality: Annotated[list[File], until("2.56")] = []
     availability_zone: Name | None = None
-    old_devices: list[OldDevice] | None = field(default=None, name="block_device_mapping")
-    devices: list[Device] | None = field(default=None, name="block_device_mapping_v2")
+    old_devices: list[OldDeviceWish] | None = field(default=None, name="block_device_mapping")
+    devices: list[DeviceWish] | None = field(default=None, name="block_device_mapping_v2")
     config_drive: Boolish = False
     key_name: Name | None = None
     min_count: Count = 1
@@ -156,6 +126,8 @@ class Found:
     host: str | None
     node: str | None
     forced: bool
+    company: ServerGroup | None
+    devices: list[Device]  # without uuids
 
 
 @R.post("/v2.1/servers", body=Body, ok=202, policy="os_compute_api:servers:create")
@@ -164,10 +136,11 @@ def create(call: Call) -> Reply:
     hints = _hints(call.body.hints or call.body.old_hints or {})
     least, most = _counts(wish)
     _plain_checks(call, wish, most)
-    found = _gather(call, wish, most)
+    found = _gather(call, wish, hints, most)
     _decide(call, wish, found)
     password = wish.admin_password or call.world.ids.password(call.world.config.api.password_length)
-    made = call.world.db.run(_record, call, wish, found, hints, least, most, password)
+    with reserved(call, _wanted(call, found, least, most)) as devices:
+        made = call.world.db.run(_record, call, wish, found, hints, least, most, password, devices)
     for _, run in made:
         call.world.wake(run)
     return _reply(call, wish, made[0][0], password)
@@ -248,7 +221,6 @@ def _plain_checks(call: Call, wish: Wish, most: int) -> None:
     if wish.hostname and most > 1:
         raise Invalid("A hostname cannot be given for several servers: names must differ.")
     _check_files(call, wish.personality)
-    _check_devices(wish)
 
 
 def _check_files(call: Call, files: list[File]) -> None:
@@ -262,43 +234,30 @@ def _check_files(call: Call, files: list[File]) -> None:
             raise OverQuota(f"Personality file content exceeds maximum {q.injected_file_content_bytes}")
 
 
-def _check_devices(wish: Wish) -> None:
-    if wish.old_devices and wish.devices:
-        raise Invalid("Using different block_device_mapping syntaxes is not allowed in the same request.")
-    if wish.old_devices:
-        raise Invalid("Block Device Mapping is Invalid: this cloud has no block storage service.")
-    for d in wish.devices or []:
-        if d.source_type in ("volume", "snapshot") or d.destination_type == "volume" or d.volume_id or d.snapshot_id:
-            raise Invalid("Block Device Mapping is Invalid: this cloud has no block storage service.")
-        if (
-            d.source_type == "image"
-            and d.boot_index is not None
-            and int(d.boot_index) == 0
-            and wish.image_ref
-            and d.uuid not in (None, wish.image_ref)
-        ):
-            raise Invalid(
-                "Block Device Mapping is Invalid: Boot sequence for the instance and image/block device mapping combination is not valid."
-            )
-
-
 # ---- gather: reads, changes nothing
 
 
-def _gather(call: Call, wish: Wish, most: int) -> Found:
+def _gather(call: Call, wish: Wish, hints: dict[str, msgspec.Raw], most: int) -> Found:
     world: World = call.world
     zone, host, node, forced = _place(call, wish)
+    devices = asked(wish.devices, wish.old_devices, wish.image_ref)
+    if wish.devices or wish.old_devices:
+        call.check(rule="os_compute_api:servers:create:attach_volume")
     with world.db.read() as tx:
         flavor = _flavor(call, tx, str(wish.flavor_ref))
         keypair = _keypair(call, tx, wish.key_name)
+        company = hinted(call, tx, msgspec.json.decode(hints["group"])) if "group" in hints else None
     if zone is not None and zone not in world.hosts.zones():
         raise Invalid("The requested availability zone is not available")
     if host is not None and host not in world.hosts:
         raise Invalid(f"Compute host {host} could not be found.")
-    image = _image(call, wish)
+    image, devices = _image(call, wish, devices)
+    if devices:
+        devices, image = seen(call, devices, image, most=most, zone=zone)
+        devices = fitting(call, devices, flavor)
     networks = _networks(call, wish, most)
     groups = [] if networks == "none" else _groups(call, wish.security_groups or [])
-    return Found(flavor, image, keypair, networks, groups, zone, host, node, forced)
+    return Found(flavor, image, keypair, networks, groups, zone, host, node, forced, company, devices)
 
 
 def _flavor(call: Call, tx: Tx, ref: str) -> Flavor:
@@ -326,8 +285,11 @@ def _keypair(call: Call, tx: Tx, name: str | None) -> Keypair | None:
         raise Invalid("Invalid key_name provided.") from None
 
 
-def _image(call: Call, wish: Wish) -> Image:
-    ref = wish.image_ref or next((d.uuid or d.image_id for d in wish.devices or [] if d.source_type == "image"), None)
+def _image(call: Call, wish: Wish, devices: list[Device]) -> tuple[Image, list[Device]]:
+    """The image that was named, and the devices with those that it brings along."""
+    ref = wish.image_ref
+    if not ref and devices:
+        return Image(), devices
     if not ref:
         raise Invalid("Invalid imageRef provided.")
     if not re.fullmatch(UUID, ref):
@@ -338,7 +300,7 @@ def _image(call: Call, wish: Wish) -> Image:
         raise Invalid("Can not find requested image") from None
     if info.status != "active":
         raise Invalid(f"Image {info.id} is not active.")
-    return Image(
+    image = Image(
         id=info.id,
         name=info.name or "",
         disk_format=info.disk_format or "raw",
@@ -348,8 +310,9 @@ def _image(call: Call, wish: Wish) -> Image:
         min_ram_mb=info.min_ram_mb,
         hash_algo=info.hash_algo or "",
         hash_value=info.hash_value or "",
-        properties=info.properties,
+        properties={k: v for k, v in info.properties.items() if k not in MAPPINGS},
     )
+    return image, of_image(info, devices)
 
 
 def _place(call: Call, wish: Wish) -> tuple[str | None, str | None, str | None, bool]:
@@ -473,6 +436,8 @@ def _decide(call: Call, wish: Wish, found: Found) -> None:
     flavor, image = found.flavor, found.image
     if image.min_ram_mb > flavor.memory_mb:
         raise Invalid("Flavor's memory is too small for requested image.")
+    if not image.id:
+        return  # it has a volume for its root, which has a size of its own
     size = max(image.size_bytes, image.virtual_size_bytes)
     if flavor.disk_gb:
         if size > flavor.disk_gb * GIB:
@@ -486,11 +451,6 @@ def _decide(call: Call, wish: Wish, found: Found) -> None:
             )
     elif not call.may("os_compute_api:servers:create:zero_disk_flavor"):
         raise Forbidden("Only volume-backed servers are allowed for flavors with zero disk.")
-    blank = sum(
-        int(d.volume_size or 0) for d in wish.devices or [] if d.source_type == "blank" and d.guest_format != "swap"
-    )
-    if blank > flavor.ephemeral_gb:
-        raise Invalid("Ephemeral disks requested are larger than the instance type allows.")
 
 
 def hostname_of(name: str, id: str) -> str:
@@ -503,8 +463,30 @@ def hostname_of(name: str, id: str) -> str:
 # ---- record
 
 
+def _wanted(call: Call, found: Found, least: int, most: int) -> dict[str, list[Device]]:
+    """The devices of each server that is to be made, by its id; {}: they need none."""
+    if not found.devices:
+        return {}
+    world: World = call.world
+    c, f = call.context, found.flavor
+    n = world.db.run(
+        quotas.claim, world.config.quota, c.project_id or "", c.user_id, f.vcpus, f.memory_mb, least, most
+    )  # of how many there is a chance: it is claimed with what is recorded
+    return {
+        world.ids.uuid(): [msgspec.structs.replace(d, uuid=world.ids.uuid()) for d in found.devices] for _ in range(n)
+    }
+
+
 def _record(
-    tx: Tx, call: Call, wish: Wish, found: Found, hints: dict[str, msgspec.Raw], least: int, most: int, password: str
+    tx: Tx,
+    call: Call,
+    wish: Wish,
+    found: Found,
+    hints: dict[str, msgspec.Raw],
+    least: int,
+    most: int,
+    password: str,
+    devices: dict[str, list[Device]],
 ) -> list[tuple[Server, str]]:
     world: World = call.world
     now = world.clock.now()
@@ -516,10 +498,14 @@ def _record(
         found.flavor.vcpus,
         found.flavor.memory_mb,
         least,
-        most,
+        min(most, len(devices)) if devices else most,
     )
+    if found.company is not None:
+        server_groups.join(tx, world.config.quota, found.company, call.context.user_id, n)
+    ready = list(devices.items())[:n] if devices else [(world.ids.uuid(), []) for _ in range(n)]
+    block_devices.keep(tx, [d.uuid for _, own in ready for d in own if d.is_volume])
     reservation = f"r-{world.ids.hex()[:8]}"
-    made = [_server(call, wish, found, hints, i, n, most, reservation, now) for i in range(n)]
+    made = [_server(call, wish, found, hints, i, n, most, reservation, now, *each) for i, each in enumerate(ready)]
     servers.create(tx, made)
     known = servers.find(tx, [s.id for s in made])
     runs = []
@@ -554,10 +540,11 @@ def _server(
     most: int,
     reservation: str,
     now: float,
+    id: str,
+    devices: list[Device],
 ) -> Server:
-    id = call.world.ids.uuid()
     name = f"{wish.name}-{i + 1}" if n > 1 or most > 1 else wish.name
-    return Server(
+    server = Server(
         id=id,
         project_id=call.context.project_id or "",
         user_id=call.context.user_id,
@@ -567,6 +554,7 @@ def _server(
         task_state=Task.scheduling,
         description=wish.description if call.version >= 19 else name,
         image=found.image,
+        devices=devices,
         availability_zone=found.zone,
         tags=wish.tags,
         metadata=wish.metadata,
@@ -582,5 +570,11 @@ def _server(
         reservation_id=reservation,
         scheduler_hints=hints,
         trusted_certs=wish.trusted_image_certificates,
+        group_id=found.company.id if found.company else None,
         created_at=now,
+    )
+    return (
+        msgspec.structs.replace(server, devices=disks.named(server), root_device=disks.root_name(server))
+        if devices
+        else server
     )

@@ -42,8 +42,15 @@ class HostBook:
             return "DOWN"
         if entry.disabled:
             return "MAINTENANCE"
-        silent = entry.last_seen is None or self.clock.now() - entry.last_seen > self.config.compute.host_down_after_s
-        return "UNKNOWN" if silent else "UP"
+        return "UNKNOWN" if self._silent(entry) else "UP"
+
+    def up(self, host: str | None) -> bool:
+        """It is there and speaks, whether new servers may come to it or not."""
+        entry = self._all().get(host or "")
+        return entry is not None and not entry.forced_down and not self._silent(entry)
+
+    def _silent(self, entry: Entry) -> bool:
+        return entry.last_seen is None or self.clock.now() - entry.last_seen > self.config.compute.host_down_after_s
 
     def zones(self) -> set[str]:
         """The zones a server may ask for: those of hosts."""

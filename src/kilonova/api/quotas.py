@@ -11,7 +11,7 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Forbidden, Invalid, Unavailable
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, until
-from kilonova.store import catalog, quotas
+from kilonova.store import catalog, quotas, server_groups
 
 MAX = 2**31 - 1
 NETWORK = (
@@ -52,6 +52,7 @@ def limits(call: Call) -> dict[str, Any]:
         )
     with call.world.db.read() as tx:
         allowed, used = quotas.limits(tx, call.world.config.quota, project), quotas.usage(tx, project)
+        groups = server_groups.count(tx, project)
     absolute = {
         "maxTotalInstances": allowed["instances"],
         "maxTotalCores": allowed["cores"],
@@ -63,7 +64,7 @@ def limits(call: Call) -> dict[str, Any]:
         "totalInstancesUsed": used.instances,
         "totalCoresUsed": used.cores,
         "totalRAMUsed": used.ram,
-        "totalServerGroupsUsed": 0,
+        "totalServerGroupsUsed": groups,
     }
     if call.version < 36:
         absolute |= {"maxTotalFloatingIps": -1, "maxSecurityGroups": -1, "maxSecurityGroupRules": -1}
@@ -202,6 +203,7 @@ def _user(call: Call) -> str | None:
 
 def _used(tx: Tx, project: str, user: str | None) -> dict[str, int]:
     used = msgspec.structs.asdict(quotas.usage(tx, project, user))
+    used["server_groups"] = server_groups.count(tx, project, user)
     return used | ({"key_pairs": catalog.count_keypairs(tx, user)} if user else {})
 
 

@@ -368,7 +368,10 @@ def about(call: Call, tx: Tx, found: list[Server]) -> dict[str, views.Shown]:
             else None
         )
         zone = book.zone(s.host) if s.host else s.availability_zone or ""
-        shown[s.id] = views.Shown(zone=zone, host_status=book.status(s.host), fault=fault, fault_at=s.updated_at)
+        groups = [s.group_id] if s.group_id and s.deleted_at is None else []
+        shown[s.id] = views.Shown(
+            zone=zone, host_status=book.status(s.host), fault=fault, fault_at=s.updated_at, groups=groups
+        )
     return shown
 
 

@@ -85,7 +85,6 @@ class Shown(msgspec.Struct, frozen=True):
     fault: Fault | None = None
     fault_at: float | None = None
     groups: list[str] = []
-    volumes: list[dict[str, Any]] = []
 
 
 def server(call: Call, s: Server, more: Shown, *, listed: bool = False, whole: bool = True) -> ServerView:
@@ -145,7 +144,7 @@ def _rest(call: Call, s: Server, more: Shown, view: ServerView, target: dict[str
     view.launched_at = _bare(s.launched_at)
     view.terminated_at = _bare(s.terminated_at)
     view.task_state, view.vm_state, view.power_state = s.task_state, str(s.vm_state), s.power_state
-    view.volumes = more.volumes if call.version >= 3 else [{"id": v["id"]} for v in more.volumes]
+    view.volumes = _volumes(call, s)
     if names := sorted({g for p in s.plugs for g in p.security_groups}):
         view.security_groups = [{"name": n} for n in names]
     admin = call.may(EXTENDED, target)
@@ -157,6 +156,13 @@ def _rest(call: Call, s: Server, more: Shown, view: ServerView, target: dict[str
         view.root_device, view.user_data = s.root_device, s.user_data
     if admin or call.version >= 90:
         view.hostname = s.hostname
+
+
+def _volumes(call: Call, s: Server) -> list[dict[str, Any]]:
+    made = [d for d in s.devices if d.is_volume and d.volume_id]
+    if call.version < 3:
+        return [{"id": d.volume_id} for d in made]
+    return [{"id": d.volume_id, "delete_on_termination": d.delete_on_termination} for d in made]
 
 
 def _bare(at: float | None) -> str | None:

@@ -153,6 +153,10 @@ class ComputeHost:
 
     # -- for handlers
 
+    def say(self, message: msgspec.Struct) -> None:
+        """To the conductors, unasked."""
+        self.bus.send(self.conductor, letter(message))
+
     @contextmanager
     def at_work(self, server: str, act: str) -> Iterator[None]:
         """While this is done to the server, its power is nobody's news."""

@@ -2,32 +2,15 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
+from kilonova.compute import live_migrate, resize
+from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
-from kilonova.model.options import Compute
-from kilonova.virt.driver import POWER_NUMBERS, Driver
+from kilonova.virt.driver import Driver, Migrates
 
 log = logging.getLogger(__name__)
-
-
-class Host(Protocol):
-    """Who is told: `compute.agent.ComputeHost`. `epochs` are those of its machines, `acts` what is being done, by server."""
-
-    driver: Driver
-    options: Compute
-    epochs: dict[str, int]
-    acts: dict[str, str]
-    abandoned: set[str]
-
-    @property
-    def builds(self) -> AbstractContextManager[None]: ...
-
-    def at_work(self, server: str, act: str) -> AbstractContextManager[None]: ...
-
-    def progress(self, server: str) -> Callable[[str], None]: ...
 
 
 def spawn(host: Host, m: Spawn) -> Done:
@@ -36,9 +19,11 @@ def spawn(host: Host, m: Spawn) -> Done:
     if host.epochs.get(machine.id, machine.epoch) > machine.epoch:
         raise Refused("This host has a newer machine of that server.", why=f"{machine.id}: {machine.epoch}")
     with host.at_work(machine.id, "spawn"), host.builds:
+        if host.epochs.get(machine.id, machine.epoch) < machine.epoch:
+            host.driver.destroy(machine.id)  # of a time when it was here before, and nobody came to sweep it
         host.driver.spawn(machine, host.progress(machine.id))
         host.epochs[machine.id] = machine.epoch
-        return Done(_power(host, machine.id))
+        return Done(power_of(host, machine.id))
 
 
 def destroy(host: Host, m: Destroy) -> Done:
@@ -60,7 +45,7 @@ def power(host: Host, m: Power) -> Done:
         except Exception as e:
             log.exception("%s of %s failed", m.to, m.server)
             raise Refused(f"The host failed ({type(e).__name__}).", code=_how(host, m.server)) from e
-        return Done(_power(host, m.server))
+        return Done(power_of(host, m.server))
 
 
 ACTS: dict[str, Callable[[Driver, Power, float], None]] = {
@@ -77,18 +62,22 @@ ACTS: dict[str, Callable[[Driver, Power, float], None]] = {
 
 def look(host: Host, m: Look) -> Seen:
     try:
-        return Seen(True, _power(host, m.server), host.epochs.get(m.server, 0))
+        epochs = [held.epoch for held in host.driver.machines() if held.id == m.server]
+        kept = epochs[0] if len(epochs) > 1 else None
+        return Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept)
     except NotFound:
         return Seen(False)
 
 
 def abandon(host: Host, m: Abandon) -> Done:
-    """A build stops at its next stage; a guest that is asked to end itself is not waited for any longer."""
+    """A build stops at its next stage; a guest that is asked to end itself is not waited for any longer, nor one that is sent."""
     act = host.acts.get(m.server)
-    if act == "spawn":
+    if act in ("spawn", "arrive"):
         host.abandoned.add(m.server)
-    elif act in ("stop", "reboot"):
+    elif act in ("stop", "reboot", "depart"):
         host.driver.stop(m.server, 0)
+    elif act == "send" and isinstance(host.driver, Migrates):
+        host.driver.stop_sending(m.server)
     return Done()
 
 
@@ -103,12 +92,10 @@ def console_log(host: Host, m: ConsoleLog) -> Text:
     return Text(text)
 
 
-HANDLERS: list[Callable[[Any, Any], Any]] = [spawn, destroy, power, look, abandon]
+HANDLERS: list[Callable[[Any, Any], Any]] = [
+    spawn, destroy, power, look, abandon, *resize.HANDLERS, *live_migrate.HANDLERS,
+]  # fmt: skip
 QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log]
-
-
-def _power(host: Host, id: str) -> int:
-    return POWER_NUMBERS[host.driver.power(id)]
 
 
 def _how(host: Host, id: str) -> str:

@@ -62,7 +62,7 @@ class SimHosts:
                 self.states[name] = SimState(None if directory is None else directory / name / "machines")
             state = self.states[name]
             dice = random.Random(f"{options.seed}/{name}")
-            driver = SimDriver(name, state, clock=clock, dice=dice, options=options)
+            driver = SimDriver(name, state, clock=clock, dice=dice, options=options, peers=self.states)
             ledger = None if directory is not None else self.ledgers.setdefault(name, Slate())
             self.hosts[name] = ComputeHost(
                 name,

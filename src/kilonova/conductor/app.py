@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from kilonova.clients import Neighbours
-from kilonova.conductor import addresses, create, delete, verbs, watch
+from kilonova.conductor import addresses, create, delete, resize, verbs, volumes, watch
 from kilonova.conductor.world import World
 from kilonova.contracts.conductor import PowerChanged, Report
 from kilonova.contracts.scheduler import Choose, Chosen
@@ -19,7 +19,10 @@ from kilonova.kit.worker import Worker
 from kilonova.kit.workflow import Engine, Workflow
 from kilonova.model.options import Config
 
-FLOWS: list[Workflow[object]] = [create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress]  # type: ignore[list-item]
+FLOWS: list[Workflow[Any]] = [
+    create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
+    resize.revert,
+]  # fmt: skip
 
 
 class Conductor:
@@ -63,7 +66,7 @@ class Conductor:
         self.engine.door.on(Report, lambda m: watch.reported(self.world, m))
         self.engine.door.on(PowerChanged, lambda m: watch.power_changed(self.world, m))
         self.worker = Worker(self.engine, threads=config.workers.threads, sweep_s=config.workers.sweep_s)
-        self.reconcilers = Reconcilers(self.world, watch.RECONCILERS, clock=clock, dice=dice)
+        self.reconcilers = Reconcilers(self.world, [*watch.RECONCILERS, *volumes.RECONCILERS], clock=clock, dice=dice)
         self.ends: list[Callable[[], None]] = []
 
     def start(self) -> None:

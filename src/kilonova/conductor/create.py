@@ -2,8 +2,10 @@
 
 import msgspec
 
-from kilonova.conductor import ports
+from kilonova.clients.volume import given_back
+from kilonova.conductor import ports, volumes
 from kilonova.conductor.ports import Plugged
+from kilonova.conductor.volumes import Connected
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Abandon, Destroy, Done, Spawn
 from kilonova.contracts.jobs import Build
@@ -22,12 +24,13 @@ from kilonova.kit.errors import (
     Trouble,
 )
 from kilonova.kit.workflow import Run, command, effect, record, workflow
-from kilonova.model.ask import amounts, ask
+from kilonova.model.ask import amounts_of, ask
+from kilonova.model.devices import Device
 from kilonova.model.host import Place
 from kilonova.model.plan import plan
 from kilonova.model.server import Server
 from kilonova.model.states import VM, Task
-from kilonova.store import hosts, placement, servers
+from kilonova.store import hosts, placement, server_groups, servers
 
 NO_HOST = "No valid host was found. There are not enough hosts available."
 CHOICES = 10  # claims may be lost to others; to be asked so often for new places is more than bad luck
@@ -37,6 +40,9 @@ HOPELESS = Conflict, Forbidden, Invalid, NotFound, OverQuota  # said by the netw
 @workflow
 def build(run: Run, job: Build) -> None:
     run.if_undone(broken, job.server, run.id, run.now)
+    if volumes.has_volumes(job.server):
+        run(hold, job.server)
+        job = msgspec.structs.replace(job, server=fill(run, job.server))
     tried: list[str] = []
     last: Trouble | None = None
     epoch = job.server.epoch
@@ -64,8 +70,15 @@ def build(run: Run, job: Build) -> None:
 
 def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
     plugged = run(plug, job, place)
-    run(spawning, job.server, plugged, run.now)
-    done = run(spawn, job, place, claimed, plugged)
+    if volumes.has_volumes(job.server):
+        run(mapping, job.server, run.now)
+        connected = run(volumes.connect, job.server, place.host)
+        run(spawning, job.server, plugged, run.now, connected.devices)
+        done = run(spawn, job, place, claimed, plugged, connected)
+        run(volumes.complete, [d.attachment_id or "" for d in connected.devices if d.is_volume])
+    else:
+        run(spawning, job.server, plugged, run.now)
+        done = run(spawn, job, place, claimed, plugged)
     run(built, job.server, place, done.power_state, run.now)
 
 
@@ -83,7 +96,58 @@ def no_host(job: Build, tried: list[str], last: Trouble | None) -> Trouble:
 
 @record
 def broken(tx: Tx, server: Server, run: str, now: float) -> None:
-    servers.finish(tx, server, VM.error, now, fault_run=run)
+    """It has no volume any more: those that it was to have are free, those that were made for it are gone."""
+    facts = {"devices": [left for d in server.devices if (left := _without(d))]} if server.devices else {}
+    servers.finish(tx, server, VM.error, now, fault_run=run, **facts)
+
+
+def _without(d: Device) -> Device | None:
+    if not d.is_volume:
+        return d
+    return msgspec.structs.replace(d, attachment_id=None) if d.source == "volume" else None
+
+
+# ---- its volumes, before there is a host
+
+
+def fill(run: Run, server: Server) -> Server:
+    """Those that were made for it are ready, and reserved for it like those that were there."""
+    if all(d.attachment_id for d in server.devices if d.is_volume):
+        return server
+    run(mapping, server, run.now)
+    devices = []
+    for d in server.devices:
+        if d.is_volume and not d.attachment_id:
+            assert d.volume_id is not None
+            run(volumes.ready, d.volume_id)
+            d = msgspec.structs.replace(d, attachment_id=run(volumes.reserve, server.id, d.volume_id))
+        devices.append(d)
+    run(filled, server, devices, run.now)
+    return msgspec.structs.replace(server, devices=devices)
+
+
+@effect
+def hold(world: World, key: str, server: Server) -> None:
+    """They are reserved and made already, by the request; this is where that is undone."""
+
+
+@hold.undo
+def _(world: World, key: str, server: Server) -> None:
+    for a in world.neighbours.volume.attachments(server_id=server.id):
+        world.neighbours.volume.release(a.id)
+    for d in server.devices:
+        if d.is_volume and d.source != "volume":
+            given_back(world.neighbours.volume, server.id, None, d.uuid)
+
+
+@record
+def mapping(tx: Tx, server: Server, now: float) -> None:
+    servers.step(tx, server, str(Task.block_device_mapping), now)
+
+
+@record
+def filled(tx: Tx, server: Server, devices: list[Device], now: float) -> None:
+    servers.step(tx, server, str(Task.scheduling), now, devices=devices)
 
 
 # ---- choose and claim
@@ -108,11 +172,12 @@ class Claimed(msgspec.Struct, frozen=True):
 
 @record
 def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Claimed:
+    server_groups.admit(tx, server, place.host, place.provider)
     placement.claim(
         tx,
         server.id,
         place.provider,
-        amounts(server.flavor),
+        amounts_of(server),
         now=now,
         project_id=server.project_id,
         user_id=server.user_id,
@@ -150,12 +215,13 @@ def _(world: World, key: str, job: Build, place: Place) -> None:
 
 
 @record
-def spawning(tx: Tx, server: Server, plugged: Plugged, now: float) -> None:
-    servers.step(tx, server, str(Task.spawning), now, plugs=plugged.plugs)
+def spawning(tx: Tx, server: Server, plugged: Plugged, now: float, devices: list[Device] | None = None) -> None:
+    facts = {} if devices is None else {"devices": devices}
+    servers.step(tx, server, str(Task.spawning), now, plugs=plugged.plugs, **facts)
 
 
 @command(patience_s=1800, event="compute__do_build_and_run_instance")
-def spawn(job: Build, place: Place, claimed: Claimed, plugged: Plugged) -> To[Done]:
+def spawn(job: Build, place: Place, claimed: Claimed, plugged: Plugged, connected: Connected | None = None) -> To[Done]:
     server = msgspec.structs.replace(job.server, plugs=plugged.plugs)
     machine = plan(
         server,
@@ -165,17 +231,18 @@ def spawn(job: Build, place: Place, claimed: Claimed, plugged: Plugged) -> To[Do
         zone=place.zone,
         admin_password=job.admin_password,
         files=job.files,
+        connections=connected.connections if connected else None,
     )
     return To(place.host, Spawn(machine=machine))
 
 
 @spawn.undo
-def _(job: Build, place: Place, claimed: Claimed, plugged: Plugged) -> To[Done]:
+def _(job: Build, place: Place, claimed: Claimed, plugged: Plugged, connected: Connected | None = None) -> To[Done]:
     return To(place.host, Destroy(server=job.server.id, epoch=claimed.epoch))
 
 
 @spawn.on("abort")
-def _(job: Build, place: Place, claimed: Claimed, plugged: Plugged) -> To[Done]:
+def _(job: Build, place: Place, claimed: Claimed, plugged: Plugged, connected: Connected | None = None) -> To[Done]:
     return To(place.host, Abandon(server=job.server.id))
 
 

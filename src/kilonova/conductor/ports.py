@@ -4,6 +4,7 @@ A port that we made carries a mark in its binding profile, which only services m
 became of the process that made it, that it goes with its server.  Others are only bound and let go of.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -52,10 +53,15 @@ def take_back(world: World, server: str, key: str, host: str) -> None:
 
 
 def let_go(world: World, port: Port) -> None:
+    network = world.neighbours.network
     if ours(port):
-        world.neighbours.network.delete_port(port.id)
-    else:
-        world.neighbours.network.unbind_port(port.id)
+        network.delete_port(port.id)
+        return
+    with suppress(NotFound):
+        for b in network.bindings(port.id):
+            if b.status != "ACTIVE":
+                network.forget_binding(port.id, b.host)
+    network.unbind_port(port.id)
 
 
 def ours(port: Port) -> bool:
@@ -92,6 +98,53 @@ def described(
         for p, tag in zip(ports, tags, strict=True)
     ]
     return Plugged(nics, plugs)
+
+
+# ---- from host to host
+
+
+def rebind(world: World, server: Server, place: Place) -> Plugged:
+    """All ports that it has are on this host from now on; one that is gone meanwhile is left out.
+
+    Raises Conflict where the network service cannot have one there.
+    """
+    owner = {"device_id": server.id, "device_owner": f"compute:{place.zone or 'nova'}"}
+    found, tags = _own(world, server)
+    return described(
+        world, server, [world.neighbours.network.bind_port(p.id, place.host, **owner) for p in found], tags
+    )
+
+
+def expect(world: World, server: Server, host: str) -> Plugged:
+    """Its ports can come to this host, and this is how they will be there. Raises Conflict."""
+    found, tags = _own(world, server)
+    there = [(p, world.neighbours.network.expect_port(p, host)) for p in found]
+    coming = [msgspec.structs.replace(p, host=b.host, vif_type=b.vif_type, vif_details=b.vif_details) for p, b in there]
+    return described(world, server, coming, tags)
+
+
+def switch(world: World, server: Server, host: str) -> None:
+    """They have come."""
+    found, _ = _own(world, server)
+    for p in found:
+        if p.host != host:
+            with suppress(NotFound):
+                world.neighbours.network.switch_port(p.id, host)
+
+
+def unexpect(world: World, server: Server, host: str) -> None:
+    """They do not come to this host, or do not come back to it; one that is there stays."""
+    found, _ = _own(world, server)
+    for p in found:
+        if p.host != host:
+            world.neighbours.network.forget_binding(p.id, host)
+
+
+def _own(world: World, server: Server) -> tuple[list[Port], list[str | None]]:
+    """The ports that the server is written down with, in that order, as they are now; and their tags."""
+    known = {p.port_id: p.tag for p in server.plugs}
+    there = {p.id: p for p in world.neighbours.network.ports(servers=[server.id])} if known else {}
+    return [there[id] for id in known if id in there], [tag for id, tag in known.items() if id in there]
 
 
 # ---- one port

@@ -14,7 +14,7 @@ import kilonova
 from kilonova.conductor import ports
 from kilonova.conductor.verbs import STEPS
 from kilonova.conductor.world import World
-from kilonova.contracts.compute import Destroy, Done, Look, Power, Seen
+from kilonova.contracts.compute import Destroy, Done, Drop, Look, Power, Seen
 from kilonova.contracts.conductor import HeldHere, PowerChanged, Report
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
@@ -23,7 +23,7 @@ from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import Cause, Run, command, forget, noted, record, start, wake_host, workflow
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM, PowerState, Task, Verb
-from kilonova.store import compare, hosts, placement, servers
+from kilonova.store import compare, hosts, migrations, placement, servers
 
 log = logging.getLogger(__name__)
 
@@ -82,16 +82,19 @@ def _met(tx: Tx, world: World, r: Report, now: float) -> list[str]:
 
 def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
     """Servers of which the host has something else than it should, and that nobody is at work on."""
-    held = {h.server: h for h in r.holds}
-    here = compare.on_host(tx, r.host)
-    strange = [id for id in held if id not in here]
+    held = {h.server: h for h in r.holds}  # of two, the newer
+    here, kept = compare.on_host(tx, r.host), migrations.kept(tx, r.host)
+    strange = [h.server for h in r.holds if h.server not in here and kept.get(h.server) != h.epoch]
     odd = [id for id, row in here.items() if _differs(row, held.get(id))]
+    odd += [h.server for h in r.holds if h is not held[h.server] and kept.get(h.server) != h.epoch]
     if strange and world.config.compute.lost_server == "log":
-        log.warning("%s has machines that no server of it owns: %s", r.host, ", ".join(strange))
-        strange = []
+        moved = compare.moved_away(tx, r.host, {id: held[id].epoch for id in strange})
+        if lost := [id for id in strange if id not in moved]:
+            log.warning("%s has machines that no server of it owns: %s", r.host, ", ".join(lost))
+        strange = sorted(moved)
     wanted = [id for id in strange + odd if id not in r.busy]
     at_work = compare.at_work(tx, wanted)
-    return [id for id in wanted if id not in at_work]
+    return [id for id in dict.fromkeys(wanted) if id not in at_work]
 
 
 def _differs(row: Any, held: HeldHere | None) -> bool:
@@ -111,7 +114,12 @@ def _look_into(tx: Tx, world: World, host: str, suspects: list[str], reborn: boo
     orphans: Literal["stop", "destroy"] = "stop" if world.config.compute.lost_server == "stop" else "destroy"
     revive = reborn and world.config.compute.resume_servers_on_start
     now = world.clock.now()
-    jobs = [Mend(id, host, rows[id].generation if id in rows else 0, orphans, revive) for id in suspects if id in free]
+    lost = {id for id in suspects if id not in rows or rows[id].deleted_at is not None}
+    jobs = [
+        Mend(id, host, rows[id].generation if id in rows else 0, orphans if id in lost else "destroy", revive)
+        for id in suspects
+        if id in free
+    ]
     return [start(tx, mend, job, id=world.ids.uuid(), subject=job.server, now=now) for job in jobs]
 
 
@@ -132,7 +140,9 @@ class Mend(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    do: Literal["nothing", "orphan", "lost", "halt", "revive"]
+    """`beside`: an older machine lies there, and nobody will come back to it."""
+
+    do: Literal["nothing", "orphan", "beside", "lost", "halt", "revive"]
     server: Server | None = None  # as it was taken
 
 
@@ -146,6 +156,8 @@ def mend(run: Run, job: Mend) -> None:
             run(destroy, job.server, job.host, seen.epoch)
         else:
             run(halt, job.server, job.host)
+    elif verdict.do == "beside" and seen.kept is not None:
+        run(drop, job.server, job.host, seen.kept)
     elif verdict.server is not None:
         take_up(run, job, verdict.do, verdict.server)
 
@@ -181,6 +193,11 @@ def destroy(server: str, host: str, epoch: int) -> To[Done]:
     return To(host, Destroy(server=server, epoch=epoch))
 
 
+@command
+def drop(server: str, host: str, epoch: int) -> To[Done]:
+    return To(host, Drop(server=server, epoch=epoch))
+
+
 @command(patience_s=600)
 def halt(server: str, host: str) -> To[Done]:
     return To(host, Power(server=server, to="stop", timeout_s=0))
@@ -190,8 +207,11 @@ def halt(server: str, host: str) -> To[Done]:
 def judged(tx: Tx, job: Mend, seen: Seen, me: str, now: float) -> Verdict:
     """What is wrong, if anything is; the server is taken, if something must be done to it."""
     row = compare.found(tx, [job.server]).get(job.server)
+    kept = migrations.kept(tx, job.host).get(job.server)
     if row is None or row.deleted_at is not None or row.host != job.host:
-        return Verdict("orphan" if seen.there else "nothing")
+        return Verdict("orphan" if seen.there and seen.epoch != kept else "nothing")
+    if seen.kept is not None and seen.kept != kept:
+        return Verdict("beside")
     if row.generation != job.generation or row.task_state is not None or row.vm_state == VM.building:
         return Verdict("nothing")
     if not seen.there:

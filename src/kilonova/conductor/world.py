@@ -4,13 +4,15 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+
 from kilonova.clients import Neighbours, NetworkInfo, SecurityGroup, Subnet
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.bus import Send
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx
 from kilonova.model.options import Config
-from kilonova.store import hosts
+from kilonova.store import hosts, server_groups
 
 T = TypeVar("T")
 KEEP_S = 5.0  # what the network service says of networks and groups is not asked for again within that time
@@ -33,7 +35,7 @@ class World:
         me: str,
         wake: Callable[[str], None] = lambda run: None,
     ) -> None:
-        self.db, self.send, self.neighbours, self.choose = db, send, neighbours, choose
+        self.db, self.send, self.neighbours, self.ask_scheduler = db, send, neighbours, choose
         self.clock, self.ids, self.config, self.me, self.wake = clock, ids, config, me, wake
         self.born = clock.now()
         self.guard = threading.Lock()  # of the next three
@@ -43,6 +45,14 @@ class World:
         self.networks = Kept[NetworkInfo](self)
         self.subnets = Kept[list[Subnet]](self)
         self.groups = Kept[SecurityGroup](self)
+
+    def choose(self, m: Choose) -> Chosen:
+        """Places for a server; of one in a group the scheduler is told where the others are. Raises Unsupported."""
+        if m.ask.group_id is not None:
+            with self.db.read() as tx:
+                company = server_groups.company(tx, m.server, m.ask.group_id)
+            m = msgspec.structs.replace(m, ask=msgspec.structs.replace(m.ask, company=company))
+        return self.ask_scheduler(m)
 
     def gone(self, tx: Tx, host: str) -> bool:
         """Nobody should wait for it: it is forced down, nobody knows it, or it was silent for too long while we listened."""

@@ -54,11 +54,12 @@ class Abandon(Call[Done], frozen=True):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """What a host has of a server, just now."""
+    """What a host has of a server, just now. `kept`: the epoch of an older machine beside it."""
 
     there: bool
     power_state: int = 0
     epoch: int = 0
+    kept: int | None = None
 
 
 @compute
@@ -80,3 +81,126 @@ class ConsoleLog(Call[Text], frozen=True):
 
     server: str
     lines: int | None = None
+
+
+# ---- moves
+
+
+class Luggage(msgspec.Struct, frozen=True):
+    """How a machine's disks reach another host: where to fetch them, in the driver's own words."""
+
+    uri: str = ""
+    more: dict[str, str] = {}
+
+
+@compute
+class Prepare(Call[Done], frozen=True):
+    """Could this machine be moved here? Nothing is left of the question. Raises Refused, Unsupported."""
+
+    machine: Machine
+
+
+@compute
+class Depart(Call[Luggage], frozen=True):
+    """Turn it off and keep it, as of `epoch`: it may come back, or be dropped. Others may fetch its disks meanwhile.
+
+    `timeout_s`: as of Power.
+    """
+
+    server: str
+    epoch: int
+    timeout_s: float = -1
+
+
+@compute
+class Arrive(Call[Done], frozen=True):
+    """Make this machine of what another of the same server has left, here or elsewhere.
+
+    `beside`: the epoch of one that is kept on this very host, and stays.
+    """
+
+    machine: Machine
+    luggage: Luggage
+    start: bool = True
+    beside: int | None = None
+
+
+@compute
+class Return(Call[Done], frozen=True):
+    """What was kept as of epoch `was` is this machine again; one that is here too is kept in its turn."""
+
+    machine: Machine
+    was: int
+    start: bool = True
+
+
+@compute
+class Drop(Call[Done], frozen=True):
+    """Remove the machine of just this epoch, whether it is kept or not. What is beside it stays."""
+
+    server: str
+    epoch: int
+
+
+class Landing(msgspec.Struct, frozen=True):
+    """Where a running guest can be sent to, in the driver's own words."""
+
+    uri: str = ""
+    more: dict[str, str] = {}
+
+
+@compute
+class PrepareLanding(Call[Landing], frozen=True):
+    """Make all that this guest needs here, and wait for it."""
+
+    machine: Machine
+
+
+@compute
+class SendAway(Call[Done], frozen=True):
+    """Send the running guest there. Done: it runs there and not here. Aborted: it was told not to, in time.
+
+    `block`: its disks too; None: those that must.
+    """
+
+    server: str
+    landing: Landing
+    epoch: int  # of the machine it becomes
+    block: bool | None = None
+
+
+@compute
+class Hurry(Call[Done], frozen=True):
+    """The guest that is being sent away shall be there soon, though it has to stand still for it. Told beside the act."""
+
+    server: str
+
+
+@compute
+class Stay(Call[Done], frozen=True):
+    """It does not go after all: what that has changed here is as it was. Nothing there, or it does not start again: done."""
+
+    server: str
+    power_state: int = 1
+
+
+class Landed(msgspec.Struct, frozen=True):
+    """Whether the guest has come."""
+
+    there: bool
+    power_state: int = 0
+
+
+@compute
+class CloseLanding(Call[Landed], frozen=True):
+    """No guest may come any more, and what waited for it is removed; unless it has come. The target decides."""
+
+    server: str
+    epoch: int
+
+
+@compute
+class Land(Call[Done], frozen=True):
+    """It has come: this is its machine from now on, also after a restart."""
+
+    machine: Machine

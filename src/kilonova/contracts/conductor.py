@@ -44,3 +44,18 @@ class PowerChanged(msgspec.Struct, frozen=True):
     server: str
     power_state: int
     at: float
+
+
+@conductor
+class Sending(msgspec.Struct, frozen=True):
+    """How far a live migration is. Bytes; None: not known."""
+
+    host: str
+    server: str
+    at: float
+    memory_total: int | None = None
+    memory_remaining: int | None = None
+    memory_processed: int | None = None
+    disk_total: int | None = None
+    disk_remaining: int | None = None
+    disk_processed: int | None = None

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from kilonova.kit.bus import Contract
+from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server, Wanted
 
 jobs = Contract("jobs")
@@ -45,3 +46,55 @@ class Delete(msgspec.Struct, frozen=True):
     """ "delete": waits until other runs have ended, then takes everything back."""
 
     server: Server
+
+
+@jobs
+class Resize(msgspec.Struct, frozen=True):
+    """ "resize": to another host, with another flavor or (a cold migration) with the same.
+
+    `server` as it was taken, with its old flavor; `was` its vm_state; `migration` the id of the record that was written
+    with it.  `host`: there or nowhere.  `same_host`: where it is now is a choice like another.
+    """
+
+    server: Server
+    was: str
+    migration: str
+    flavor: Flavor
+    host: str | None = None
+    same_host: bool = False
+
+
+@jobs
+class Settle(msgspec.Struct, frozen=True):
+    """ "confirm" and "revert": what a resize left for its user to decide."""
+
+    server: Server
+    migration: str
+
+
+@jobs
+class LiveMigrate(msgspec.Struct, frozen=True):
+    """ "live_migrate": to another host while it runs. `forced`: no rule is asked. `block`: its disks travel too; None: if they must."""
+
+    server: Server
+    migration: str
+    host: str | None = None
+    forced: bool = False
+    block: bool | None = None
+
+
+@jobs
+class Evacuate(msgspec.Struct, frozen=True):
+    """ "evacuate": its host is down; it is made anew on another. `stopped`: and is not started there.
+
+    `shared`: the caller says (until 2.13) that its disks can be reached from there.
+    """
+
+    server: Server
+    was: str
+    migration: str
+    host: str | None = None
+    forced: bool = False
+    stopped: bool = False
+    shared: bool | None = None
+    admin_password: str = ""

@@ -2,7 +2,7 @@
 
 The life of a request: name it → its version → who asks → the route of that version → query → body → policy →
 the handler → the view, as it was in that version.  Errors of any of these leave by one door, `Dialect.fault`.
-Granian carries the bytes (`Server`); in one process a neighbour is called as a WSGI application (`clients.py`).
+Granian carries the bytes (`Server`); in one process a neighbour is called as a WSGI application (`clients`).
 """
 
 import functools

@@ -25,9 +25,9 @@ from kilonova.metadata import documents
 from kilonova.metadata.documents import Document, Subject
 from kilonova.metadata.vendor import Vendor
 from kilonova.model import options
+from kilonova.model.disks import disks
 from kilonova.model.identity import identity_of
 from kilonova.model.machine import Identity, Nic
-from kilonova.model.plan import disks
 from kilonova.model.server import Server
 from kilonova.store import guests
 

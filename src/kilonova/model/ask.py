@@ -6,6 +6,7 @@ import msgspec
 
 from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server
+from kilonova.model.server_group import Company
 
 VCPU, MEMORY_MB, DISK_GB = "VCPU", "MEMORY_MB", "DISK_GB"
 
@@ -14,7 +15,8 @@ class Ask(msgspec.Struct, frozen=True):
     """The whole question. `amounts` are by resource class (Placement API); traits as os-traits names them.
 
     `host`, `node`: there or nowhere; `forced`: and no rule but that of room is asked.  `avoid` are hosts that
-    refused already.  `extra_specs` are the flavor's, for aggregates and capabilities.
+    refused already.  `extra_specs` are the flavor's, for aggregates and capabilities.  `company` is what is known of the
+    server group `group_id` when the question is put.
     """
 
     amounts: dict[str, int]
@@ -30,6 +32,8 @@ class Ask(msgspec.Struct, frozen=True):
     extra_specs: dict[str, str] = {}
     properties: dict[str, str] = {}  # the image's
     image_id: str = ""
+    group_id: str | None = None
+    company: Company | None = None
 
 
 def amounts(flavor: Flavor, *, volume_backed: bool = False) -> dict[str, int]:
@@ -42,10 +46,15 @@ def amounts(flavor: Flavor, *, volume_backed: bool = False) -> dict[str, int]:
     return {c: n for c, n in wanted.items() if n > 0}
 
 
+def amounts_of(server: Server) -> dict[str, int]:
+    """What this server takes of its host."""
+    return amounts(server.flavor, volume_backed=server.volume_backed)
+
+
 def ask(server: Server, *, host: str | None = None, node: str | None = None, forced: bool = False) -> Ask:
     """What this server wants, wherever it goes; `host`, `node` where the caller named one."""
     return Ask(
-        amounts=amounts(server.flavor),
+        amounts=amounts_of(server),
         required=sorted(_traits(server, "required")),
         forbidden=sorted(_traits(server, "forbidden")),
         zone=server.availability_zone,
@@ -57,6 +66,7 @@ def ask(server: Server, *, host: str | None = None, node: str | None = None, for
         extra_specs=server.flavor.extra_specs,
         properties=server.image.properties,
         image_id=server.image.id,
+        group_id=server.group_id,
     )
 
 

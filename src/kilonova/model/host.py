@@ -19,6 +19,7 @@ class HostFacts(msgspec.Struct, frozen=True):
     traits: list[str] = []
     virt_type: str = ""  # kvm, qemu; with the reason in `virt_why`
     virt_why: str = ""
+    connector: dict[str, Any] = {}  # who it is to a volume service: initiator, nqn …
     uptime: str = ""  # as `uptime` prints it; "": not known
 
 

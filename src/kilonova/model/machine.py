@@ -4,7 +4,7 @@ A `Machine` travels whole from the conductor to the host and lies there beside i
 reads it again and needs nobody.  `virt/*/xml.py` turns it into its hypervisor's words, purely.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,7 +32,7 @@ class VolumeSource(msgspec.Struct, frozen=True, tag="volume"):
     """A volume, as its service says how to connect (block storage API, attachments, connection_info)."""
 
     volume_id: str
-    connection_info: dict[str, msgspec.Raw] | None = None
+    connection_info: dict[str, Any] | None = None
 
 
 class Disk(msgspec.Struct, frozen=True):

@@ -134,6 +134,10 @@ class Compute(Struct, frozen=True):
         int, Meta(description="Builds that may fail one after another before other hosts are preferred; 0 never.", ge=0)
     ] = 10
     max_concurrent_builds: A[int, Meta(description="Servers a host builds at the same time; 0 is no limit.", ge=0)] = 10
+    local_disks_max: A[
+        int, Meta(description="Local disks that a new server may be described with; -1 is no limit.", ge=-1)
+    ] = 3
+    disks_max: A[int, Meta(description="Disks of a server when a volume is attached; -1 is no limit.", ge=-1)] = -1
     force_config_drive: A[bool, Meta(description="Give every server a config drive.")] = False
     config_drive_format: A[Literal["iso9660", "vfat"], Meta(description="The file system of config drives.")] = (
         "iso9660"
@@ -141,6 +145,15 @@ class Compute(Struct, frozen=True):
     reclaim_interval_s: A[
         int, Meta(description="Deleted servers can be restored for so long; 0 deletes at once.", ge=0)
     ] = 0
+    allow_resize_to_same_host: A[
+        bool, Meta(description="A resize may leave a server where it is; a cold migration never does.")
+    ] = False
+    resize_confirm_window_s: A[
+        int, Meta(description="A resize that nobody confirms or reverts is confirmed after so long; 0 never.", ge=0)
+    ] = 0
+    max_concurrent_live_migrations: A[
+        int, Meta(description="Servers that leave a host at the same time while they run; 0 is no limit.", ge=0)
+    ] = 1
     lost_server: A[
         Literal["log", "stop", "destroy"],
         Meta(description="What is done with a machine on a host that no server owns."),
@@ -354,6 +367,9 @@ class Volume(Struct, frozen=True):
     url: A[
         str | None, Meta(description="A real block-storage service.", examples=["https://cinder.example.org/v3"])
     ] = None
+    cross_zone_attach: A[bool, Meta(description="Volumes may be of another availability zone than their server.")] = (
+        True
+    )
 
 
 class Log(Struct, frozen=True):

@@ -4,13 +4,11 @@ from collections.abc import Iterable
 
 import msgspec
 
+from kilonova.model.disks import Connections, disks
 from kilonova.model.identity import identity_of
-from kilonova.model.machine import BlankSource, Bus, Disk, ImageSource, Machine, Nic
+from kilonova.model.machine import Machine, Nic
 from kilonova.model.server import Image, Server
 
-GIB, MIB = 1 << 30, 1 << 20
-PREFIXES: dict[str, str] = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd"}
-BUSES: dict[str, Bus] = {"virtio": "virtio", "scsi": "scsi", "sata": "sata", "usb": "usb", "ide": "ide"}
 VIF_MODELS = {"virtio", "e1000", "e1000e", "rtl8139", "ne2k_pci", "pcnet", "vmxnet3", "igb", "lan9118", "spapr-vlan"}
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -26,12 +24,16 @@ def plan(
     files: Iterable[tuple[str, str]] = (),
     owner: str = "",
     force_config_drive: bool = False,
+    connections: Connections | None = None,
 ) -> Machine:
-    """The whole machine. `number` names it where UUIDs are too long; `epoch` rises with each host it is given to."""
+    """The whole machine. `number` names it where UUIDs are too long; `epoch` rises with each host it is given to.
+
+    `connections`: how this host reaches each of its volumes (`conductor.volumes.connect`).
+    """
     properties, specs = server.image.properties, server.flavor.extra_specs
     model = properties.get("hw_vif_model", "virtio")
     nics = [msgspec.structs.replace(n, model=model) for n in nics] if model in VIF_MODELS - {"virtio"} else nics
-    drives = disks(server)
+    drives = disks(server, connections)
     sockets, cores, threads = topology(server)
     return Machine(
         id=server.id,
@@ -60,46 +62,6 @@ def plan(
         owner_name=owner,
         epoch=epoch,
     )
-
-
-def disks(server: Server) -> list[Disk]:
-    """Root from the image (as large as the flavor says; 0: as the image), then ephemeral, then swap."""
-    flavor, image = server.flavor, server.image
-    bus: Bus = _bus(image.properties.get("hw_disk_bus"))
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
-    found = []
-    if image.id:
-        found.append(_root(server, bus, next(letters)))
-    if flavor.ephemeral_gb:
-        blank = BlankSource(image.properties.get("os_ephemeral_format", "ext4"))
-        found.append(Disk(_named(bus, next(letters)), blank, flavor.ephemeral_gb * GIB, bus=bus))
-    if flavor.swap_mb:
-        found.append(Disk(_named(bus, next(letters)), BlankSource("swap"), flavor.swap_mb * MIB, bus=bus))
-    return found
-
-
-def _root(server: Server, bus: Bus, letter: str) -> Disk:
-    image = server.image
-    source = ImageSource(
-        image_id=image.id,
-        disk_format=image.disk_format,  # type: ignore[arg-type]  # the image service has no others
-        size_bytes=image.size_bytes,
-        hash_algo=image.hash_algo,
-        hash_value=image.hash_value,
-        virtual_size_bytes=image.virtual_size_bytes,
-    )
-    if image.disk_format == "iso":
-        bus = _bus(image.properties.get("hw_cdrom_bus"), "sata")
-        return Disk(_named(bus, letter), source, bus=bus, kind="cdrom", boot_index=0)
-    return Disk(_named(bus, letter), source, server.flavor.disk_gb * GIB, bus=bus, boot_index=0)
-
-
-def _bus(wanted: str | None, usual: Bus = "virtio") -> Bus:
-    return BUSES.get(wanted or "", usual)
-
-
-def _named(bus: str, letter: str) -> str:
-    return PREFIXES[bus] + letter
 
 
 def architecture(image: Image) -> str:

@@ -4,6 +4,7 @@ import hashlib
 
 import msgspec
 
+from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
 from kilonova.model.states import VM
@@ -81,6 +82,7 @@ class Server(msgspec.Struct, frozen=True):
     node: str | None = None
     availability_zone: str | None = None  # asked for and pinned; None: anywhere
     plugs: list[Plug] = []
+    devices: list[Device] = []  # volumes, and disks that flavor and image do not tell of
     tags: list[str] = []
     metadata: dict[str, str] = {}
     system_metadata: dict[str, str] = {}
@@ -98,6 +100,7 @@ class Server(msgspec.Struct, frozen=True):
     root_device: str = "/dev/vda"
     scheduler_hints: dict[str, msgspec.Raw] = {}
     trusted_certs: list[str] | None = None
+    group_id: str | None = None  # the server group that it is a member of
     fault_run: str | None = None  # the run whose fault it shows
     created_at: float = 0
     updated_at: float | None = None
@@ -108,6 +111,11 @@ class Server(msgspec.Struct, frozen=True):
     @property
     def instance_name(self) -> str:
         return f"instance-{self.number:08x}"
+
+    @property
+    def volume_backed(self) -> bool:
+        """Its root disk is a volume."""
+        return any(d.boot_index == 0 and d.is_volume for d in self.devices)
 
     @property
     def locked(self) -> bool:

@@ -135,6 +135,13 @@ VERBS: dict[str, Verb] = {v.name: v for v in (
     Verb("suspend",     _vm("active"),                                Task.suspending,     VM.suspended, "suspend", "suspend", host=True, message="suspend"),
     Verb("resume",      _vm("suspended"),                             Task.resuming,       VM.active,    "resume",  "resume",  host=True, message="resume"),
     Verb("delete",      frozenset(VM) - {VM.deleted},                 Task.deleting,       VM.deleted,   "delete",  "delete",  over=None, launched=False),
+    # moves: `api/moves.py`
+    Verb("resize",      _vm("active stopped"),                        Task.resize_prep,    VM.resized,   "resize",  "resize",  host=True),
+    Verb("migrate",     _vm("active stopped"),                        Task.resize_prep,    VM.resized,   "migrate", "migrate", host=True),
+    Verb("confirm",     _vm("resized"),                               Task.resize_confirming, None,      "confirmResize", "confirmResize"),
+    Verb("revert",      _vm("resized"),                               Task.resize_reverting, None,       "revertResize", "revertResize"),
+    Verb("live_migrate", _vm("active paused"),                        Task.migrating,      None,         "os-migrateLive", "live-migration", host=True),
+    Verb("evacuate",    _vm("active stopped error"),                  Task.rebuilding,     None,         "evacuate", "evacuate", over=None, host=True),
 )}
 # fmt: on
 

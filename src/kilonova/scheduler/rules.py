@@ -13,6 +13,7 @@ import numpy as np
 
 from kilonova.model import fit
 from kilonova.model.ask import Ask
+from kilonova.model.server_group import admits
 from kilonova.scheduler.hosts import Bools, Floats, Hosts
 
 Rule = Callable[[Hosts, Ask, "View"], Bools | EllipsisType]
@@ -146,6 +147,18 @@ def aggregate_extra_specs(hosts: Hosts, ask: Ask, view: View) -> Bools | Ellipsi
     return _groups(hosts, [fit.aggregate_fits(ask.extra_specs, g) for g in hosts.groups])
 
 
+@rule()
+def anti_affinity(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Hosts that have as many of the group as they may. A hint as all is: the claim decides."""
+    return _company(hosts, ask, "anti-affinity")
+
+
+@rule()
+def affinity(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Where the others are; anywhere as long as there are none."""
+    return _company(hosts, ask, "affinity")
+
+
 FORCED = frozenset({"named", "not_avoided", "room"})  # all that is asked for a forced host
 IMAGE_WANTS = ("hw_architecture", "architecture", "img_hv_type", "hypervisor_type", "hw_vm_mode", "vm_mode")
 
@@ -184,7 +197,35 @@ def build_failures(hosts: Hosts, ask: Ask) -> Any:
     return hosts.failures
 
 
+@taste(10.0)
+def soft_affinity(hosts: Hosts, ask: Ask) -> Any:
+    """Weighs more than what is true of any server: at 1.0 a burst is spread by `io_ops` against its user's word."""
+    return _others(hosts, ask, "soft-affinity")
+
+
+@taste(10.0)
+def soft_anti_affinity(hosts: Hosts, ask: Ask) -> Any:
+    return -_others(hosts, ask, "soft-anti-affinity")
+
+
+NEEDED = {p: p.replace("-", "_") for p in ("affinity", "anti-affinity", "soft-affinity", "soft-anti-affinity")}
+"""Which rule or taste a server group's policy rests on: where it is not asked, the policy cannot be kept."""
+
+
 # ---- how rules look at less than each row
+
+
+def _company(hosts: Hosts, ask: Ask, policy: str) -> Bools | EllipsisType:
+    if (c := ask.company) is None or c.policy != policy:
+        return ...
+    all = sum(c.at.values())
+    return _rows(hosts, lambda p: admits(policy, c.most, here := c.at.get(p.host, 0), all - here))
+
+
+def _others(hosts: Hosts, ask: Ask, policy: str) -> Floats:
+    if (c := ask.company) is None or c.policy != policy:
+        return np.zeros(hosts.n)
+    return np.fromiter((c.at.get(p.host, 0) for p in hosts.places), float, hosts.n)
 
 
 def _rows(hosts: Hosts, lets: Callable[[Any], bool]) -> Bools:

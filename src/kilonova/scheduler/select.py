@@ -19,11 +19,11 @@ from kilonova.contracts.scheduler import Choose, Chosen, scheduler
 from kilonova.kit.ask import Answerer, Bus, asked
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Invalid
+from kilonova.kit.errors import Invalid, Unsupported
 from kilonova.model.ask import Ask
 from kilonova.model.options import Scheduler as Options
 from kilonova.scheduler.hosts import Floats, Hosts, Ints
-from kilonova.scheduler.rules import FORCED, RULES, TASTES, Rule, Taste, View
+from kilonova.scheduler.rules import FORCED, NEEDED, RULES, TASTES, Rule, Taste, View
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,18 @@ class Scheduler:
         self.db, self.clock, self.down_after_s = db, clock, down_after_s
         self.options = options or Options()
         self.rules, self.tastes = _rules(self.options), _tastes(self.options)
+        self.tasted = {do.__name__ for do, _ in self.tastes}
         self.dice = np.random.default_rng(dice.getrandbits(64))
         self.hosts = Hosts(default_zone, build_failures_max)
         self.guard, self.turn = threading.Lock(), threading.Lock()
         self.waiting: list[_Waiting] = []
 
     def choose(self, m: Choose) -> Chosen:
-        """The best places for this server; none, with the reasons, where there are none."""
+        """The best places for this server; none, with the reasons, where there are none.
+
+        Raises Unsupported where it is in a group whose policy nobody here looks after.
+        """
+        self._keeps(m.ask)
         mine = _Waiting(m)
         with self.guard:
             self.waiting.append(mine)
@@ -79,6 +84,13 @@ class Scheduler:
             return me.choose(m)
 
         bus.serve(asked(address), Answerer(scheduler, [choose], self, bus.send).receive, threads)
+
+    def _keeps(self, ask: Ask) -> None:
+        if ask.company is None or ask.forced:
+            return
+        needed = NEEDED[ask.company.policy]
+        if needed not in self.rules and needed not in self.tasted:
+            raise Unsupported(f"ServerGroup policy is not supported: {ask.company.policy} is switched off.")
 
     # -- a pass
 
@@ -102,7 +114,22 @@ class Scheduler:
         """Answer who can be; who cannot is returned."""
         left: list[_Waiting] = []
         for same in _alike(all):
-            left += self._place_alike(same, now)
+            left += self._place_alike(same, now) if same[0].m.ask.company is None else self._place_company(same, now)
+        return left
+
+    def _place_company(self, same: "list[_Waiting]", now: float) -> "list[_Waiting]":
+        """Requests of one server group, one by one: where the last one went counts for the next."""
+        left: list[_Waiting] = []
+        company = same[0].m.ask.company
+        assert company is not None
+        for w in same:
+            ask = msgspec.structs.replace(w.m.ask, company=company)
+            one = _Waiting(msgspec.structs.replace(w.m, ask=ask))
+            if self._place_alike([one], now) or one.answer is None:
+                left.append(w)
+                continue
+            w.answer, host = one.answer, one.answer.places[0].host
+            company = msgspec.structs.replace(company, at=company.at | {host: company.at.get(host, 0) + 1})
         return left
 
     def _place_alike(self, same: "list[_Waiting]", now: float) -> "list[_Waiting]":

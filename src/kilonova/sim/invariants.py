@@ -10,10 +10,12 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
-from kilonova.model.ask import amounts
+from kilonova.model.ask import amounts, amounts_of
 from kilonova.model.server import Server
+from kilonova.model.server_group import admits
 from kilonova.model.states import VM
-from kilonova.store import hosts, networks, placement, servers
+from kilonova.store import hosts, migrations, networks, placement, server_groups, servers
+from kilonova.store.migrations import OVER, Status
 
 RESTING = {
     VM.active,
@@ -43,8 +45,11 @@ def wrong(
         all = [servers.of(r) for r in tx.execute(servers.SELECT)]
         said = _runs(tx)
         said += _claims(tx, all)
-        said += _machines(all, holds)
+        said += _machines(all, holds, undecided(tx))
+        said += _moves(tx, all)
+        said += [f"port {b.port_id} could still come to {b.host}" for b in networks.find(tx, networks.Binding)]
         said += _ports(all, _our_ports(tx) if ports is None else ports)
+        said += _groups(tx, all)
         said += [line for s in all for line in _resting(tx, s)]
     return said
 
@@ -73,17 +78,57 @@ def _claims(tx: Tx, all: list[Server]) -> list[str]:
             said.append(f"{of.get(i.provider)}: {have} {i.resource_class} claimed of {i.total}")
     said += [f"{n} {name} claimed of {provider}, which has none" for (provider, name), n in sums.items()]
     for s in all:
-        expect = {s.host: amounts(s.flavor)} if s.host and s.deleted_at is None else {}
+        expect = {s.host: amounts_of(s)} if s.host and s.deleted_at is None else {}
         found = {h: dict(c) for h, c in held.pop(s.id, {}).items()}
         if found != expect:
             said.append(f"{s.id} ({s.vm_state}) on {s.host} holds {found}")
+    on_volumes = {s.id for s in all if s.volume_backed}
+    for m in undecided(tx):
+        found = {h: dict(c) for h, c in held.pop(m.uuid, {}).items()}
+        if m.old_flavor is None or found != {m.source: amounts(m.old_flavor, volume_backed=m.server in on_volumes)}:
+            said.append(f"the {m.type} of {m.server} from {m.source} holds {found}")
     return said + [f"{consumer} is no server and holds {dict(h)}" for consumer, h in held.items()]
 
 
-def _machines(all: list[Server], holds: Mapping[str, Mapping[str, tuple[str, int]]]) -> list[str]:
+def undecided(tx: Tx) -> list[migrations.Migration]:
+    """The moves that hold something of the host that they came from, at rest."""
+    holding = [str(s) for s in (Status.finished, Status.done)]
+    return [migrations.of(r) for r in tx.execute(migrations.SELECT.where(migrations.T.c.status.in_(holding)))]
+
+
+def _moves(tx: Tx, all: list[Server]) -> list[str]:
     said = []
+    of = {s.id: s for s in all}
+    waiting = {m.server for m in undecided(tx) if m.status == Status.finished}
+    said += [
+        f"{s.id} is resized, and nothing is to be decided"
+        for s in all
+        if s.vm_state == VM.resized and s.id not in waiting
+    ]
+    for m in map(migrations.of, tx.execute(migrations.SELECT)):
+        if m.status not in OVER and m.status != Status.finished:
+            said.append(f"the {m.type} of {m.server} rests as {m.status}")
+        if m.status == Status.finished and of[m.server].vm_state not in (VM.resized, VM.error):
+            said.append(f"the {m.type} of {m.server}, which is {of[m.server].vm_state}, waits for a word")
+    return said
+
+
+def _machines(
+    all: list[Server], holds: Mapping[str, Mapping[str, tuple[str, int]]], moves: list[migrations.Migration]
+) -> list[str]:
+    said = []
+    here = {h: dict(machines) for h, machines in holds.items()}
+    for m in moves:  # what is kept until its user decides
+        lies = here.get(m.source or "")
+        if m.status != Status.finished or lies is None:
+            continue
+        names = [n for n in (m.server, f"{m.server}.kept") if lies.get(n) == ("shutdown", m.source_epoch)]
+        if not names:
+            said.append(f"nothing is kept of {m.server} on {m.source}")
+        for name in names:
+            del lies[name]
     at: dict[str, dict[str, tuple[str, int]]] = defaultdict(dict)
-    for host, machines in holds.items():
+    for host, machines in here.items():
         for id, how in machines.items():
             at[id][host] = how
     for s in all:
@@ -97,6 +142,29 @@ def _machines(all: list[Server], holds: Mapping[str, Mapping[str, tuple[str, int
             if host in wanted and epoch != s.epoch:
                 said.append(f"{s.id} on {host} is of epoch {epoch}, written is {s.epoch}")
     return said + [f"{id} is no server and has machines on {sorted(found)}" for id, found in at.items()]
+
+
+def _groups(tx: Tx, all: list[Server]) -> list[str]:
+    """Strict server groups are kept, and whoever is a member is so of a group that there is."""
+    said = []
+    known = {g.id: g for g in server_groups.page(tx, None, limit=10**6)}
+    at: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for s in all:
+        if s.group_id is not None and s.deleted_at is None:
+            if s.group_id not in known:
+                said.append(f"{s.id} is a member of {s.group_id}, which is no group")
+            elif s.host is not None:
+                at[s.group_id][s.host] += 1
+    for id, hosts_ in at.items():
+        g, total = known[id], sum(hosts_.values())
+        if not _all_admitted(g.policy, g.max_per_host or 1, hosts_, total):
+            said.append(f"{g.policy} group {id} has {dict(hosts_)}")
+    return said
+
+
+def _all_admitted(policy: str, most: int, at: Mapping[str, int], total: int) -> bool:
+    """Had each been the last to come, would it have been let in?"""
+    return all(admits(policy, most, n - 1, total - n) for n in at.values())
 
 
 def _our_ports(tx: Tx) -> list[tuple[str, str, str]]:

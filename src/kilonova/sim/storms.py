@@ -19,17 +19,33 @@ VERBS: list[tuple[str, Any]] = [
 ]
 
 
+NOBODY = "00000000-0000-0000-0000-000000000000"
+GROUPS = (None, None, None, "anti-affinity", "affinity", "soft-anti-affinity")
+
+
 class User:
     """Remembers the servers it asked for, by the name it gave them."""
 
     def __init__(self, sim: Sim) -> None:
         self.sim, self.api, self.known = sim, Api(sim, "api"), dict[str, str]()
+        self.groups = dict[str, str]()
 
-    def create(self, name: str) -> None:
+    def create(self, name: str, group: str | None = None) -> None:
+        """`group`: a policy; the servers that name the same are in one group."""
         wish = {"name": name, "flavorRef": FLAVOR.id, "imageRef": self.sim.image_id, "networks": "auto"}
-        status, body = self.api.ask("POST", "/servers", {"server": wish})
+        hints = {} if group is None else {"os:scheduler_hints": {"group": self.group(group)}}
+        status, body = self.api.ask("POST", "/servers", {"server": wish} | hints)
         if status == 202:
             self.known[name] = body["server"]["id"]
+
+    def group(self, policy: str) -> str:
+        if policy not in self.groups:
+            wish = {"server_group": {"name": policy, "policy": policy}}
+            status, body = self.api.ask("POST", "/os-server-groups", wish)
+            if status != 200:
+                return NOBODY
+            self.groups[policy] = body["server_group"]["id"]
+        return self.groups[policy]
 
     def delete(self, name: str) -> None:
         if name in self.known:
@@ -53,7 +69,7 @@ def storm(sim: Sim, round: int = 0) -> None:
     user = User(sim)
     for i in range(10):
         name, born = f"s{round}-{i}", sim.dice.uniform(0, 120)
-        user.later(born, user.create, name)
+        user.later(born, user.create, name, sim.dice.choice(GROUPS))
         for _ in range(sim.dice.randrange(4)):
             verb, said = sim.dice.choice(VERBS)
             user.later(born + sim.dice.uniform(5, 200), user.act, name, verb, said)
@@ -66,6 +82,8 @@ def clean(sim: Sim) -> None:
     """All servers are deleted, calmly: the next storm finds an empty cloud."""
     sim.faults, faults = CALM, sim.faults
     user = User(sim)
+    for g in user.api.ask("GET", "/os-server-groups")[1]["server_groups"]:
+        user.api.ask("DELETE", f"/os-server-groups/{g['id']}")
     for s in user.api.ask("GET", "/servers")[1]["servers"]:
         user.known[s["id"]] = s["id"]
         user.later(0, user.delete, s["id"])

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from kilonova.kit.db import Tx
 from kilonova.kit.workflow import RUNS
 from kilonova.model.states import VM
-from kilonova.store import hosts, placement, servers
+from kilonova.store import hosts, migrations, placement, servers
+from kilonova.store.migrations import Status
 
 
 def on_host(tx: Tx, host: str) -> dict[str, Any]:
@@ -22,6 +23,14 @@ def on_host(tx: Tx, host: str) -> dict[str, Any]:
 def found(tx: Tx, ids: Iterable[str]) -> dict[str, Any]:
     """The same of these servers, wherever they are; also `host`, `deleted_at`."""
     return {r.id: r for r in tx.execute(FOUND.where(_t.id.in_(list(ids))))}
+
+
+def moved_away(tx: Tx, host: str, epochs: dict[str, int]) -> set[str]:
+    """Those of these machines that a host has of a time before their server went to another host."""
+    rows = found(tx, epochs)
+    return {
+        id for id, r in rows.items() if r.deleted_at is None and r.host not in (None, host) and r.epoch > epochs[id]
+    }
 
 
 def at_work(tx: Tx, subjects: Iterable[str]) -> set[str]:
@@ -38,8 +47,8 @@ def stuck(tx: Tx, before: float, most: int = 100) -> list[str]:
 
 
 def unowned(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
-    """(consumer, provider) of claims for servers that are dead, or elsewhere, and that no run is at."""
-    return [(r.consumer, r.provider) for r in tx.execute(UNOWNED, {"most": most})]
+    """(consumer, provider) of claims for servers that are dead, or elsewhere, and that no run is at; and of moves that are over."""
+    return [(r.consumer, r.provider) for q in (UNOWNED, OVER) for r in tx.execute(q, {"most": most})]
 
 
 def unclaimed(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
@@ -53,6 +62,7 @@ def plugs(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
     return {s.id: {p.port_id for p in s.plugs} for s in map(servers.of, tx.execute(query))}
 
 
+HOLD = [str(s) for s in (Status.finished, Status.done)]
 _t, _r, _a, _n, _b = servers.T.c, RUNS.c, placement.ALLOCATIONS.c, hosts.NODES.c, sa.bindparam
 _columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.epoch
 _busy = sa.exists().where(_r.subject == _t.id, _r.state == "running")
@@ -80,6 +90,20 @@ UNOWNED = (
         _instances,
         sa.or_(_t.id.is_(None), _t.host.is_(None), _t.host != _n.host),
         ~sa.exists().where(_r.subject == _a.consumer, _r.state == "running"),
+    )
+    .distinct()
+    .limit(_b("most"))
+)
+# A migration holds something of its source only while its user may decide, or that host must hear of an evacuation.
+_m = migrations.T.c
+OVER = (
+    sa.select(_a.consumer, _a.provider)
+    .join(placement.CONSUMERS, placement.CONSUMERS.c.uuid == _a.consumer)
+    .outerjoin(migrations.T, _m.uuid == _a.consumer)
+    .where(
+        placement.CONSUMERS.c.type == "MIGRATION",
+        sa.or_(_m.uuid.is_(None), _m.status.not_in(HOLD)),
+        ~sa.exists().where(_r.subject == _m.server, _r.state == "running"),
     )
     .distinct()
     .limit(_b("most"))

@@ -272,6 +272,20 @@ def heard(tx: Tx, host: str) -> Any:
     return tx.execute(HEARD, {"the_host": host}).first()
 
 
+def connector(tx: Tx, host: str) -> dict[str, Any]:
+    """Who a host is to a volume service, as it said itself: its address, its initiator."""
+    row = tx.execute(sa.select(NODES.c.host_ip, NODES.c.facts).where(NODES.c.host == host)).first()
+    if row is None:
+        return {}
+    return ({"ip": row.host_ip} if row.host_ip else {}) | _FACTS.decode(row.facts).connector
+
+
+def address(tx: Tx, host: str) -> str | None:
+    """The IP address that the host told of itself."""
+    found: str | None = tx.execute(sa.select(NODES.c.host_ip).where(NODES.c.host == host).limit(1)).scalar()
+    return found
+
+
 def failed(tx: Tx, host: str) -> None:
     """A build came to grief there: others are preferred for a while."""
     tx.execute(sa.update(SERVICES).where(_s.host == host, _s.binary == COMPUTE).values(failures=_s.failures + 1))

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NoCapacity, NotFound
-from kilonova.model.ask import amounts
+from kilonova.model.ask import amounts_of
 from kilonova.model.host import Stock
 from kilonova.model.server import Server
 
@@ -158,7 +158,7 @@ def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -
 
 def claim_anyhow(tx: Tx, server: Server, provider: str, *, now: float) -> bool:
     """Write down what a server uses already, whether there is room for it or not. False: there is no such provider."""
-    wanted = amounts(server.flavor)
+    wanted = amounts_of(server)
     if not tx.execute(MOVED, {"at": provider, "now": now}).rowcount:
         return False
     tx.execute(_give(len(wanted)), {"at": provider} | _numbered({c: -n for c, n in wanted.items()}))

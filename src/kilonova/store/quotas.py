@@ -105,7 +105,7 @@ def claim(
 
     Holds the project's lock until the transaction ends.
     """
-    _lock(tx, project_id)
+    lock(tx, project_id)
     fits = most
     for who in (None, user_id):
         own = own_limits(tx, project_id, user_id) if who else None
@@ -116,6 +116,23 @@ def claim(
         if fits < least:
             raise _over(allowed, used, cores, ram_mb, most)
     return fits
+
+
+def claim_more(tx: Tx, defaults: options.Quota, project_id: str, user_id: str, cores: int, ram_mb: int) -> None:
+    """May a server become larger by so much? What becomes less, or stays, is not asked about. Raises OverQuota.
+
+    Holds the project's lock until the transaction ends.
+    """
+    cores, ram_mb = max(cores, 0), max(ram_mb, 0)
+    lock(tx, project_id)
+    for who in (None, user_id):
+        if who and not own_limits(tx, project_id, who):
+            continue
+        allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)
+        over = {"cores": cores > 0 and 0 <= allowed["cores"] < used.cores + cores}
+        over["ram"] = ram_mb > 0 and 0 <= allowed["ram"] < used.ram + ram_mb
+        if any(over.values()):
+            raise _exceeded([r for r, is_ in over.items() if is_], {"cores": cores, "ram": ram_mb}, used, allowed)
 
 
 def _rooms(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int) -> list[int]:
@@ -129,13 +146,17 @@ def _rooms(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int) -> lis
 def _over(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int, n: int) -> OverQuota:
     wanted = {"cores": cores * n, "instances": n, "ram": ram_mb * n}
     over = [r for r, w in wanted.items() if 0 <= allowed[r] < getattr(used, r) + w]
+    return _exceeded(over, wanted, used, allowed)
+
+
+def _exceeded(over: list[str], wanted: dict[str, int], used: Usage, allowed: dict[str, int]) -> OverQuota:
     join: Any = lambda f: ", ".join(str(f(r)) for r in over)
     return OverQuota(
         f"Quota exceeded for {join(str)}: Requested {join(wanted.get)}, but already used {join(lambda r: getattr(used, r))} of {join(allowed.get)} {join(str)}"
     )
 
 
-def _lock(tx: Tx, project_id: str) -> None:
+def lock(tx: Tx, project_id: str) -> None:
     """UPDATE quota_locks SET n = n + 1 WHERE project_id = … : whoever comes second waits for the first's end."""
     if tx.dialect.name == "sqlite":
         return  # one writer

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NotFound
+from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
 from kilonova.model.server import Image, Plug, Server
@@ -42,6 +43,7 @@ T = sa.Table(
     sa.Column("node", sa.String(255)),
     sa.Column("availability_zone", sa.String(255)),
     sa.Column("plugs", sa.Text, nullable=False),
+    sa.Column("devices", sa.Text),  # NULL: none
     sa.Column("tags", sa.Text, nullable=False),  # ",one,two," — a tag has no comma, so LIKE '%,one,%' finds it
     sa.Column("metadata", sa.Text, nullable=False),
     sa.Column("system_metadata", sa.Text, nullable=False),
@@ -60,6 +62,7 @@ T = sa.Table(
     sa.Column("root_device", sa.String(255), nullable=False),
     sa.Column("scheduler_hints", sa.Text, nullable=False),
     sa.Column("trusted_certs", sa.Text),
+    sa.Column("group_id", sa.String(36)),
     sa.Column("fault_run", sa.String(64)),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("updated_at", sa.Double),
@@ -70,6 +73,7 @@ T = sa.Table(
     sa.Index("servers_newest", "deleted_at", "created_at", "id"),
     sa.Index("servers_on_host", "host"),
     sa.Index("servers_changed", "updated_at"),
+    sa.Index("servers_of_group", "group_id"),
 )
 
 
@@ -78,6 +82,7 @@ def row(server: Server) -> dict[str, Any]:
     values: dict[str, Any] = {f: getattr(server, f) for f in Server.__struct_fields__ if f != "number"}
     for name in _JSON:
         values[name] = _text(values[name])
+    values["devices"] = _text(server.devices or None)
     values["tags"] = tags_text(server.tags)
     values["vm_state"] = str(server.vm_state)
     return values | {
@@ -188,6 +193,17 @@ def finish(tx: Tx, server: Server, to: VM, now: float, **facts: Any) -> bool:
     return False
 
 
+def sized(flavor: Flavor, quota: Flavor | None = None) -> dict[str, Any]:
+    """As facts for `finish`: it is as large as that. `quota`: and another that it may become counts as well, class by class."""
+    other = quota or flavor
+    return {
+        "flavor": flavor,
+        "flavor_id": flavor.id,
+        "vcpus": max(flavor.vcpus, other.vcpus),
+        "memory_mb": max(flavor.memory_mb, other.memory_mb),
+    }
+
+
 def change(tx: Tx, id: str, now: float | None, **facts: Any) -> None:
     """Write columns of a living server that no run owns: name, metadata, lock, tags. Raises NotFound."""
     if "tags" in facts:
@@ -212,6 +228,8 @@ def of(found: Any) -> Server:
     for i, read in _READ:
         if values[i] is not None:
             values[i] = read(values[i])
+    if values[_DEVICES] is None:
+        values[_DEVICES] = []
     return Server(*values)
 
 
@@ -242,6 +260,7 @@ _JSON: dict[str, msgspec.json.Decoder[Any]] = {
     "flavor": msgspec.json.Decoder(Flavor),
     "image": msgspec.json.Decoder(Image),
     "plugs": msgspec.json.Decoder(list[Plug]),
+    "devices": msgspec.json.Decoder(list[Device]),
     "metadata": msgspec.json.Decoder(dict[str, str]),
     "system_metadata": msgspec.json.Decoder(dict[str, str]),
     "keypair": msgspec.json.Decoder(Keypair),
@@ -254,6 +273,8 @@ _READ: list[tuple[int, Callable[[str], Any]]] = [
     for i, f in enumerate(Server.__struct_fields__)
     if f in _JSON or f in ("tags", "vm_state")
 ]
+
+_DEVICES = Server.__struct_fields__.index("devices")
 
 SELECT = sa.select(*[T.c[f] for f in Server.__struct_fields__])  # in the order of the Struct
 GET = SELECT.where(T.c.id == sa.bindparam("the_id"))

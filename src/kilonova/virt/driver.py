@@ -10,6 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from kilonova.contracts.compute import Landing, Luggage
 from kilonova.model.host import HostFacts as HostFacts
 from kilonova.model.machine import Machine
 
@@ -26,6 +27,7 @@ class Held(msgspec.Struct, frozen=True):
 
 
 Progress = Callable[[str], None]
+Telling = Callable[[dict[str, int]], None]  # how far a sending is: `contracts.conductor.Sending`, by its fields
 
 
 @runtime_checkable
@@ -81,6 +83,62 @@ class Driver(Protocol):
     def close(self) -> None:
         """Let go of the hypervisor; machines go on."""
         ...
+
+
+@runtime_checkable
+class Resizes(Protocol):
+    """Cold moves: a machine is turned off and kept, and another is made of its disks, here or elsewhere.
+
+    Of one server a host may have two machines then: the newer is the one that is meant everywhere else, the older is
+    kept beside it and off.  `Driver.machines` names both, the newer last; `Driver.destroy` removes both.
+    """
+
+    def prepare(self, machine: Machine) -> None:
+        """Could it be here? Leaves nothing. Raises Refused, Unsupported."""
+        ...
+
+    def depart(self, id: str, epoch: int, timeout_s: float) -> Luggage:
+        """Turn the newest one off, with the guest's help if it has time, and keep it as of `epoch`."""
+        ...
+
+    def arrive(self, machine: Machine, luggage: Luggage, start: bool, progress: Progress) -> None:
+        """Make it of what the other has left; another that is here is kept beside it."""
+        ...
+
+    def come_back(self, machine: Machine, was: int, start: bool) -> None:
+        """The one of epoch `was` (or of the machine's own: done before) is this machine from now on."""
+        ...
+
+    def stay(self, id: str, power: Power) -> None:
+        """As if nobody had ever wanted it to go: the newest one is as it was."""
+        ...
+
+    def drop(self, id: str, epoch: int) -> None:
+        """Remove the one of this epoch with all it had. Nothing there: nothing to do."""
+        ...
+
+
+@runtime_checkable
+class Migrates(Protocol):
+    """Guests that move while they run."""
+
+    def prepare_landing(self, machine: Machine) -> Landing: ...
+
+    def send(self, id: str, landing: Landing, epoch: int, block: bool | None, tell: Telling) -> None:
+        """Comes back when the guest runs there and not here. Raises Aborted when it was told to stop, in time."""
+        ...
+
+    def hurry(self, id: str) -> None: ...
+
+    def stop_sending(self, id: str) -> None:
+        """End a `send` that is under way, if it can still be ended."""
+        ...
+
+    def close_landing(self, id: str, epoch: int) -> bool:
+        """True: the guest of this epoch has come, and is here. Else nothing of it is left here, and it cannot come."""
+        ...
+
+    def land(self, machine: Machine) -> None: ...
 
 
 @runtime_checkable

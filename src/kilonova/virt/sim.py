@@ -10,19 +10,21 @@ Latencies and faults come from handed-in dice and pass on a handed-in clock: fro
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
+from kilonova.contracts.compute import Landing, Luggage
 from kilonova.kit.clock import Clock
-from kilonova.kit.errors import NotFound, Refused
+from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble
 from kilonova.model.host import HostFacts
 from kilonova.model.machine import Machine
 from kilonova.model.options import Sim
-from kilonova.virt.driver import Held, Power, Progress
+from kilonova.virt.driver import Held, Power, Progress, Telling
 
 LOG_MAX = 16_384  # letters of a console log
+PARTS = 4  # in which a guest's memory is sent
 TRAITS = [
     "COMPUTE_ARCH_X86_64",
     "COMPUTE_FIRMWARE_BIOS",
@@ -35,13 +37,17 @@ TRAITS = [
 
 
 class SimMachine:
-    """One machine: what it is, how it is, since when, and what it wrote."""
+    """One machine: what it is, how it is, since when, and what it wrote: on its console, and on its disks.
 
-    __slots__ = ("log", "machine", "power", "since")
+    `landing`: a guest is expected, and has not come yet.
+    """
+
+    __slots__ = ("disk", "landing", "log", "machine", "power", "since")
 
     def __init__(self, machine: Machine, power: Power, since: float) -> None:
         self.machine, self.power, self.since = machine, power, since
-        self.log = ""
+        self.log = self.disk = ""
+        self.landing = False
 
 
 class _Kept(msgspec.Struct):
@@ -51,6 +57,8 @@ class _Kept(msgspec.Struct):
     power: Power
     since: float
     log: str
+    disk: str = ""
+    landing: bool = False
 
 
 class SimState:
@@ -59,37 +67,40 @@ class SimState:
     With a `directory` it outlives even kill -9: each machine is a file there.  A power cut of the machine under all
     this may cost the last changes: simulated hosts are not worth a flush of the disk each time.
 
-    `deaf` are guests that heed no button; a `broken` host refuses every act.
+    `deaf` are guests that heed no button; a `broken` host refuses every act.  `kept` are older machines of servers that
+    have a newer one here.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
         self.machines: dict[str, SimMachine] = {}
+        self.kept: dict[str, SimMachine] = {}
         self.deaf: set[str] = set()
         self.broken = False
         self.lock = threading.Lock()
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for file in sorted(directory.glob("*.machine")):
-                kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
-                self.machines[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
-                found.log = kept.log
+            for which, suffix in ((self.machines, "machine"), (self.kept, "kept")):
+                for file in sorted(directory.glob(f"*.{suffix}")):
+                    kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
+                    which[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
+                    found.log, found.disk, found.landing = kept.log, kept.disk, kept.landing
 
     def keep(self, id: str) -> None:
         """Write down how this machine is now; before anybody is told of it."""
         if self.directory is None:
             return
-        file = self.directory / f"{id}.machine"
         with self.lock:
-            m = self.machines.get(id)
-            if m is None:
-                file.unlink(missing_ok=True)
-                return
-            new = file.with_suffix(".new")
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(fd, "wb") as f:
-                f.write(msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log)))
-            new.rename(file)
+            for which, suffix in ((self.kept, "kept"), (self.machines, "machine")):
+                file, m = self.directory / f"{id}.{suffix}", which.get(id)
+                if m is None:
+                    file.unlink(missing_ok=True)
+                    continue
+                new = file.with_suffix(".new")
+                fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                with os.fdopen(fd, "wb") as f:
+                    f.write(msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing)))
+                new.rename(file)
 
     def power_cut(self) -> None:
         """The whole host restarts: nothing runs any more, disks stay."""
@@ -101,7 +112,7 @@ class SimState:
 
 
 class SimDriver:
-    """See `virt.driver.Driver`. `name` is the hypervisor's; `pass_time` defaults to the clock's sleep."""
+    """See `virt.driver`: all that a hypervisor can do. `name` is the hypervisor's; `peers` are those that its guests can be sent to."""
 
     def __init__(
         self,
@@ -111,10 +122,13 @@ class SimDriver:
         clock: Clock,
         dice: random.Random,
         options: Sim | None = None,
+        peers: Mapping[str, SimState] | None = None,
     ) -> None:
         self.name, self.clock, self.dice = name, clock, dice
         self.state = state or SimState()
         self.options = options or Sim()
+        self.peers = peers if peers is not None else {}
+        self.going: dict[str, set[str]] = {}  # guests that are being sent away, and what was called out to that
         self.heard: list[Callable[[str, Power], None]] = []
 
     # -- the host
@@ -142,7 +156,8 @@ class SimDriver:
 
     def machines(self) -> list[Held]:
         with self.state.lock:
-            return [Held(id, m.power, m.machine.epoch) for id, m in sorted(self.state.machines.items())]
+            all = [*sorted(self.state.kept.items()), *sorted(self.state.machines.items())]
+            return [Held(id, m.power, m.machine.epoch) for id, m in all]
 
     def power(self, id: str) -> Power:
         return self._there(id).power
@@ -156,7 +171,8 @@ class SimDriver:
     # -- acts
 
     def spawn(self, machine: Machine, progress: Progress) -> None:
-        if (old := self.state.machines.get(machine.id)) is not None and old.power == "running":
+        old = self.state.machines.get(machine.id)
+        if old is not None and old.power == "running" and old.machine.epoch == machine.epoch:
             return
         progress("disks")
         self._act("spawn")
@@ -167,10 +183,11 @@ class SimDriver:
         self._boot(machine.id, there)
 
     def destroy(self, id: str) -> None:
-        if id in self.state.machines:
+        if id in self.state.machines or id in self.state.kept:
             self._act("destroy", may_fail=False)
             with self.state.lock:
                 gone = self.state.machines.pop(id, None)
+                self.state.kept.pop(id, None)
             self.state.keep(id)
             self.state.deaf.discard(id)
             if gone is not None and gone.power != "shutdown":
@@ -218,6 +235,157 @@ class SimDriver:
         if m.power == "running" and self.clock.now() >= m.since + self.options.boot_s:
             log += f"\n{m.machine.identity.hostname} login: "
         return log.encode()
+
+    # -- cold moves (`virt.driver.Resizes`)
+
+    def prepare(self, machine: Machine) -> None:
+        self._act("prepare")
+
+    def depart(self, id: str, epoch: int, timeout_s: float) -> Luggage:
+        m = self._there(id)
+        if m.power != "shutdown":
+            self.stop(id, timeout_s)
+        self._newest(id, msgspec.structs.replace(m.machine, epoch=epoch))
+        return Luggage(more={"disk": m.disk, "log": m.log})
+
+    def arrive(self, machine: Machine, luggage: Luggage, start: bool, progress: Progress) -> None:
+        there = self.state.machines.get(machine.id)
+        if there is None or there.machine.epoch != machine.epoch:
+            progress("disks")
+            self._act("arrive")
+            new = SimMachine(machine, "shutdown", 0.0)
+            new.disk, new.log = luggage.more.get("disk", ""), luggage.more.get("log", "")
+            with self.state.lock:
+                if (old := self.state.machines.get(machine.id)) is not None:
+                    self.state.kept[machine.id] = old
+                self.state.machines[machine.id] = there = new
+            self.state.keep(machine.id)
+        if start and there.power != "running":
+            progress("start")
+            self._act("start")
+            self._boot(machine.id, there)
+
+    def come_back(self, machine: Machine, was: int, start: bool) -> None:
+        id, now = machine.id, self._there(machine.id)
+        if now.machine.epoch != machine.epoch:
+            kept = self.state.kept.get(id)
+            mine = next((m for m in (now, kept) if m is not None and m.machine.epoch == was), None)
+            if mine is None:
+                raise NotFound(f"Nothing is kept of {id} on this host.")
+            self._act("come back")
+            self._newest(id, machine, mine)
+        m = self._there(id)
+        if start and m.power != "running":
+            self._act("start")
+            self._boot(id, m)
+
+    def stay(self, id: str, power: Power) -> None:
+        m = self.state.machines.get(id)
+        if m is None or m.power == power or power not in ("running", "paused"):
+            return
+        try:
+            self._act("stay")
+        except Trouble:
+            return
+        self._boot(id, m)
+        if power == "paused":
+            self._turn(id, m, "paused")
+
+    def drop(self, id: str, epoch: int) -> None:
+        for which in (self.state.kept, self.state.machines):
+            m = which.get(id)
+            if m is not None and m.machine.epoch == epoch:
+                self._act("drop", may_fail=False)
+                with self.state.lock:
+                    which.pop(id, None)
+                    if id not in self.state.machines and id in self.state.kept:
+                        self.state.machines[id] = self.state.kept.pop(id)
+                self.state.keep(id)
+
+    def _newest(self, id: str, machine: Machine, of: SimMachine | None = None) -> None:
+        """This is what it is from now on; the one with the higher epoch is the one that is meant."""
+        with self.state.lock:
+            m = of or self.state.machines[id]
+            m.machine = machine
+            both = [x for x in (self.state.machines.get(id), self.state.kept.pop(id, None)) if x is not None]
+            both.sort(key=lambda x: x.machine.epoch)
+            self.state.machines[id] = both[-1]
+            if len(both) > 1:
+                self.state.kept[id] = both[0]
+        self.state.keep(id)
+
+    # -- moves of what runs (`virt.driver.Migrates`)
+
+    def prepare_landing(self, machine: Machine) -> Landing:
+        there = self.state.machines.get(machine.id)
+        if there is None or there.machine.epoch != machine.epoch:
+            self._act("prepare a landing")
+            new = SimMachine(machine, "nostate", 0.0)
+            new.landing = True
+            with self.state.lock:
+                self.state.machines[machine.id] = new
+            self.state.keep(machine.id)
+        return Landing(uri=f"sim:{self.name}")
+
+    def send(self, id: str, landing: Landing, epoch: int, block: bool | None, tell: Telling) -> None:
+        m, target = self._there(id), self.peers.get(landing.uri.removeprefix("sim:"))
+        there = None if target is None else target.machines.get(id)
+        if target is None or there is None or there.machine.epoch != epoch:
+            raise Refused("Nobody waits for the guest there.")
+        if there.landing:
+            if m.power not in ("running", "paused"):
+                raise Refused(f"The machine cannot be sent away: it is {m.power}.")
+            self._sent(id, m, tell)
+            if not self._switched(id, m, there, target):
+                raise Refused("Nobody waits for the guest there any more.")
+        self._turn(id, m, "shutdown")
+
+    def _sent(self, id: str, m: SimMachine, tell: Telling) -> None:
+        wishes = self.going[id] = set()
+        total = m.machine.memory_mb << 20
+        try:
+            for part in range(1, 1 + PARTS):
+                self._act("send")
+                if "stop" in wishes:
+                    raise Aborted("The live migration was cancelled.")
+                done = total * part // PARTS
+                tell({"memory_total": total, "memory_processed": done, "memory_remaining": total - done})
+                if "hurry" in wishes:
+                    return
+        finally:
+            self.going.pop(id, None)
+
+    def _switched(self, id: str, m: SimMachine, there: SimMachine, target: SimState) -> bool:
+        """One moment: it runs there and not here. Not, if the landing was closed meanwhile."""
+        with target.lock:
+            if target.machines.get(id) is not there:
+                return False
+            there.power, there.since, there.log, there.disk = m.power, m.since, m.log, m.disk
+            there.landing, m.power = False, "shutdown"
+        target.keep(id)
+        self.state.keep(id)
+        return True
+
+    def hurry(self, id: str) -> None:
+        self.going.get(id, set()).add("hurry")
+
+    def stop_sending(self, id: str) -> None:
+        self.going.get(id, set()).add("stop")
+
+    def close_landing(self, id: str, epoch: int) -> bool:
+        with self.state.lock:
+            m = self.state.machines.get(id)
+            if m is None or m.machine.epoch != epoch:
+                return False
+            if not m.landing:
+                return True
+            self.state.machines.pop(id)
+        self.state.keep(id)
+        return False
+
+    def land(self, machine: Machine) -> None:
+        self._act("land", may_fail=False)
+        self._newest(machine.id, machine, self._there(machine.id))
 
     # -- what guests do by themselves (tests call it)
 
@@ -274,9 +442,10 @@ BOOT = "[    0.000000] Linux version 0.0-sim ({name})\n[    0.100000] Run /init 
 
 
 def copy(state: SimState) -> dict[str, tuple[str, int]]:
-    """{server: (power, epoch)}: what a test compares."""
+    """{server: (power, epoch)}: what a test compares. What is kept beside a newer machine has ".kept" behind its name."""
     with state.lock:
-        return {id: (m.power, m.machine.epoch) for id, m in state.machines.items()}
+        kept = {f"{id}.kept": m for id, m in state.kept.items()}
+        return {id: (m.power, m.machine.epoch) for id, m in (state.machines | kept).items()}
 
 
 def options(**said: object) -> Sim:

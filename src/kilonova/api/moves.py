@@ -1,0 +1,188 @@
+"""What moves a server: resize and what follows it, cold and live migration, evacuation. One claim, one run, 202."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, field
+
+from kilonova.api.bodies import DiskConfig, HostName
+from kilonova.api.create import GIB
+from kilonova.api.registry import R, World, cause, the_server, unlocked
+from kilonova.contracts.jobs import Resize, Settle
+from kilonova.kit.db import Tx
+from kilonova.kit.errors import Conflict, Invalid, NotFound
+from kilonova.kit.routes import Call
+from kilonova.kit.versions import UNSET, UnsetType, was
+from kilonova.kit.workflow import start
+from kilonova.model.flavor import Flavor
+from kilonova.model.server import Server
+from kilonova.model.states import VERBS
+from kilonova.store import catalog, migrations, quotas, servers
+from kilonova.store.migrations import Kind, Status
+
+PATH = "/v2.1/servers/{id}/action"
+DOWN = "Service is unavailable at this time."
+
+
+# ---- resize and cold migration
+
+
+class ResizeWish(msgspec.Struct, forbid_unknown_fields=True):
+    flavor_ref: Annotated[str, Meta(min_length=1)] | int = field(name="flavorRef")
+    disk_config: DiskConfig | UnsetType = field(default=UNSET, name="OS-DCF:diskConfig")
+
+
+@R.post(PATH, action="resize", ok=202, body=ResizeWish, policy="os_compute_api:servers:resize", late=True)
+def resize(call: Call, id: str) -> None:
+    wish: ResizeWish = call.body
+
+    def record(tx: Tx) -> str:
+        before = the_server(call, tx, id)
+        server = _taken(call, tx, before, "resize")
+        flavor = _new_flavor(call, tx, server, str(wish.flavor_ref))
+        if not isinstance(wish.disk_config, UnsetType):
+            servers.change(tx, id, call.world.clock.now(), disk_config=wish.disk_config)
+        same = call.world.config.compute.allow_resize_to_same_host
+        return _leave(call, tx, server, before, "resize", Kind.resize, flavor, same_host=same)
+
+    call.world.wake(call.world.db.run(record))
+
+
+def _new_flavor(call: Call, tx: Tx, server: Server, ref: str) -> Flavor:
+    """One that this server may have. Raises Invalid."""
+    old, image = server.flavor, server.image
+    try:
+        flavor = catalog.flavor(tx, ref)
+    except NotFound:
+        flavor = None
+    hidden = flavor is None or flavor.disabled or not (flavor.is_public or _may_use(call, tx, flavor))
+    if flavor is None or hidden:
+        raise Invalid(f"Flavor {ref} could not be found.")
+    if flavor.id == old.id:
+        raise Invalid("When resizing, instances must change flavor!")
+    if not flavor.disk_gb and old.disk_gb:
+        raise Invalid("Invalid flavor: Resize to zero disk flavor is not allowed.")
+    if flavor.disk_gb < old.disk_gb or flavor.ephemeral_gb < old.ephemeral_gb:
+        raise Invalid("Flavor's disk is smaller than the disk of the server, which cannot shrink.")
+    if image.min_ram_mb > flavor.memory_mb:
+        raise Invalid("Flavor's memory is too small for requested image.")
+    if flavor.disk_gb and image.min_disk_gb > flavor.disk_gb:
+        raise Invalid(
+            "Flavor's disk is smaller than the minimum size specified in image metadata. "
+            f"Flavor disk is {flavor.disk_gb * GIB} bytes, minimum size is {image.min_disk_gb * GIB} bytes."
+        )
+    return flavor
+
+
+def _may_use(call: Call, tx: Tx, flavor: Flavor) -> bool:
+    return call.context.is_admin or call.context.project_id in catalog.flavor_projects(tx, flavor.id)
+
+
+class MigrateWish(msgspec.Struct, forbid_unknown_fields=True):
+    host: HostName | None = None
+
+
+@R.post(
+    PATH,
+    action="migrate",
+    ok=202,
+    body=Annotated[MigrateWish | None, was(Any, until="2.55")],
+    policy="os_compute_api:os-migrate-server:migrate",
+    late=True,
+)
+def migrate(call: Call, id: str) -> None:
+    if call.version < 56 and call.body is not None:
+        raise Invalid("Invalid input for field/attribute migrate. Nothing can be said there before 2.56.")
+    host = call.body.host if isinstance(call.body, MigrateWish) else None
+    rule = "os_compute_api:os-migrate-server:migrate" + (":host" if host else "")
+
+    def record(tx: Tx) -> str:
+        before = the_server(call, tx, id, rule=rule)
+        server = _taken(call, tx, before, "migrate")
+        _known_and_other(call, server, host)
+        return _leave(call, tx, server, before, "migrate", Kind.migration, server.flavor, host=host)
+
+    call.world.wake(call.world.db.run(record))
+
+
+def _taken(call: Call, tx: Tx, before: Server, verb: str) -> Server:
+    """Lock, state, and whether its host can let it go. Raises Conflict."""
+    unlocked(call, before)
+    server = servers.begin(tx, before.id, VERBS[verb], call.world.clock.now())
+    if not call.world.hosts.up(server.host):
+        raise Conflict(DOWN, why=f"{server.host} is down")
+    return server
+
+
+def _leave(
+    call: Call,
+    tx: Tx,
+    server: Server,
+    before: Server,
+    verb: str,
+    kind: Kind,
+    flavor: Flavor,
+    *,
+    host: str | None = None,
+    same_host: bool = False,
+) -> str:
+    """Counted and begun in the transaction that took it. The larger of both flavors counts until it is decided."""
+    world: World = call.world
+    now, old = world.clock.now(), server.flavor
+    more = flavor.vcpus - old.vcpus, flavor.memory_mb - old.memory_mb
+    if max(more) > 0:
+        quotas.claim_more(tx, world.config.quota, server.project_id, server.user_id, *more)
+        size = servers.sized(flavor, old)
+        servers.change(tx, server.id, None, vcpus=size["vcpus"], memory_mb=size["memory_mb"])
+    was = str(before.vm_state)
+    uuid = migrations.begin(
+        tx, server, kind, Status.pre_migrating, uuid=world.ids.uuid(), now=now, was=was, flavor=flavor
+    )
+    job = Resize(server, was, uuid, flavor, host, same_host)
+    return start(tx, "resize", job, id=world.ids.uuid(), subject=server.id, now=now, cause=cause(call, verb))
+
+
+def _known_and_other(call: Call, server: Server, host: str | None) -> None:
+    if host is None:
+        return
+    if host not in call.world.hosts:
+        raise Invalid(f"Compute host {host} could not be found.")
+    if host == server.host:
+        raise Invalid(f"Unable to migrate instance ({server.id}) to current host ({host}).")
+
+
+# ---- and the word that it waits for
+
+
+def _settle(call: Call, id: str, verb: str, status: Status, check: Callable[[migrations.Migration], None]) -> None:
+    world: World = call.world
+
+    def record(tx: Tx) -> str:
+        before = the_server(call, tx, id)
+        unlocked(call, before)
+        now = world.clock.now()
+        server = servers.begin(tx, id, VERBS[verb], now)
+        m = migrations.unfinished(tx, id)
+        if m is None:
+            raise Invalid("Instance has not been resized.")
+        check(m)
+        migrations.change(tx, m.uuid, now, status)
+        job = Settle(server, m.uuid)
+        return start(tx, verb, job, id=world.ids.uuid(), subject=id, now=now, cause=cause(call, VERBS[verb].action))
+
+    world.wake(world.db.run(record))
+
+
+@R.post(PATH, action="confirmResize", ok=204, body=Any, policy="os_compute_api:servers:confirm_resize", late=True)
+def confirm(call: Call, id: str) -> None:
+    def source_is_up(m: migrations.Migration) -> None:
+        if not call.world.hosts.up(m.source):
+            raise Conflict(DOWN, why=f"{m.source} is down")
+
+    _settle(call, id, "confirm", Status.confirming, source_is_up)
+
+
+@R.post(PATH, action="revertResize", ok=202, body=Any, policy="os_compute_api:servers:revert_resize", late=True)
+def revert(call: Call, id: str) -> None:
+    _settle(call, id, "revert", Status.reverting, lambda m: None)

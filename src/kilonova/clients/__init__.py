@@ -1,0 +1,89 @@
+"""Our neighbours, through their standard HTTP APIs: identity v3, image v2, network v2.0, block storage v3.
+
+One path for all: a `Session` puts a token and the request's id on a question and reads a trouble out of an
+answer.  What carries it is either `Inside`, a WSGI application of this very process (an embedded companion is
+no mock: it is asked as a stranger would ask it), or `Outside`, real HTTP.  Frozen Structs come out.
+
+Where `token` is None a neighbour is asked in our own name (`Account`), else in the user's.
+A file is a neighbour; `carriers` and `session` are what all have in common.
+"""
+
+from dataclasses import dataclass
+
+from kilonova.clients.carriers import Absent, Answer, Carrier, Chunks, Inside, Outside
+from kilonova.clients.identity import Identity, RemoteIdentity
+from kilonova.clients.image import Image, ImageInfo
+from kilonova.clients.network import (
+    Address,
+    FloatingIp,
+    HostRoute,
+    Network,
+    NetworkInfo,
+    Port,
+    SecurityGroup,
+    Subnet,
+    plug,
+)
+from kilonova.clients.session import Account, Login, Session
+from kilonova.clients.volume import AttachedTo, Attachment, SnapshotInfo, VolumeInfo, Volumes
+from kilonova.kit.clock import Clock
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Whom a role can ask."""
+
+    identity: Identity
+    image: Image
+    network: Network
+    volume: Volumes
+
+
+def neighbours(
+    clock: Clock, login: Login, *, identity: Carrier, image: Carrier, network: Carrier, volume: Carrier | None = None
+) -> Neighbours:
+    """All neighbours, with one account of our own for them. A cloud may be without volumes."""
+    account = Account(identity, login, clock)
+
+    def session(name: str, carrier: Carrier, *, vouch: bool = False) -> Session:
+        return Session(name, carrier, clock, account, vouch=vouch)
+
+    return Neighbours(
+        Identity(session("identity", identity)),
+        Image(session("image", image)),
+        Network(session("network", network)),
+        Volumes(session("block-storage", volume or Absent("block-storage"), vouch=True)),
+    )
+
+
+__all__ = [
+    "Absent",
+    "Account",
+    "Address",
+    "Answer",
+    "AttachedTo",
+    "Attachment",
+    "Carrier",
+    "Chunks",
+    "FloatingIp",
+    "HostRoute",
+    "Identity",
+    "Image",
+    "ImageInfo",
+    "Inside",
+    "Login",
+    "Neighbours",
+    "Network",
+    "NetworkInfo",
+    "Outside",
+    "Port",
+    "RemoteIdentity",
+    "SecurityGroup",
+    "Session",
+    "SnapshotInfo",
+    "Subnet",
+    "VolumeInfo",
+    "Volumes",
+    "neighbours",
+    "plug",
+]

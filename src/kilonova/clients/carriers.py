@@ -1,0 +1,166 @@
+"""How a question travels to a neighbour: `Inside` this process, as WSGI, or `Outside`, by real HTTP."""
+
+import io
+import re
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kilonova.kit.errors import Unavailable
+
+CHUNK_BYTES = 1 << 20
+
+Body = bytes | Iterable[bytes] | None
+
+
+@dataclass
+class Answer:
+    """What came back; header names in small letters. The bytes are in `chunks`, once; `read` joins them."""
+
+    status: int
+    headers: dict[str, str]
+    chunks: Iterator[bytes]
+    close: Callable[[], None] = lambda: None
+
+    def read(self) -> bytes:
+        try:
+            return b"".join(self.chunks)
+        finally:
+            self.close()
+
+
+class Carrier(Protocol):
+    """Carries one question to a neighbour. Raises Unavailable where there is nobody to be asked.
+
+    `path` begins with a slash and the API's version, and may have a query.  A body of unknown length is an
+    iterable of chunks.
+    """
+
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: Body) -> Answer: ...
+
+
+class Inside:
+    """A WSGI application in this process, at `url` in the world (`http://127.0.0.1:8774/image`)."""
+
+    def __init__(self, app: Callable[..., Iterable[bytes]], url: str) -> None:
+        self.app = app
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.fixed: dict[str, Any] = {
+            "SCRIPT_NAME": parts.path.rstrip("/"),
+            "SERVER_NAME": parts.hostname or "localhost",
+            "SERVER_PORT": str(port),
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": "127.0.0.1",
+            "HTTP_HOST": parts.netloc,
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": parts.scheme,
+            "wsgi.errors": io.StringIO(),
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
+
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: Body) -> Answer:
+        where, _, query = path.partition("?")
+        environ: dict[str, Any] = {
+            **self.fixed,
+            "REQUEST_METHOD": method,
+            "PATH_INFO": urllib.parse.unquote(where, "latin-1"),
+            "QUERY_STRING": query,
+            **{_cgi(k): v for k, v in headers.items()},
+        }
+        if body is None or isinstance(body, bytes):
+            environ["wsgi.input"] = io.BytesIO(body or b"")
+            environ["CONTENT_LENGTH"] = str(len(body or b""))
+        else:
+            environ["wsgi.input"] = Chunks(body)
+            environ["HTTP_TRANSFER_ENCODING"] = "chunked"
+        told: list[Any] = []
+
+        def start_response(status: str, headers: list[tuple[str, str]], _: Any = None) -> Callable[[bytes], None]:
+            told[:] = [int(status[:3]), {k.lower(): v for k, v in headers}]
+            return lambda data: None
+
+        said = self.app(environ, start_response)
+        chunks = iter(said)
+        first = [] if told else [next(chunks, b"")]  # an application may begin to speak with its first chunk
+        return Answer(told[0], told[1], _joined(first, chunks), getattr(said, "close", lambda: None))
+
+
+class Outside:
+    """Real HTTP to `url`, kept-alive connections, by keystoneauth1. `timeout_s` is for each wait, not for a whole body."""
+
+    def __init__(self, url: str, *, timeout_s: float = 10, verify: bool | str = True) -> None:
+        from keystoneauth1 import session  # late: only who talks to real neighbours pays for it
+
+        self.url = re.sub(r"/v[\d.]+/?$", "", url).rstrip("/")
+        self.http = session.Session(verify=verify, timeout=timeout_s, user_agent="kilonova")
+
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: Body) -> Answer:
+        from keystoneauth1.exceptions import ClientException
+        from requests import RequestException
+
+        try:
+            r = self.http.request(
+                self.url + path,
+                method,
+                headers=dict(headers),
+                data=body,
+                raise_exc=False,
+                authenticated=False,
+                stream=True,
+                log=False,
+            )
+        except (ClientException, RequestException) as e:
+            raise Unavailable("A neighbouring service cannot be reached.", why=f"{self.url}: {e}") from None
+        return Answer(r.status_code, {k.lower(): v for k, v in r.headers.items()}, _heard(r, self.url), r.close)
+
+
+class Absent:
+    """There is no such neighbour in this cloud."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: Body) -> Answer:
+        raise Unavailable(f"This cloud has no {self.name} service.")
+
+
+class Chunks:
+    """An iterable of bytes, readable as WSGI's input is."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self.chunks, self.rest = iter(chunks), b""
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            whole, self.rest = self.rest + b"".join(self.chunks), b""
+            return whole
+        while not self.rest:
+            try:
+                self.rest = next(self.chunks)
+            except StopIteration:
+                return b""
+        part, self.rest = self.rest[:size], self.rest[size:]
+        return part
+
+
+def _cgi(header: str) -> str:
+    name = header.upper().replace("-", "_")
+    return name if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{name}"
+
+
+def _joined(first: list[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield from first
+    yield from rest
+
+
+def _heard(response: Any, url: str) -> Iterator[bytes]:
+    from requests import RequestException
+
+    try:
+        yield from response.iter_content(CHUNK_BYTES)
+    except RequestException as e:
+        raise Unavailable("A neighbouring service broke off in the middle.", why=f"{url}: {e}") from None

@@ -1,0 +1,193 @@
+"""A server's volumes: told which host will use them, let go of where it will not. All is safe to do twice.
+
+The way from a volume to a server is an attachment of the volume service; what was once told of a host does not forget
+it.  So where a host turns out to be the wrong one, another attachment takes the place of the first, and is made before
+the first is given back: the volume is never free for others.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from kilonova.clients import Attachment
+from kilonova.clients.volume import given_back
+from kilonova.conductor.world import World
+from kilonova.kit.errors import Conflict, Invalid, NotFound, Unavailable
+from kilonova.kit.reconcile import reconciler
+from kilonova.kit.workflow import effect, first_try
+from kilonova.model.devices import Device
+from kilonova.model.server import Server
+from kilonova.store import block_devices, compare, hosts, servers
+
+log = logging.getLogger(__name__)
+
+OVERDUE_S = 120.0  # no request takes so long
+RESERVED = "reserved"  # an attachment that no host was told of
+
+
+class Connected(msgspec.Struct, frozen=True):
+    """Its devices with the attachments that lead to a host, and how that host reaches each volume, by volume id."""
+
+    devices: list[Device] = []
+    connections: dict[str, dict[str, Any]] = {}
+
+    def __repr__(self) -> str:
+        return f"Connected({[d.volume_id for d in self.devices]})"  # how may hold passwords
+
+
+def has_volumes(server: Server) -> bool:
+    return any(d.is_volume for d in server.devices)
+
+
+# ---- all of a server, for flows that give it to a host
+
+
+@effect
+def ready(world: World, key: str, volume: str) -> None:
+    """A volume that was made for it is there."""
+    try:
+        found = world.neighbours.volume.show(volume)
+    except NotFound:
+        raise Conflict(f"Volume {volume} could not be found.") from None
+    if found.status.startswith("error"):
+        raise Conflict(f"Volume {volume} did not finish being created: it is in status {found.status}.")
+    if found.status in ("creating", "downloading"):
+        raise Unavailable(f"Volume {volume} is still being made.")
+
+
+@effect
+def reserve(world: World, key: str, server: str, volume: str) -> str:
+    """An attachment that leads to no host yet. Undone with the server's other ones, by `release`."""
+    return reserved(world, server, volume, [] if first_try() else _attachments(world, server)).id
+
+
+@effect
+def connect(world: World, key: str, server: Server, host: str) -> Connected:
+    """All its volumes, to this host."""
+    mine = [d for d in server.devices if d.is_volume]
+    there, told = _attachments(world, server.id), connector(world, host)
+    devices, connections = {}, {}
+    for d in mine:
+        a = world.neighbours.volume.connect(reserved(world, server.id, d.volume_id or "", there).id, told | _mounted(d))
+        devices[d.uuid] = msgspec.structs.replace(d, attachment_id=a.id)
+        connections[d.volume_id or ""] = info_of(a, d)
+    return Connected([devices.get(d.uuid, d) for d in server.devices], connections)
+
+
+@connect.undo
+def _(world: World, key: str, server: Server, host: str) -> None:
+    """As they were: reserved, and no host told."""
+    there = _attachments(world, server.id)
+    for a in there:
+        if a.status != RESERVED:
+            if not any(o.volume_id == a.volume_id and o.status == RESERVED for o in there):
+                world.neighbours.volume.reserve(a.volume_id, server.id)
+            world.neighbours.volume.release(a.id)
+
+
+@effect
+def complete(world: World, key: str, attachments: list[str]) -> None:
+    """The guest has them."""
+    for id in attachments:
+        world.neighbours.volume.complete(id)
+
+
+@effect(patience_s=1e9)
+def release(world: World, key: str, server: str) -> None:
+    """All its volumes are others' to have."""
+    for a in _attachments(world, server):
+        world.neighbours.volume.release(a.id)
+
+
+@effect(patience_s=300)
+def erase(world: World, key: str, volume: str) -> None:
+    """Delete a volume with its server. One that cannot be, since it has snapshots, stays."""
+    try:
+        found = world.neighbours.volume.show(volume)
+    except NotFound:
+        return
+    if found.status == "deleting":
+        return
+    if found.status in ("in-use", "reserved", "attaching", "detaching", "creating", "downloading"):
+        raise Unavailable(f"Volume {volume} is {found.status}.")
+    try:
+        world.neighbours.volume.delete(volume)
+    except Invalid as e:
+        log.warning("volume %s outlives its server: %s", volume, e.said)
+
+
+def connector(world: World, host: str) -> dict[str, Any]:
+    """Who a host is to a volume service (Block Storage API, attachments: connector)."""
+    with world.db.read() as tx:
+        known = hosts.connector(tx, host)
+    return {"host": host, "multipath": False, "os_type": "linux", "platform": "x86_64"} | known
+
+
+def info_of(a: Attachment, d: Device) -> dict[str, Any]:
+    """How to reach it, as a host is told."""
+    return (a.connection_info or {}) | ({"multiattach": True} if d.multiattach else {})
+
+
+def reserved(world: World, server: str, volume: str, there: Sequence[Attachment]) -> Attachment:
+    """Its attachment to this volume: one that is there, one without a host first; else a new one."""
+    mine = sorted((a for a in there if a.volume_id == volume), key=lambda a: a.status != RESERVED)
+    return mine[0] if mine else world.neighbours.volume.reserve(volume, server)
+
+
+def _attachments(world: World, server: str) -> Sequence[Attachment]:
+    return world.neighbours.volume.attachments(server_id=server)
+
+
+def _mounted(d: Device) -> dict[str, str]:
+    return {"mountpoint": d.name} if d.name else {}
+
+
+# ---- what must not be left
+
+
+@reconciler(every_s=30)
+def promises(world: World) -> list[str]:
+    """What requests reserved or made, and never came to write down."""
+    with world.db.read() as tx:
+        found = block_devices.overdue(tx, world.clock.now() - OVERDUE_S)
+    said = []
+    for p in found:
+        if world.db.run(block_devices.take, p.device):
+            given_back(world.neighbours.volume, p.server, p.volume, p.device)
+            world.db.run(block_devices.fulfilled, p.device)
+            said.append(f"device {p.device} of {p.server} came to nothing")
+    return said
+
+
+@reconciler(every_s=300)
+def loose(world: World) -> list[str]:
+    """Attachments to servers of ours that do not have that volume, or are dead: as `watch.strays` for ports.
+
+    What a request has just reserved is promised; we look at the promises after we have seen the attachments.
+    """
+    if not world.neighbours.volume.there:
+        return []
+    seen = [a for a in world.neighbours.volume.attachments() if a.server_id]
+    with world.db.read() as tx:
+        open = {(p.server, p.volume) for p in block_devices.promised(tx)}
+        known = servers.find(tx, {a.server_id or "" for a in seen})
+        at_work = compare.at_work(tx, {a.server_id or "" for a in seen})
+    said = []
+    for a in seen:
+        server = known.get(a.server_id or "")
+        mine: Iterable[Device] = server.devices if server is not None and server.deleted_at is None else ()
+        if (
+            server is None  # somebody else's: bare metal, or another cloud on the same volume service
+            or a.server_id in at_work
+            or (a.server_id, a.volume_id) in open
+            or any(d.attachment_id == a.id for d in mine)
+        ):
+            continue
+        world.neighbours.volume.release(a.id)
+        said.append(f"attachment {a.id} of volume {a.volume_id} was left of {a.server_id}")
+    return said
+
+
+RECONCILERS = [promises, loose]

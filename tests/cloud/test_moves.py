@@ -1,0 +1,316 @@
+"""What moves a server, as users and operators ask for it; and what each host holds meanwhile."""
+
+import pytest
+
+from kilonova.model import options
+from kilonova.model.flavor import Flavor
+from kilonova.model.options import Config
+from kilonova.store import catalog, migrations, placement
+from tests.stories import telling
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    with telling(tmp_path, hosts=2) as c:
+        yield c
+
+
+def moves(cloud, **filters):
+    query = "&".join(f"{k}={v}" for k, v in filters.items())
+    return cloud.json("GET", f"/os-migrations?{query}", token=cloud.admin)["migrations"]
+
+
+def held(cloud, consumer):
+    """{host: memory} of a consumer of claims."""
+    with cloud.db.read() as tx:
+        names = {p.uuid: p.name for p in tx.execute(placement.PROVIDERS.select())}
+        return {names[p]: a["MEMORY_MB"] for p, a in placement.allocations_of(tx, consumer).items()}
+
+
+def last_move(cloud, s):
+    with cloud.db.read() as tx:
+        return migrations.of(tx.execute(migrations.SELECT.where(migrations.T.c.server == s.id)).all()[-1])
+
+
+def used(cloud):
+    return cloud.json("GET", "/limits")["limits"]["absolute"]["totalRAMUsed"]
+
+
+def write(s, text):
+    """As if the guest wrote it on its disk."""
+    s.state.machines[s.id].disk = text
+
+
+def read(s):
+    return s.state.machines[s.id].disk
+
+
+def act_as_admin(cloud, s, action, said=None, *, ok=202, settle=True, version="2.96"):
+    answer = cloud.json("POST", f"/servers/{s.id}/action", {action: said}, ok=ok, token=cloud.admin, version=version)
+    if settle:
+        cloud.settle()
+    return answer
+
+
+# ---- resize
+
+
+def test_a_resize_is_confirmed(cloud):
+    s = cloud.boot()
+    write(s, "mine")
+    source, (address,) = s.row.host, s.show()["addresses"]["private"]
+    s.act("resize", {"flavorRef": "large"})
+    shown = s.show()
+    assert (shown["status"], shown["OS-EXT-STS:vm_state"]) == ("VERIFY_RESIZE", "resized")
+    assert (shown["flavor"]["original_name"], shown["addresses"]["private"]) == ("large", [address])
+    target = s.row.host
+    assert target != source
+    assert read(s) == "mine"
+    assert s.state.machines[s.id].machine.memory_mb == 4096
+    m = last_move(cloud, s)
+    assert (m.type, m.status, m.source, m.dest) == ("resize", "finished", source, target)
+    assert (held(cloud, s.id), held(cloud, m.uuid)) == ({target: 4096}, {source: 512})
+    assert cloud.states[source].machines[s.id].power == "shutdown"
+    cloud.settle()
+    assert cloud.check() == []  # the old machine is known, and not swept
+    s.act("confirmResize", ok=204)
+    assert (s.status, s.row.task_state, s.row.host) == ("ACTIVE", None, target)
+    assert held(cloud, m.uuid) == {}
+    assert s.id not in cloud.states[source].machines
+    assert last_move(cloud, s).status == "confirmed"
+    assert [e for e, _ in s.events()][1:] == [
+        "conductor_migrate_server",
+        "cold_migrate",
+        "compute_prep_resize",
+        "compute_resize_instance",
+        "compute_finish_resize",
+        "compute_confirm_resize",
+    ]
+
+
+def test_a_resize_is_reverted(cloud):
+    s = cloud.boot()
+    write(s, "before")
+    source, epoch = s.row.host, s.row.epoch
+    s.act("resize", {"flavorRef": "large"})
+    target = s.row.host
+    write(s, "after")
+    s.act("revertResize")
+    row = s.row
+    assert (s.status, row.host, row.flavor.name, read(s)) == ("ACTIVE", source, "small", "before")
+    assert row.epoch > epoch + 1
+    assert s.id not in cloud.states[target].machines
+    m = last_move(cloud, s)
+    assert (m.status, held(cloud, m.uuid), held(cloud, s.id)) == ("reverted", {}, {source: 512})
+    s.act("resize", {"flavorRef": "large"})  # and once more
+    s.act("confirmResize", ok=204)
+    assert s.row.host == target
+
+
+def test_a_stopped_server_is_resized_and_stays_stopped(cloud):
+    s = cloud.boot()
+    s.act("os-stop")
+    s.act("resize", {"flavorRef": "large"})
+    assert (s.status, s.state.machines[s.id].power) == ("VERIFY_RESIZE", "shutdown")
+    s.act("revertResize")
+    assert s.status == "SHUTOFF"
+    s.act("resize", {"flavorRef": "large"})
+    s.act("confirmResize", ok=204)
+    assert s.status == "SHUTOFF"
+
+
+def test_the_same_host_is_no_choice(tmp_path):
+    with telling(tmp_path, hosts=1) as cloud:
+        s = cloud.boot()
+        s.act("resize", {"flavorRef": "large"})
+        assert (s.status, s.row.flavor.name) == ("ACTIVE", "small")
+        assert last_move(cloud, s).status == "error"
+        (action, *_) = cloud.json("GET", f"/servers/{s.id}/os-instance-actions")["instanceActions"]
+        assert (action["action"], action["message"]) == ("resize", "Error")
+
+
+def test_the_same_host_where_the_operator_allows_it(tmp_path):
+    config = Config(compute=options.Compute(allow_resize_to_same_host=True))
+    with telling(tmp_path, hosts=1, config=config) as cloud:
+        s = cloud.boot()
+        write(s, "before")
+        for word in ("revertResize", "confirmResize"):
+            s.act("resize", {"flavorRef": "large"})
+            assert s.status == "VERIFY_RESIZE"
+            m = last_move(cloud, s)
+            assert (held(cloud, s.id), held(cloud, m.uuid)) == ({"h0": 4096}, {"h0": 512})
+            assert cloud.check() == []
+            write(s, "after")
+            s.act(word, ok=202 if word == "revertResize" else 204)
+            assert (s.status, cloud.states["h0"].kept) == ("ACTIVE", {})
+            assert read(s) == ("before" if word == "revertResize" else "after")
+
+
+@pytest.mark.parametrize("at", ["prepare", "depart", "arrive", "start"])
+def test_a_resize_that_fails_leaves_all_as_it_was(cloud, at):
+    s = cloud.boot()
+    write(s, "mine")
+    before = s.row
+    for name, state in cloud.states.items():
+        if (name == before.host) == (at == "depart"):
+            driver = cloud.driver(name)
+            whole = driver._act
+            driver._act = lambda what, may_fail=True, whole=whole: refuse(what, at, whole)
+        del state
+    s.act("resize", {"flavorRef": "large"})
+    row = s.row
+    assert (row.vm_state, row.host, row.epoch, row.flavor.name) == ("active", before.host, before.epoch, "small")
+    assert (s.state.machines[s.id].power, read(s)) == ("running", "mine")
+    assert last_move(cloud, s).status == "error"
+    assert used(cloud) == 512
+
+
+def refuse(what, at, whole):
+    from kilonova.kit.errors import Refused
+
+    if what == {"depart": "stop"}.get(at, at):
+        raise Refused(f"It refused to {what}.")
+    whole(what)
+
+
+def test_a_revert_that_fails_can_be_asked_again(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    s.act("resize", {"flavorRef": "large"})
+    target = s.row.host
+    cloud.states[source].broken = True
+    s.act("revertResize")
+    assert (s.status, s.row.host, s.state.machines[s.id].power) == ("VERIFY_RESIZE", target, "running")
+    assert cloud.check() == []
+    cloud.states[source].broken = False
+    s.act("revertResize")
+    assert (s.status, s.row.host) == ("ACTIVE", source)
+
+
+def test_what_cannot_be_a_new_flavor(cloud):
+    s = cloud.boot()
+
+    def flavor(name, **more):
+        body = {"flavor": {"name": name, "id": name, "vcpus": 1, "ram": 512, "disk": 1} | more}
+        cloud.json("POST", "/flavors", body, token=cloud.admin)
+
+    flavor("hidden", **{"os-flavor-access:is_public": False})
+    flavor("none", disk=0)
+    with cloud.db.tx() as tx:
+        catalog.add_flavor(tx, Flavor("off", "off", 1, 512, 1, disabled=True), cloud.clock.now())
+    for ref in ("small", "nobody", "hidden", "none", "off"):
+        s.act("resize", {"flavorRef": ref}, ok=400)
+    s.act("resize", {"flavorRef": "large"})
+    s.act("confirmResize", ok=204)
+    s.act("resize", {"flavorRef": "small"}, ok=400)  # its disk cannot shrink
+    assert s.row.task_state is None
+
+
+def test_the_larger_flavor_counts_until_it_is_decided(cloud):
+    """The old one may come back, so it counts as well."""
+    s = cloud.boot()
+    quota = {"quota_set": {"ram": 4096, "force": True}}
+    cloud.json("PUT", f"/os-quota-sets/{cloud.user.project_id}", quota, token=cloud.admin)
+    other = cloud.boot("two")
+    s.act("resize", {"flavorRef": "large"}, ok=403)
+    assert (s.status, s.row.task_state, used(cloud)) == ("ACTIVE", None, 1024)
+    other.delete()
+    s.act("resize", {"flavorRef": "large"}, settle=False)
+    assert used(cloud) == 4096
+    cloud.settle()
+    assert used(cloud) == 4096
+    s.act("revertResize")
+    assert used(cloud) == 512
+
+
+def test_two_at_once(cloud):
+    s = cloud.boot()
+    s.act("resize", {"flavorRef": "large"}, settle=False)
+    s.act("resize", {"flavorRef": "large"}, settle=False, ok=409)
+    act_as_admin(cloud, s, "migrate", settle=False, ok=409)
+    s.act("os-stop", settle=False, ok=409)
+    s.act("confirmResize", settle=False, ok=409)
+    cloud.settle()
+    s.act("confirmResize", settle=False, ok=204)
+    s.act("revertResize", settle=False, ok=409)
+    cloud.settle()
+    assert s.status == "ACTIVE"
+
+
+def test_a_host_that_is_down_lets_nobody_go(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    cloud.dead.add(source)
+    cloud.pass_time(120)
+    s.act("resize", {"flavorRef": "large"}, ok=409)
+    cloud.dead.clear()
+    cloud.pass_time(20)
+    s.act("resize", {"flavorRef": "large"})
+    cloud.dead.add(source)
+    cloud.pass_time(120)
+    s.act("confirmResize", ok=409)
+    cloud.dead.clear()
+    cloud.pass_time(20)
+    s.act("confirmResize", ok=204)
+    assert s.status == "ACTIVE"
+
+
+@pytest.mark.parametrize("when", ["resizing", "resized", "confirming", "reverting"])
+@pytest.mark.parametrize("steps", range(0, 16, 3))
+def test_deleted_in_the_middle(cloud, when, steps):
+    s = cloud.boot()
+    s.act("resize", {"flavorRef": "large"}, settle=when != "resizing")
+    if when in ("confirming", "reverting"):
+        s.act(*{"confirming": ("confirmResize",), "reverting": ("revertResize",)}[when], settle=False, ok=204 if when == "confirming" else 202)  # fmt: skip
+    for _ in range(steps):
+        cloud.step()
+    s.delete()
+    assert s.row.vm_state == "deleted"
+    assert last_move(cloud, s).status in ("confirmed", "reverted", "error")
+    assert not any(state.machines or state.kept for state in cloud.states.values())
+
+
+def test_a_source_that_is_gone_at_the_end_is_swept_when_it_returns(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    s.act("resize", {"flavorRef": "large"})
+    s.act("confirmResize", settle=False, ok=204)
+    cloud.dead.add(source)
+    cloud.settle()
+    assert s.status == "ACTIVE"
+    assert s.id in cloud.states[source].machines
+    cloud.dead.clear()
+    cloud.settle()
+    assert s.id not in cloud.states[source].machines
+
+
+# ---- cold migration
+
+
+def test_a_cold_migration_goes_where_it_is_sent(tmp_path):
+    with telling(tmp_path, hosts=3) as cloud:
+        s = cloud.boot()
+        source = s.row.host
+        target = sorted({"h0", "h1", "h2"} - {source})[1]
+        s.act("migrate", ok=403)
+        act_as_admin(cloud, s, "migrate", {"host": source}, ok=400)
+        act_as_admin(cloud, s, "migrate", {"host": "nobody"}, ok=400)
+        act_as_admin(cloud, s, "migrate", {"host": target}, ok=400, version="2.55")
+        act_as_admin(cloud, s, "migrate", {"host": target})
+        assert (s.status, s.row.host) == ("VERIFY_RESIZE", target)
+        s.act("confirmResize", ok=204)
+        assert (s.status, last_move(cloud, s).type) == ("ACTIVE", "migration")
+        act_as_admin(cloud, s, "migrate", None, version="2.1")
+        assert s.row.host != target
+        s.act("revertResize")
+        assert s.row.host == target
+
+
+def test_the_pinned_zone_holds_for_moves(cloud):
+    group = cloud.json("POST", "/os-aggregates", {"aggregate": {"name": "z", "availability_zone": "z"}}, token=cloud.admin)["aggregate"]  # fmt: skip
+    cloud.json("POST", f"/os-aggregates/{group['id']}/action", {"add_host": {"host": "h0"}}, token=cloud.admin)
+    cloud.clock.sleep(2)
+    s = cloud.boot(availability_zone="z")
+    assert s.row.host == "h0"
+    act_as_admin(cloud, s, "migrate")
+    assert (s.status, s.row.host, last_move(cloud, s).status) == ("ACTIVE", "h0", "error")
