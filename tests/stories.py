@@ -152,6 +152,7 @@ class Cloud:
             identity=self.services.carrier_of("/identity"),
             image=self.services.carrier_of("/image"),
             network=Edgy(Inside(self.network, url + "/network"), self.edges, "send"),
+            volume=Edgy(self.services.carrier_of("/volume"), self.edges, "send"),
         )
         self.book = HostBook(self.db, self.clock, self.config)
         self.start_conductor()
@@ -160,7 +161,7 @@ class Cloud:
         )
         self.api = compute_service(api, gate)
         whole = {"/compute": self.api, "/network": self.network}
-        whole |= {"/identity": self.services.identity, "/image": self.services.image}
+        whole |= {f"/{name}": getattr(self.services, name) for name in ("identity", "image", "volume")}
         self.services.carrier = Inside(Mount(whole, root=self.services.identity), url)
         self.start_hosts()
         self.user = self.services.person("alice", "member")

@@ -1,4 +1,4 @@
-"""Identity and image as one process has them, on SQLite in a directory of the test's own; over HTTP where asked."""
+"""Identity, image and volumes as one process has them, on SQLite in a directory of the test's own; over HTTP where asked."""
 
 import re
 import urllib.parse
@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from kilonova.clients import Answer, Inside
-from kilonova.companions import identity, image
+from kilonova.clients import Account, Answer, Image, Inside, Login, Session
+from kilonova.companions import identity, image, volume
 from kilonova.kit.clock import Ids
 from kilonova.kit.db import Db, meta
 from kilonova.kit.http import Mount, Server, listen
@@ -19,6 +19,7 @@ from kilonova.model import options
 ADMIN = "an admin's password"
 QUICK = options.Identity(password_hash_cost=10)
 IMAGE = options.Image()
+VOLUME = options.Volume()
 
 
 class Hand:
@@ -40,6 +41,7 @@ class Embedded:
     clock: Any = field(default_factory=Hand)
     identity_options: options.Identity = QUICK
     image_options: options.Image = IMAGE
+    volume_options: options.Volume = VOLUME
     url: str = "http://cloud.test"
 
     def __post_init__(self) -> None:
@@ -51,12 +53,26 @@ class Embedded:
         self.images = image.open_store(self.db, self.clock, ids, self.image_options, self.directory / "images")
         self.identity = identity.service(self.realm)
         self.image = image.service(self.images, self.realm.gate)
-        self.app = Mount({"/identity": self.identity, "/image": self.image}, root=self.identity)
+        login = Login(identity.SERVICE_USER, self.first.service_password)
+        account = Account(self.carrier_of("/identity"), login, self.clock)
+        self.volumes = volume.open_store(
+            self.db,
+            self.clock,
+            ids,
+            self.volume_options,
+            self.directory / "volumes",
+            images=Image(Session("image", self.carrier_of("/image"), self.clock, account)),
+            host="cloud",
+            authenticate=self.realm.gate,
+        )
+        self.volume = volume.make_service(self.volumes)
+        apps = {"/identity": self.identity, "/image": self.image, "/volume": self.volume}
+        self.app = Mount(apps, root=self.identity)
         self.carrier = Inside(self.app, self.url)
 
     def carrier_of(self, prefix: str) -> Inside:
         """One of the services, as its neighbours ask it."""
-        return Inside({"/identity": self.identity, "/image": self.image}[prefix], self.url + prefix)
+        return Inside(getattr(self, prefix[1:]), self.url + prefix)
 
     @contextmanager
     def served(self, threads: int = 4) -> Any:

@@ -44,6 +44,7 @@ class Rooms(Embedded):
             "identity": Inside(self.identity, f"{self.url}/identity"),
             "image": Inside(self.image, f"{self.url}/image"),
             "network": Inside(self.network, f"{self.url}/network"),
+            "volume": Inside(self.volume, f"{self.url}/volume"),
         }
         self.neighbours = neighbours(self.clock, Login(SERVICE_USER, self.first.service_password), **inside)
         self.metadata = metadata_service(
@@ -59,6 +60,7 @@ class Rooms(Embedded):
             "/identity": self.identity,
             "/image": self.image,
             "/network": self.network,
+            "/volume": self.volume,
             "/compute": self.compute,
             "/metadata": self.metadata,
         }

@@ -8,7 +8,7 @@ import uuid
 import msgspec
 import pytest
 
-from kilonova.clients import Account, Image, Inside, Login, Network, Outside, Session, neighbours, plug
+from kilonova.clients import Account, Image, Inside, Login, Network, Outside, Session, Volumes, neighbours, plug
 from kilonova.companions import network
 from kilonova.companions.network import World
 from kilonova.kit import log
@@ -36,7 +36,7 @@ def near(request, tmp_path):
     nets = network.make_service(world, cloud.realm.gate)
     network.bootstrap(world, cloud.first.admin_project_id)
     login = Login("kilonova", cloud.first.service_password)
-    apps = {"/identity": cloud.identity, "/image": cloud.image, "/network": nets}
+    apps = {"/identity": cloud.identity, "/image": cloud.image, "/network": nets, "/volume": cloud.volume}
     if request.param == "inside":
         carriers = {p[1:]: Inside(app, f"http://cloud.test{p}") for p, app in apps.items()}
         yield cloud, neighbours(cloud.clock, login, **carriers)
@@ -45,7 +45,7 @@ def near(request, tmp_path):
     server = Server(Mount(apps, root=cloud.identity), listener, threads=2)
     server.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    versions = {"/identity": "/v3", "/image": "", "/network": "/v2.0/"}  # as operators write them
+    versions = {"/identity": "/v3", "/image": "", "/network": "/v2.0/", "/volume": "/v3"}  # as operators write them
     carriers = {p[1:]: Outside(f"{url}{p}{versions[p]}", timeout_s=10) for p in apps}
     try:
         yield cloud, neighbours(cloud.clock, login, **carriers)
@@ -111,6 +111,85 @@ def test_images_and_tokens(near):
     context = n.identity.authenticate(joe.token)
     assert (context.user_id, context.project_id, context.roles) == (joe.id, joe.project_id, {"member", "reader"})
     assert n.identity.project_exists(project) and not n.identity.project_exists("nothing")
+
+
+def test_a_volume_from_its_making_to_its_end(near):
+    """As the compute service does it: made for a user, kept for his server, told to a host, given back."""
+    cloud, n = near
+    joe, server = cloud.person("joe", "member"), str(uuid.uuid4())
+    made = n.volume.create(1, name="data", metadata={"for": server}, token=joe.token)
+    assert made.status == "creating" and made.project_id == joe.project_id and not made.can_boot
+    seen = n.volume.show(made.id)
+    assert (seen.status, seen.size_gb, seen.name, seen.metadata) == ("available", 1, "data", {"for": server})
+    assert [v.id for v in n.volume.list(all_projects=True, metadata={"for": server})] == [made.id]
+    assert list(n.volume.list()) == [] and list(n.volume.list(all_projects=True, metadata={"for": "x"})) == []
+    kept = n.volume.reserve(made.id, server)
+    assert (kept.status, kept.server_id, kept.connection_info) == ("reserved", server, None)
+    with pytest.raises(Unavailable):
+        kept.source()
+    with pytest.raises(Invalid):
+        n.volume.reserve(made.id, str(uuid.uuid4()))
+    for _ in range(2):
+        told = n.volume.connect(kept.id, {"host": "h1", "mountpoint": "/dev/vdb"})
+        assert told.connection_info["driver_volume_type"] == "local" and told.source().volume_id == made.id
+        assert told.connection_info["data"]["format"] == "raw" and "/" not in repr(told)
+    for _ in range(2):
+        n.volume.complete(kept.id)
+    seen = n.volume.show(made.id, joe.token)
+    assert seen.status == "in-use" and seen.attachment_of(server).id == kept.id
+    assert [a.id for a in n.volume.attachments(server_id=server, volume_id=made.id)] == [kept.id]
+    assert list(n.volume.attachments(server_id=str(uuid.uuid4()))) == []
+    n.volume.begin_detaching(made.id, joe.token)
+    with pytest.raises(Invalid):
+        n.volume.begin_detaching(made.id, joe.token)
+    n.volume.roll_detaching(made.id)
+    with pytest.raises(Invalid):
+        n.volume.delete(made.id, joe.token)
+    picture = n.volume.create_snapshot(made.id, name="then", token=joe.token)
+    assert n.volume.snapshot(picture.id).status == "available"
+    assert [s.id for s in n.volume.snapshots(joe.token, volume_id=made.id)] == [picture.id]
+    for _ in range(2):
+        n.volume.release(kept.id)
+        n.volume.delete_snapshot(picture.id, joe.token)
+    assert n.volume.show(made.id).status == "available"
+    for _ in range(2):
+        n.volume.delete(made.id)
+    with pytest.raises(NotFound):
+        n.volume.show(made.id)
+    assert n.volume.zones() == {"nova": True} and n.volume.volume_type("default")["name"] == "__DEFAULT__"
+
+
+def test_a_users_token_goes_with_ours(near):
+    """What a server uses cannot be taken from under it by its owner, but by a service that asks for him."""
+    cloud, n = near
+    joe = cloud.person("joe", "member")
+    made = n.volume.create(1, token=joe.token)
+    kept = n.volume.connect(n.volume.reserve(made.id, str(uuid.uuid4()), token=joe.token).id, {"host": "h1"})
+    alone = Volumes(Session("block-storage", n.volume.session.carrier, cloud.clock))
+    with pytest.raises(Conflict):
+        alone.release(kept.id, joe.token)
+    n.volume.release(kept.id, joe.token)
+    assert n.volume.show(made.id).status == "available"
+
+
+def test_many_volumes_are_several_pages(near):
+    cloud, n = near
+    cloud.json(
+        "PUT",
+        f"/volume/v3/os-quota-sets/{(joe := cloud.person('joe', 'member')).project_id}",
+        {"quota_set": {"volumes": -1}},
+        cloud.admin(),
+    )
+    made = [n.volume.create(1, name=f"v{i}", token=joe.token).id for i in range(7)]
+    assert [v.id for v in n.volume.list(joe.token, limit=3, sort="name:asc")] == made
+
+
+def test_a_cloud_without_volumes_says_so(near):
+    cloud, n = near
+    carriers = {name: getattr(n, name).session.carrier for name in ("identity", "image", "network")}
+    without = neighbours(cloud.clock, Login("kilonova", cloud.first.service_password), **carriers)
+    with pytest.raises(Unavailable, match="no block-storage service"):
+        without.volume.show("x")
 
 
 def test_our_own_token_is_renewed_when_a_neighbour_refuses_it(near):

@@ -16,8 +16,8 @@ from kilonova.api import app as compute_api
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World
 from kilonova.cli.state import Secrets, StateDir
-from kilonova.clients import Carrier, Inside, Login, neighbours
-from kilonova.companions import identity, image, network
+from kilonova.clients import Account, Carrier, Image, Inside, Login, Session, neighbours
+from kilonova.companions import identity, image, network, volume
 from kilonova.companions.wires import Wires, guestfwd
 from kilonova.companions.wires.ground import Ground
 from kilonova.compute.agent import ComputeHost, Images
@@ -103,11 +103,12 @@ class Cloud:
         self._open("image", image.service(self.images, self.realm.gate, config.policy.file))
         self._open("network", network.make_service(self.networks, self.realm.gate, config.policy.file))
 
-        inside: dict[str, Carrier] = {name: Inside(app, f"{url}/{name}") for name, app in self.doors.items()}
         login = Login(identity.SERVICE_USER, self.first.service_password)
-        self.neighbours = neighbours(
-            self.clock, login, identity=inside["identity"], image=inside["image"], network=inside["network"]
-        )
+        inside: dict[str, Carrier] = {name: Inside(app, f"{url}/{name}") for name, app in self.doors.items()}
+        self.volumes = self._volumes(inside, login)
+        self._open("volume", volume.make_service(self.volumes, config.policy.file))
+        inside["volume"] = Inside(self.doors["volume"], f"{url}/volume")
+        self.neighbours = neighbours(self.clock, login, **inside)
         self.metadata = metadata_service(
             self.db, self.neighbours.network, config, clock=self.clock, ids=self.ids, secret=secrets.metadata_secret
         )
@@ -154,7 +155,10 @@ class Cloud:
         if inner is not None:
             self.servers.append(Server(whole, inner, threads=2))
         self.upkeep = Reconcilers(
-            self, [rewired, keys_rotated, policies_read, bases_evicted], clock=self.clock, dice=random.Random()
+            self,
+            [rewired, keys_rotated, policies_read, bases_evicted, volumes_resumed],
+            clock=self.clock,
+            dice=random.Random(),
         )
         self.host: ComputeHost | SimHosts | None = None
         self.driver: Driver | None = None
@@ -164,6 +168,9 @@ class Cloud:
 
     def start(self) -> None:
         learn()
+        if self.volumes.crew is not None:
+            self.volumes.crew.start()
+        volume.recover(self.volumes)
         self.conductor.start()
         for server in self.servers:
             server.start()
@@ -178,6 +185,8 @@ class Cloud:
         self.opening.join(30)
         self.upkeep.close()
         self.conductor.close()
+        if self.volumes.crew is not None:
+            self.volumes.crew.close()
         if self.host is not None:
             self.host.close()
         if self.driver is not None:
@@ -265,6 +274,21 @@ class Cloud:
             service.turns = self.turns
         self.doors[name] = service
 
+    def _volumes(self, inside: dict[str, Carrier], login: Login) -> volume.World:
+        config = self.config.volume
+        account = Account(inside["identity"], login, self.clock)
+        return volume.open_store(
+            self.db,
+            self.clock,
+            self.ids,
+            config,
+            config.directory or self.state.path / "volumes",
+            images=Image(Session("image", inside["image"], self.clock, account)),
+            host=self.name,
+            authenticate=self.realm.gate,
+            crew=volume.Crew(config.threads),
+        )
+
     def _wires_of_hosts(self) -> tuple[dict[str, Callable[..., None]] | None, frozenset[str]]:
         """On this machine there is one host, with a data plane or by QEMU alone; simulated ones have none."""
         if self.ground is None:
@@ -300,7 +324,7 @@ class Cloud:
 def open_db(config: options.Config, state: StateDir) -> Db:
     """The database that is configured, or SQLite in the state directory; with its tables."""
     url = config.database.url.reveal() or f"sqlite:///{state.path / 'kilonova.db'}"
-    db = Db(url, threads=config.api.threads + config.workers.threads + 8)
+    db = Db(url, threads=config.api.threads + config.workers.threads + config.volume.threads + 8)
     meta.create_all(db.engine)
     return db
 
@@ -388,6 +412,13 @@ def policies_read(cloud: Cloud) -> list[str]:
     """An operator's change of `policy.yaml` holds without a restart."""
     for service in cloud.doors.values():
         service.policy.refresh()
+    return []
+
+
+@reconciler(every_s=10)
+def volumes_resumed(cloud: Cloud) -> list[str]:
+    """What had to wait for a neighbour, or was left by who failed, is gone on with."""
+    volume.resume(cloud.volumes)
     return []
 
 

@@ -17,11 +17,13 @@ from kilonova.store.identity import Endpoint, Listed, Region
 BASE = "$(base_url)s"
 # fmt: off
 BUILT_IN = {
-    "identity":  f"{BASE}/identity",
-    "compute":   f"{BASE}/compute/v2.1",
-    "image":     f"{BASE}/image",
-    "network":   f"{BASE}/network",
-    "placement": f"{BASE}/placement",
+    "identity":      f"{BASE}/identity",
+    "compute":       f"{BASE}/compute/v2.1",
+    "image":         f"{BASE}/image",
+    "network":       f"{BASE}/network",
+    "placement":     f"{BASE}/placement",
+    "block-storage": f"{BASE}/volume/v3",
+    "volumev3":      f"{BASE}/volume/v3",
 }
 NAMES = {
     "identity": "keystone", "compute": "nova", "image": "glance", "network": "neutron", "placement": "placement",

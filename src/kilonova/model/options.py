@@ -362,14 +362,30 @@ class Network(Struct, frozen=True):
 
 
 class Volume(Struct, frozen=True):
-    """The block-storage service."""
+    """The block-storage companion, or a real Cinder."""
 
     url: A[
-        str | None, Meta(description="A real block-storage service.", examples=["https://cinder.example.org/v3"])
+        str | None,
+        Meta(description="A real block-storage service; unset, our own.", examples=["https://cinder.example.org/v3"]),
     ] = None
     cross_zone_attach: A[bool, Meta(description="Volumes may be of another availability zone than their server.")] = (
         True
     )
+    directory: A[
+        Path | None,
+        Meta(description="Where volumes lie; unset, `volumes` in the state directory.", examples=["/srv/volumes"]),
+    ] = None
+    availability_zone: A[str, Meta(description="The one zone of all volumes.", min_length=1, max_length=255)] = "nova"
+    service_id: A[str, Meta(description="The id by which volumes name the service that keeps them.")] = (
+        "5a2f6f0e-6b1f-4f34-9d4b-0c6d1f7c2a11"
+    )
+    threads: A[int, Meta(description="How many copies of volumes and images are made at once.", ge=1)] = 2
+    quota_volumes: A[int, Meta(description="Volumes of a project, at most; -1 is no limit.", ge=-1)] = 10
+    quota_gigabytes: A[int, Meta(description="Gibibytes of all volumes and snapshots of a project.", ge=-1)] = 1000
+    quota_snapshots: A[int, Meta(description="Snapshots of a project.", ge=-1)] = 10
+    quota_backups: A[int, Meta(description="Backups of a project.", ge=-1)] = 10
+    quota_backup_gigabytes: A[int, Meta(description="Gibibytes of all backups of a project.", ge=-1)] = 1000
+    quota_per_volume_gigabytes: A[int, Meta(description="Gibibytes of one volume.", ge=-1)] = -1
 
 
 class Log(Struct, frozen=True):

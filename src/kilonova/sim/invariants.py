@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 
 import sqlalchemy as sa
 
+from kilonova.companions.volume.attachments import follows
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
 from kilonova.model.ask import amounts, amounts_of
 from kilonova.model.server import Server
 from kilonova.model.server_group import admits
 from kilonova.model.states import VM
-from kilonova.store import hosts, migrations, networks, placement, server_groups, servers
+from kilonova.store import hosts, migrations, networks, placement, server_groups, servers, volumes
 from kilonova.store.migrations import OVER, Status
 
 RESTING = {
@@ -51,6 +52,7 @@ def wrong(
         said += _ports(all, _our_ports(tx) if ports is None else ports)
         said += _groups(tx, all)
         said += [line for s in all for line in _resting(tx, s)]
+        said += _storage(tx)
     return said
 
 
@@ -197,3 +199,16 @@ def _resting(tx: Tx, s: Server) -> list[str]:
     if (s.vm_state == VM.deleted) != (s.deleted_at is not None):
         said.append(f"{s.id} is {s.vm_state}, deleted at {s.deleted_at}")
     return said
+
+
+def _storage(tx: Tx) -> list[str]:
+    """Nothing is promised any more, and each volume is as its attachments say."""
+    said = [f"{a.kind} of {a.subject} was promised and is not done" for a in volumes.find(tx, volumes.Act)]
+    all = volumes.find(tx, volumes.Volume)
+    attached = volumes.attachments_of(tx, [v.id for v in all])
+    for v in all:
+        wanted = follows(attached.get(v.id, []))
+        if v.status != wanted and not v.status.startswith("error"):
+            said.append(f"volume {v.id} is {v.status}, and its attachments say {wanted}")
+    known = {v.id for v in all}
+    return said + [f"volume {id} is gone and has attachments" for id in attached if id not in known]

@@ -25,8 +25,8 @@ import sqlalchemy as sa
 from kilonova.api.app import service as compute_service
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World as ApiWorld
-from kilonova.clients import Answer, Inside, Login, neighbours
-from kilonova.companions import identity, image, network
+from kilonova.clients import Account, Answer, Image, Inside, Login, Session, neighbours
+from kilonova.companions import identity, image, network, volume
 from kilonova.compute.agent import ComputeHost
 from kilonova.conductor.app import Conductor
 from kilonova.kit.bus import Letter, Wake, letter
@@ -110,6 +110,8 @@ class Sim:
             "image": image.service(self.images, self.realm.gate),
             "network": network.make_service(self.networks, self.realm.gate),
         }
+        self.volumes = _volumes(self.db, clock, self.ids, self.directory, self.services, self.realm.gate)
+        self.services["volume"] = volume.make_service(self.volumes)
         with self.db.read() as tx:
             self.user = Context(
                 **msgspec.json.decode((self.directory / "user.json").read_bytes())
@@ -518,7 +520,7 @@ class Api(Process):
             Login(identity.SERVICE_USER, (sim.directory / "service-password").read_text().strip()),
             **carriers,
         )
-        for part in (near.image, near.network):
+        for part in (near.image, near.network, near.volume):
             part.session = _AsOurselves(part.session)  # type: ignore[assignment]
         book = HostBook(sim.db, self.clock, CONFIG)
 
@@ -561,6 +563,23 @@ class _AsOurselves:
 # ---- the first moment, made once
 
 
+def _volumes(
+    db: Db,
+    clock: Any,
+    ids: Ids,
+    directory: Path,
+    services: Mapping[str, Any],
+    authenticate: Callable[[str], Context],
+) -> volume.World:
+    """The block-storage service; it asks for images as a process that never fails."""
+    inside = {name: Inside(services[name], f"{URL}/{name}") for name in ("identity", "image")}
+    login = Login(identity.SERVICE_USER, (directory / "service-password").read_text().strip())
+    images = Image(Session("image", inside["image"], clock, Account(inside["identity"], login, clock)))
+    return volume.open_store(
+        db, clock, ids, options.Volume(), directory / "volumes", images=images, host="sim", authenticate=authenticate
+    )
+
+
 QUICK = options.Identity(password_hash_cost=10, token_lifetime_s=10**9)
 _made: Path | None = None
 
@@ -589,10 +608,9 @@ def _template() -> Path:
     first = identity.bootstrap(realm, directory, admin_password=PASSWORD, service_password=PASSWORD)
     (directory / "service-password").write_text(PASSWORD)
     images = image.open_store(db, clock, ids, options.Image(), directory / "images")
-    inside = {
-        "identity": Inside(identity.service(realm), f"{URL}/identity"),
-        "image": Inside(image.service(images, realm.gate), f"{URL}/image"),
-    }
+    services = {"identity": identity.service(realm), "image": image.service(images, realm.gate)}
+    inside = {name: Inside(app, f"{URL}/{name}") for name, app in services.items()}
+    _volumes(db, clock, ids, directory, services, realm.gate)
     near = neighbours(
         clock,
         Login("admin", PASSWORD, project_name="admin"),
