@@ -7,6 +7,7 @@ from typing import Any
 from kilonova.api import (
     actions,
     aggregates,
+    capture,
     catalog,
     create,
     discovery,
@@ -31,6 +32,7 @@ from kilonova.kit.routes import Context, Route
 GROUPS = (  # importing them fills R
     actions,
     aggregates,
+    capture,
     catalog,
     create,
     discovery,

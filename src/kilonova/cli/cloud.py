@@ -217,6 +217,7 @@ class Cloud:
                     options=self.config.sim,
                     compute=self.config.compute,
                     directory=self.state.path / "hosts",
+                    images=Images(self.neighbours.image),
                 )
             else:
                 self.driver = self._libvirt()
@@ -229,6 +230,7 @@ class Cloud:
                     threads=self.config.workers.host_threads,
                     directory=self.state.path / "hosts" / self.name,
                     host_ip="127.0.0.1",
+                    images=Images(self.neighbours.image),
                 )
             self.host.start()
         except Exception as e:

@@ -6,7 +6,7 @@ it holds is the driver's to know: a host that restarts finds its machines again.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 import kilonova
+from kilonova.compute import capture
 from kilonova.compute.machines import HANDLERS, QUESTIONS
 from kilonova.compute.report import report
 from kilonova.contracts.compute import compute
@@ -52,8 +53,9 @@ class ComputeHost:
         ledger: Remembers | None = None,
         host_ip: str = "",
         conductor: str = "conductor",
+        images: "Images | None" = None,
     ) -> None:
-        self.name, self.driver, self.bus, self.clock = name, driver, bus, clock
+        self.name, self.driver, self.bus, self.clock, self.images = name, driver, bus, clock, images
         self.options, self.threads = options or Compute(), threads
         self.host_ip, self.conductor = host_ip, conductor
         if ledger is None:
@@ -67,7 +69,7 @@ class ComputeHost:
         self.abandoned: set[str] = set()  # builds that nobody wants any longer
         self.epochs = {m.id: m.epoch for m in driver.machines()}
         self.builds = _Builds(self.options.max_concurrent_builds, clock)
-        self.agent = Agent(compute, HANDLERS, self, bus.send, ledger, clock=clock)
+        self.agent = Agent(compute, HANDLERS + capture.HANDLERS, self, bus.send, ledger, clock=clock)
         self.answerer = Answerer(compute, QUESTIONS, self, bus.send)
         self.receive, self.answer = self.agent.receive, self.answerer.receive
         self.reports = 0
@@ -197,18 +199,30 @@ class _Builds:
             self.turns.release()
 
 
-class Downloads(Protocol):
+class ImageService(Protocol):
     """The image service, as far as a host needs it (`clients.Image`)."""
 
     def download(self, id: str, write: Callable[[bytes], object]) -> Any: ...
 
+    def show(self, id: str) -> Any: ...
+
+    def upload(self, id: str, chunks: Iterable[bytes]) -> None: ...
+
 
 class Images:
-    """Where a driver gets an image's bytes (`virt.driver.Fetches`)."""
+    """Where a driver gets an image's bytes (`virt.driver.Fetches`), and where a host brings those of a new one."""
 
-    def __init__(self, service: Downloads) -> None:
+    def __init__(self, service: ImageService) -> None:
         self.service = service
 
     def fetch(self, image_id: str, write: Callable[[bytes], object]) -> None:
         """Raises NotFound, Unavailable."""
         self.service.download(image_id, write)
+
+    def send(self, image_id: str, chunks: Iterable[bytes]) -> None:
+        """Its bytes; once is enough. Raises NotFound, Unavailable."""
+        status = self.service.show(image_id).status
+        if status == "saving":
+            raise Unavailable("An earlier upload of this image has not ended yet.")
+        if status != "active":
+            self.service.upload(image_id, chunks)

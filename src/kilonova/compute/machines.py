@@ -8,9 +8,28 @@ from kilonova.compute import live_migrate, resize
 from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
-from kilonova.virt.driver import Driver, Migrates
+from kilonova.virt.driver import Driver, Migrates, POWER_NUMBERS, Sends
+from kilonova.model.options import Compute
 
 log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """Who is told: `compute.agent.ComputeHost`. `epochs` are those of its machines, `acts` what is being done, by server."""
+
+    driver: Driver
+    options: Compute
+    images: Sends | None
+    epochs: dict[str, int]
+    acts: dict[str, str]
+    abandoned: set[str]
+
+    @property
+    def builds(self) -> AbstractContextManager[None]: ...
+
+    def at_work(self, server: str, act: str) -> AbstractContextManager[None]: ...
+
+    def progress(self, server: str) -> Callable[[str], None]: ...
 
 
 def spawn(host: Host, m: Spawn) -> Done:
@@ -48,6 +67,7 @@ def power(host: Host, m: Power) -> Done:
         return Done(power_of(host, m.server))
 
 
+STAGED = frozenset({"spawn", "rebuild", "freeze", "upload"})  # acts that look between their stages whether they are wanted
 ACTS: dict[str, Callable[[Driver, Power, float], None]] = {
     "start": lambda d, m, _: d.start(m.server),
     "stop": lambda d, m, timeout_s: d.stop(m.server, timeout_s),
@@ -65,6 +85,8 @@ def look(host: Host, m: Look) -> Seen:
         epochs = [held.epoch for held in host.driver.machines() if held.id == m.server]
         kept = epochs[0] if len(epochs) > 1 else None
         return Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept)
+        held = next((h.captures for h in host.driver.machines() if h.id == m.server), [])
+        return Seen(True, _power(host, m.server), host.epochs.get(m.server, 0), held)
     except NotFound:
         return Seen(False)
 
@@ -73,6 +95,7 @@ def abandon(host: Host, m: Abandon) -> Done:
     """A build stops at its next stage; a guest that is asked to end itself is not waited for any longer, nor one that is sent."""
     act = host.acts.get(m.server)
     if act in ("spawn", "arrive"):
+    if act in STAGED:
         host.abandoned.add(m.server)
     elif act in ("stop", "reboot", "depart"):
         host.driver.stop(m.server, 0)

@@ -39,7 +39,7 @@ def report(
         host=host,
         at=at,
         born=born,
-        holds=[HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch) for m in machines],
+        holds=[HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch, m.captures) for m in machines],
         busy=busy,
         speaks=speaks,
         facts=facts,

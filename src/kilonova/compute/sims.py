@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from kilonova.compute.agent import ComputeHost
+from kilonova.compute.agent import ComputeHost, Images
 from kilonova.kit.ask import asked
 from kilonova.kit.bus import MemoryBus, Remembers, letter
 from kilonova.kit.clock import Clock
@@ -50,6 +50,7 @@ class SimHosts:
         states: dict[str, SimState] | None = None,
         ledgers: dict[str, Remembers] | None = None,
         prefix: str = "sim-",
+        images: Images | None = None,
     ) -> None:
         self.bus, self.clock, self.threads = bus, clock, threads
         options, self.compute = options or Sim(), compute or Compute()
@@ -73,6 +74,7 @@ class SimHosts:
                 directory=None if directory is None else directory / name,
                 ledger=ledger,
                 host_ip="127.0.0.1",
+                images=images,
             )
         self.ends: list[Callable[[], None]] = []
         self.over = threading.Event()

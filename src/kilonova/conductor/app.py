@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from kilonova.clients import Neighbours
-from kilonova.conductor import addresses, create, delete, resize, verbs, volumes, watch
+from kilonova.conductor import addresses, capture, create, delete, resize, verbs, volumes, watch
 from kilonova.conductor.world import World
 from kilonova.contracts.conductor import PowerChanged, Report
 from kilonova.contracts.scheduler import Choose, Chosen
@@ -23,6 +23,7 @@ FLOWS: list[Workflow[Any]] = [
     create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
     resize.revert,
 ]  # fmt: skip
+FLOWS: list[Workflow[object]] = [create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, capture.capture]  # type: ignore[list-item]
 
 
 class Conductor:

@@ -12,9 +12,10 @@ import msgspec
 
 import kilonova
 from kilonova.conductor import ports
+from kilonova.conductor.capture import unfinished
 from kilonova.conductor.verbs import STEPS
 from kilonova.conductor.world import World
-from kilonova.contracts.compute import Destroy, Done, Drop, Look, Power, Seen
+from kilonova.contracts.compute import Destroy, Discard, Done, Drop, Look, Power, Seen
 from kilonova.contracts.conductor import HeldHere, PowerChanged, Report
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
@@ -102,7 +103,7 @@ def _differs(row: Any, held: HeldHere | None) -> bool:
         return False
     if held is None:
         return str(row.vm_state) != VM.error  # a build or an act that failed may well have left nothing
-    return bool(held.power_state != row.power_state)
+    return bool(held.power_state != row.power_state or held.captures)
 
 
 def _look_into(tx: Tx, world: World, host: str, suspects: list[str], reborn: bool) -> list[str]:
@@ -150,6 +151,8 @@ class Verdict(msgspec.Struct, frozen=True):
 def mend(run: Run, job: Mend) -> None:
     run.when_alone()
     seen = run(look, job.server, job.host)
+    for image_id in seen.captures:  # nobody is at work on it, so nobody wants them
+        run(discard, job.server, job.host, image_id)
     verdict = run(judged, job, seen, run.id, run.now)
     if verdict.do == "orphan":
         if job.orphan == "destroy":
@@ -186,6 +189,11 @@ def take_up(run: Run, job: Mend, do: str, server: Server) -> None:
 @command(patience_s=120)
 def look(server: str, host: str) -> To[Seen]:
     return To(host, Look(server=server))
+
+
+@command
+def discard(server: str, host: str, image_id: str) -> To[Done]:
+    return To(host, Discard(server=server, image_id=image_id))
 
 
 @command
@@ -379,4 +387,4 @@ def journals(world: World) -> list[str]:
     return []
 
 
-RECONCILERS = [beats, present, silent_hosts, stuck, claims, strays, journals]
+RECONCILERS = [beats, present, silent_hosts, stuck, claims, strays, unfinished, journals]

@@ -47,6 +47,31 @@ class Power(Call[Done], frozen=True):
 
 
 @compute
+class Freeze(Call[Done], frozen=True):
+    """Copy its root disk as it is now, to be uploaded as this image; the copy stays here until it is uploaded or discarded."""
+
+    server: str
+    image_id: str
+    disk_format: Literal["raw", "qcow2"] = "qcow2"
+
+
+@compute
+class Upload(Call[Done], frozen=True):
+    """Give the image service the bytes that were frozen for this image, and forget them."""
+
+    server: str
+    image_id: str
+
+
+@compute
+class Discard(Call[Done], frozen=True):
+    """What was frozen for this image is not wanted. Nothing there: done."""
+
+    server: str
+    image_id: str
+
+
+@compute
 class Abandon(Call[Done], frozen=True):
     """What is being done for this server is no longer wanted: end it soon. Told beside the act, not behind it."""
 
@@ -60,6 +85,7 @@ class Seen(msgspec.Struct, frozen=True):
     power_state: int = 0
     epoch: int = 0
     kept: int | None = None
+    captures: list[str] = []  # images that were frozen and neither uploaded nor discarded
 
 
 @compute

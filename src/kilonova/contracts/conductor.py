@@ -9,11 +9,15 @@ conductor = Contract("conductor")
 
 
 class HeldHere(msgspec.Struct, frozen=True):
-    """A machine on the host: its power in the Compute API's numbers, and the epoch it was made with."""
+    """A machine on the host: its power in the Compute API's numbers, and the epoch it was made with.
+
+    `captures`: images that were frozen of it and are still here.
+    """
 
     server: str
     power_state: int
     epoch: int = 0
+    captures: list[str] = []
 
 
 @conductor

@@ -98,3 +98,10 @@ class Evacuate(msgspec.Struct, frozen=True):
     stopped: bool = False
     shared: bool | None = None
     admin_password: str = ""
+class Capture(msgspec.Struct, frozen=True):
+    """ "capture": an image of a server's disk; the image is there already, without bytes. `rotation`: of a backup, how
+    many of its type are kept."""
+    image_id: str
+    disk_format: Literal["raw", "qcow2"]
+    backup_type: str | None = None
+    rotation: int = 0

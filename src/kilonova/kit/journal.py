@@ -243,8 +243,22 @@ def action(tx: Tx, subject: str, request_id: str) -> Action:
 
 
 def events(tx: Tx, run: str) -> list[Event]:
-    """The steps of a run that users know by a name, in order."""
-    return [e for e in journal(tx, run) if e.event is not None]
+    """The steps of a run that users know by a name, in order. Steps of one name on one host are one event."""
+    found: dict[tuple[str, str | None], Event] = {}
+    for e in journal(tx, run):
+        if e.event is not None:
+            same = found.get((e.event, e.host))
+            found[e.event, e.host] = e if same is None else _joined(same, e)
+    return list(found.values())
+
+
+def _joined(one: Event, two: Event) -> Event:
+    """From the first's start to the second's end; it failed where one of them did."""
+    over = None if one.finished is None or two.finished is None else max(one.finished, two.finished)
+    result: Literal["Success", "Error"] | None = "Error" if "Error" in (one.result, two.result) else two.result
+    return msgspec.structs.replace(
+        one, finished=over, result=result if over is not None else None, fault=one.fault or two.fault
+    )
 
 
 def journal(tx: Tx, run: str) -> list[Event]:

@@ -142,6 +142,18 @@ VERBS: dict[str, Verb] = {v.name: v for v in (
     Verb("revert",      _vm("resized"),                               Task.resize_reverting, None,       "revertResize", "revertResize"),
     Verb("live_migrate", _vm("active paused"),                        Task.migrating,      None,         "os-migrateLive", "live-migration", host=True),
     Verb("evacuate",    _vm("active stopped error"),                  Task.rebuilding,     None,         "evacuate", "evacuate", over=None, host=True),
+    Verb("force_delete", frozenset(VM) - {VM.deleted},                Task.deleting,       VM.deleted,   "forceDelete", "delete", over=None, launched=False),
+    Verb("soft_delete", frozenset(VM) - {VM.deleted},                 Task.soft_deleting,  VM.soft_deleted, "delete", "delete", over=None),
+    Verb("restore",     _vm("soft-delete"),                           Task.restoring,      VM.active,    "restore", "restore", host=True),
+    Verb("snapshot",    _vm("active stopped paused suspended"),       Task.image_snapshot_pending, None, "createImage", "createImage", lock=False, host=True),
+    Verb("backup",      _vm("active stopped paused suspended"),       Task.image_backup,   None,         "createBackup", "createBackup", lock=False, host=True),
+    Verb("rebuild",     _vm("active stopped error"),                  Task.rebuilding,     VM.active,    "rebuild", "rebuild", host=True),
+    Verb("rescue",      _vm("active stopped error"),                  Task.rescuing,       VM.rescued,   "rescue",  "rescue",  host=True),
+    Verb("unrescue",    _vm("rescued"),                               Task.unrescuing,     VM.active,    "unrescue", "unrescue", host=True),
+    Verb("shelve",      _vm("active stopped paused suspended"),       Task.shelving,       VM.shelved,   "shelve",  "shelve",  host=True),
+    Verb("offload",     _vm("shelved"),                               Task.shelving_offloading, VM.shelved_offloaded, "shelveOffload", "shelveOffload", host=True),
+    Verb("unshelve",    _vm("shelved shelved_offloaded"),             Task.unshelving,     VM.active,    "unshelve", "unshelve"),
+    Verb("password",    _vm("active"),                                Task.updating_password, None,      "changePassword", "changePassword", host=True),
 )}
 # fmt: on
 

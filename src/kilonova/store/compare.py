@@ -41,6 +41,11 @@ def at_work(tx: Tx, subjects: Iterable[str]) -> set[str]:
     return set(tx.execute(sa.select(_r.subject).where(_r.subject.in_(wanted), _r.state == "running")).scalars())
 
 
+def running(tx: Tx, runs: Iterable[str]) -> set[str]:
+    """Those of these runs that have not ended."""
+    return set(tx.execute(sa.select(_r.id).where(_r.id.in_(list(runs)), _r.state == "running")).scalars())
+
+
 def stuck(tx: Tx, before: float, most: int = 100) -> list[str]:
     """Servers that have been on their way since `before`, with nobody working on them: there must be none."""
     return list(tx.execute(STUCK, {"before": before, "most": most}).scalars())

@@ -140,6 +140,21 @@ def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
     raise why_not(get(tx, id), verb)
 
 
+def check(s: Server, verb: Verb) -> None:
+    """Raises what `begin` would raise now: for what must be refused before anything is made for it."""
+    busy = s.task_state is not None and (
+        s.task_state not in verb.over if verb.over is not None else s.task_state == verb.busy
+    )
+    if (
+        s.deleted_at is not None
+        or s.vm_state not in verb.start
+        or busy
+        or (verb.launched and s.launched_at is None)
+        or (verb.host and s.host is None)
+    ):
+        raise why_not(s, verb)
+
+
 def why_not(s: Server, verb: Verb) -> Conflict | NotFound:
     """The sentence of the 409 (states.md, section 3)."""
     op = verb.op or verb.name

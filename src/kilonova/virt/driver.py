@@ -5,7 +5,7 @@ Every act is safe to do twice: a host may be asked again after it died half-way.
 `NotFound` when there is no such machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -24,6 +24,7 @@ class Held(msgspec.Struct, frozen=True):
     id: str
     power: Power
     epoch: int = 0
+    captures: list[str] = []  # what was copied of it for images, and is still here
 
 
 Progress = Callable[[str], None]
@@ -146,3 +147,27 @@ class Fetches(Protocol):
     """Where a driver gets an image's bytes: `compute/` hands it over, so that virt knows no service."""
 
     def fetch(self, image_id: str, write: Callable[[bytes], object]) -> None: ...
+
+
+@runtime_checkable
+class Sends(Protocol):
+    """Where a host brings the bytes of an image that it made."""
+
+    def send(self, image_id: str, chunks: Iterable[bytes]) -> None: ...
+
+
+@runtime_checkable
+class Captures(Protocol):
+    """Copies root disks, for images. A copy is named by its image, and goes with its machine."""
+
+    def capture(self, id: str, image_id: str, disk_format: str, progress: Progress) -> None:
+        """The root disk as it is now, whole (nothing behind it), in this format. One that is there already is kept."""
+        ...
+
+    def captured(self, id: str, image_id: str) -> Iterator[bytes]:
+        """The copy's bytes. Raises NotFound."""
+        ...
+
+    def drop_capture(self, id: str, image_id: str) -> None:
+        """Nothing there: nothing to do."""
+        ...

@@ -10,7 +10,7 @@ Latencies and faults come from handed-in dice and pass on a handed-in clock: fro
 import os
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,7 @@ from kilonova.model.host import HostFacts
 from kilonova.model.machine import Machine
 from kilonova.model.options import Sim
 from kilonova.virt.driver import Held, Power, Progress, Telling
+from kilonova.virt.sim_disk import contents, qcow2
 
 LOG_MAX = 16_384  # letters of a console log
 PARTS = 4  # in which a guest's memory is sent
@@ -75,6 +76,7 @@ class SimState:
         self.directory = directory
         self.machines: dict[str, SimMachine] = {}
         self.kept: dict[str, SimMachine] = {}
+        self.captures: dict[tuple[str, str], bytes] = {}  # by server and image
         self.deaf: set[str] = set()
         self.broken = False
         self.lock = threading.Lock()
@@ -85,6 +87,13 @@ class SimState:
                     kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
                     which[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
                     found.log, found.disk, found.landing = kept.log, kept.disk, kept.landing
+            for file in sorted(directory.glob("*.machine")):
+                kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
+                self.machines[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
+                found.log = kept.log
+            for file in sorted(directory.glob("*.capture")):
+                server, _, image = file.stem.partition(".")
+                self.captures[server, image] = file.read_bytes()
 
     def keep(self, id: str) -> None:
         """Write down how this machine is now; before anybody is told of it."""
@@ -101,6 +110,23 @@ class SimState:
                 with os.fdopen(fd, "wb") as f:
                     f.write(msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing)))
                 new.rename(file)
+            m = self.machines.get(id)
+            if m is None:
+                file.unlink(missing_ok=True)
+                return
+            _write(file, msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log)))
+
+    def keep_capture(self, id: str, image_id: str) -> None:
+        """The same of a copy of its disk."""
+        if self.directory is None:
+            return
+        file = self.directory / f"{id}.{image_id}.capture"
+        with self.lock:
+            copied = self.captures.get((id, image_id))
+            if copied is None:
+                file.unlink(missing_ok=True)
+            else:
+                _write(file, copied)
 
     def power_cut(self) -> None:
         """The whole host restarts: nothing runs any more, disks stay."""
@@ -109,6 +135,15 @@ class SimState:
                 m.power = "suspended" if m.power == "suspended" else "shutdown"
         for id in list(self.machines):
             self.keep(id)
+
+
+def _write(file: Path, data: bytes) -> None:
+    """All of it or nothing."""
+    new = file.with_suffix(".new")
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(fd, "wb") as f:
+        f.write(data)
+    new.rename(file)
 
 
 class SimDriver:
@@ -158,6 +193,12 @@ class SimDriver:
         with self.state.lock:
             all = [*sorted(self.state.kept.items()), *sorted(self.state.machines.items())]
             return [Held(id, m.power, m.machine.epoch) for id, m in all]
+            copies: dict[str, list[str]] = {}
+            for id, image_id in sorted(self.state.captures):
+                copies.setdefault(id, []).append(image_id)
+            here = sorted(self.state.machines.items())
+            held = [Held(id, m.power, m.machine.epoch, copies.pop(id, [])) for id, m in here]
+            return held + [Held(id, "nostate", 0, images) for id, images in copies.items()]
 
     def power(self, id: str) -> Power:
         return self._there(id).power
@@ -185,6 +226,7 @@ class SimDriver:
     def destroy(self, id: str) -> None:
         if id in self.state.machines or id in self.state.kept:
             self._act("destroy", may_fail=False)
+            self._drop_captures(id)
             with self.state.lock:
                 gone = self.state.machines.pop(id, None)
                 self.state.kept.pop(id, None)
@@ -386,6 +428,27 @@ class SimDriver:
     def land(self, machine: Machine) -> None:
         self._act("land", may_fail=False)
         self._newest(machine.id, machine, self._there(machine.id))
+    # -- images of its disk
+    def capture(self, id: str, image_id: str, disk_format: str, progress: Progress) -> None:
+        if (id, image_id) not in self.state.captures:
+            progress("copying its disk")
+            self._act("capture")
+            data = contents(m.machine, m.log)
+            self.state.captures[id, image_id] = qcow2(data) if disk_format == "qcow2" else data
+            self.state.keep_capture(id, image_id)
+    def captured(self, id: str, image_id: str) -> Iterator[bytes]:
+        copied = self.state.captures.get((id, image_id))
+        if copied is None:
+            raise NotFound(f"There is no copy of {id} for image {image_id} on this host.")
+        for at in range(0, len(copied), 4096):
+            yield copied[at : at + 4096]
+    def drop_capture(self, id: str, image_id: str) -> None:
+        self.state.captures.pop((id, image_id), None)
+        self.state.keep_capture(id, image_id)
+    def _drop_captures(self, id: str) -> None:
+        for server, image_id in list(self.state.captures):
+            if server == id:
+                self.drop_capture(id, image_id)
 
     # -- what guests do by themselves (tests call it)
 

@@ -1,0 +1,58 @@
+"""What a host does for an image of a server: freeze a copy of its disk, upload it, or throw it away."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from kilonova.compute.machines import Host
+from kilonova.contracts.compute import Discard, Done, Freeze, Upload
+from kilonova.kit.errors import Trouble, Unsupported
+from kilonova.virt.driver import POWER_NUMBERS, Captures
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def able(host: Host, kind: type[T], what: str) -> T:
+    """The driver, which can do that. Raises Unsupported."""
+    if not isinstance(host.driver, kind):
+        raise Unsupported(f"This host cannot {what}.")
+    return host.driver
+
+
+def freeze(host: Host, m: Freeze) -> Done:
+    driver: Captures = able(host, Captures, "make images of servers")  # type: ignore[type-abstract]
+    with host.at_work(m.server, "freeze"):
+        driver.capture(m.server, m.image_id, m.disk_format, host.progress(m.server))
+        return Done(POWER_NUMBERS[host.driver.power(m.server)])
+
+
+def upload(host: Host, m: Upload) -> Done:
+    """What breaks off because nobody wants it any longer is a verdict; whatever else the image service says, it said."""
+    driver: Captures = able(host, Captures, "make images of servers")  # type: ignore[type-abstract]
+    if host.images is None:
+        raise Unsupported("This host has no image service.")
+    with host.at_work(m.server, "upload"):
+        stage = host.progress(m.server)
+        try:
+            host.images.send(m.image_id, _watched(driver.captured(m.server, m.image_id), stage))
+        except Trouble:
+            stage("the upload broke off")
+            raise
+        driver.drop_capture(m.server, m.image_id)
+        return Done(POWER_NUMBERS[host.driver.power(m.server)])
+
+
+def discard(host: Host, m: Discard) -> Done:
+    if isinstance(host.driver, Captures):
+        host.driver.drop_capture(m.server, m.image_id)
+    return Done()
+
+
+def _watched(chunks: Iterable[bytes], stage: Callable[[str], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        stage("uploading")
+        yield chunk
+
+
+HANDLERS: list[Callable[[Any, Any], Any]] = [freeze, upload, discard]
