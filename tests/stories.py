@@ -21,6 +21,7 @@ from kilonova.api.registry import World as ApiWorld
 from kilonova.clients import Inside, Login, Neighbours, neighbours
 from kilonova.companions import network
 from kilonova.companions.identity import SERVICE_USER
+from kilonova.compute.agent import Images
 from kilonova.compute.sims import SimHosts
 from kilonova.conductor.app import Conductor
 from kilonova.kit.ask import asked
@@ -36,8 +37,14 @@ from kilonova.model.server import Server
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import servers
-from kilonova.virt.sim import SimDriver, SimState, copy
+from kilonova.virt.sim import SimDriver, SimState, copies, copy
 from tests.cloud.embedded import Embedded, Person
+
+# What a host's process may die before or after.
+ACTS = (
+    *("spawn", "destroy", "start", "stop", "reboot", "pause", "rebuild", "rescue", "unrescue"),
+    *("capture", "captured", "drop_capture"),
+)
 
 
 class StoryBus:
@@ -150,7 +157,7 @@ class Cloud:
             self.clock,
             login,
             identity=self.services.carrier_of("/identity"),
-            image=self.services.carrier_of("/image"),
+            image=Edgy(self.services.carrier_of("/image"), self.edges, "send"),
             network=Edgy(Inside(self.network, url + "/network"), self.edges, "send"),
             volume=Edgy(self.services.carrier_of("/volume"), self.edges, "send"),
         )
@@ -204,9 +211,10 @@ class Cloud:
             states=self.states,
             ledgers=self.ledgers,
             prefix="h",
+            images=Images(self.neighbours.image),
         )
         for name, host in self.hosts.hosts.items():
-            host.driver = Edgy(host.driver, self.edges, "spawn", "destroy", "start", "stop", "reboot", "pause")  # type: ignore[assignment]
+            host.driver = Edgy(host.driver, self.edges, *ACTS)  # type: ignore[assignment]
             host.agent.ledger = Edgy(host.ledger, self.edges, "put")  # type: ignore[assignment]
             self.bus.serve(name, host.receive)
             self.bus.serve(asked(name), host.answer)
@@ -356,7 +364,8 @@ class Cloud:
 
     def check(self) -> list[str]:
         holds = {name: copy(state) for name, state in self.states.items() if name not in self.dead}
-        return wrong(self.db, holds)
+        left = {name: copies(state) for name, state in self.states.items() if name not in self.dead}
+        return wrong(self.db, holds, copies=left)
 
 
 class Handle:

@@ -24,6 +24,8 @@ STORIES = [
     "hard reboot",
     "stop, start",
     "delete overtakes stop",
+    "snapshot",
+    "delete overtakes snapshot",
 ]
 CRASH = """
 import logging, sys

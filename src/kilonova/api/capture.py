@@ -81,7 +81,6 @@ def _captured(
             server=taken,
             image_id=image_id,
             disk_format=capture.disk_format(taken),
-            was=str(server.vm_state),
             backup_type=backup_type,
             rotation=rotation,
         )

@@ -2,22 +2,22 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from kilonova.compute.machines import Host
 from kilonova.contracts.compute import Discard, Done, Freeze, Upload
 from kilonova.kit.errors import Trouble, Unsupported
-from kilonova.virt.driver import POWER_NUMBERS, Captures
+from kilonova.virt.driver import POWER_NUMBERS, Captures, can
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 def able(host: Host, kind: type[T], what: str) -> T:
-    """The driver, which can do that. Raises Unsupported."""
-    if not isinstance(host.driver, kind):
+    """The driver, as one that can do that. Raises Unsupported."""
+    if not can(host.driver, kind):
         raise Unsupported(f"This host cannot {what}.")
-    return host.driver
+    return cast("T", host.driver)
 
 
 def freeze(host: Host, m: Freeze) -> Done:
@@ -44,8 +44,8 @@ def upload(host: Host, m: Upload) -> Done:
 
 
 def discard(host: Host, m: Discard) -> Done:
-    if isinstance(host.driver, Captures):
-        host.driver.drop_capture(m.server, m.image_id)
+    if can(host.driver, Captures):
+        cast("Captures", host.driver).drop_capture(m.server, m.image_id)
     return Done()
 
 

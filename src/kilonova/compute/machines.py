@@ -67,7 +67,9 @@ def power(host: Host, m: Power) -> Done:
         return Done(power_of(host, m.server))
 
 
-STAGED = frozenset({"spawn", "rebuild", "freeze", "upload"})  # acts that look between their stages whether they are wanted
+STAGED = frozenset(
+    {"spawn", "rebuild", "freeze", "upload"}
+)  # acts that look between their stages whether they are wanted
 ACTS: dict[str, Callable[[Driver, Power, float], None]] = {
     "start": lambda d, m, _: d.start(m.server),
     "stop": lambda d, m, timeout_s: d.stop(m.server, timeout_s),

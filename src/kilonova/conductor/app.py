@@ -24,6 +24,14 @@ FLOWS: list[Workflow[Any]] = [
     resize.revert,
 ]  # fmt: skip
 FLOWS: list[Workflow[object]] = [create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, capture.capture]  # type: ignore[list-item]
+    create.build,
+    verbs.act,
+    delete.delete,
+    watch.mend,
+    watch.heal,
+    addresses.readdress,
+    capture.capture,
+]
 
 
 class Conductor:

@@ -27,7 +27,7 @@ UNFINISHED_S = 120.0  # so long an image may be there before its run is
 
 @workflow
 def capture(run: Run, job: Capture) -> None:
-    server, was = job.server, VM(job.was)
+    server, was = job.server, job.server.vm_state
     assert server.host is not None
     backup = job.backup_type is not None
     run.if_undone(put_down, server, was, run.id, run.now)
@@ -116,8 +116,7 @@ def drop_image(world: World, key: str, image_id: str) -> None:
 @effect
 def rotate(world: World, key: str, server: Server, backup_type: str, rotation: int) -> None:
     """Of the backups of this type the newest so many stay. A backup that will not go does not spoil the new one."""
-    found = sorted(_backups(world, server, backup_type), key=lambda i: (i.created_at, i.id), reverse=True)
-    for old in found[rotation:]:
+    for old in list(_backups(world, server, backup_type))[rotation:]:
         try:
             world.neighbours.image.delete(old.id)
         except Unavailable:
@@ -127,9 +126,12 @@ def rotate(world: World, key: str, server: Server, backup_type: str, rotation: i
 
 
 def _backups(world: World, server: Server, backup_type: str) -> Iterator[ImageInfo]:
-    """Anybody may say anything in an image's properties: only those of the server's project are taken for its backups."""
+    """The newest first, as the service sorts them: it tells moments by the second only.
+
+    Anybody may say anything in an image's properties: only those of the server's project are taken for its backups.
+    """
     about = {"image_type": "backup", "backup_type": backup_type, "instance_uuid": server.id}
-    found = world.neighbours.image.list(status="active", owner=server.project_id, **about)
+    found = world.neighbours.image.list(sort="created_at:desc", status="active", owner=server.project_id, **about)
     return (i for i in found if i.owner == server.project_id)
 
 

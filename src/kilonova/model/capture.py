@@ -4,7 +4,10 @@ from typing import Any, Literal
 
 from kilonova.model.server import Server
 
-MARK = "kilonova_run"  # a property: the run that brings the bytes, by which we know an image that nobody is at any longer
+MARK = (
+    "kilonova_run"  # a property: the run that brings the bytes, by which we know an image that nobody is at any longer
+)
+SHELVED_IMAGE = "shelved_image_id"  # in the system metadata of a shelved server
 # Image properties that are true of one image only (extra-specs.md, the last section).
 NOT_INHERITED = frozenset(
     {

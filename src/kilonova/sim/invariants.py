@@ -15,8 +15,9 @@ from kilonova.model.ask import amounts, amounts_of
 from kilonova.model.server import Server
 from kilonova.model.server_group import admits
 from kilonova.model.states import VM
-from kilonova.store import hosts, migrations, networks, placement, server_groups, servers, volumes
+from kilonova.store import hosts, images, migrations, networks, placement, server_groups, servers, volumes
 from kilonova.store.migrations import OVER, Status
+from kilonova.model.capture import MARK, SHELVED_IMAGE
 
 RESTING = {
     VM.active,
@@ -28,6 +29,8 @@ RESTING = {
     VM.rescued,
     VM.resized,
     VM.soft_deleted,
+    VM.shelved,
+    VM.shelved_offloaded,
 }
 POWER = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
 
@@ -36,11 +39,13 @@ def wrong(
     db: Db,
     holds: Mapping[str, Mapping[str, tuple[str, int]]],
     ports: Iterable[tuple[str, str, str]] | None = None,
+    copies: Mapping[str, Iterable[tuple[str, str]]] | None = None,
 ) -> list[str]:
     """What is not as it must be, in words; nothing: all is well.
 
     `holds`: of each host that works, what it has: {server: (power, epoch)}.  `ports`: (id, device, host) of all ports
-    that belong to servers; None: they are looked up in our own network service.
+    that belong to servers; None: they are looked up in our own network service.  `copies`: of each host that works, the
+    (server, image) of disks that were copied for images and are still there: there must be none.
     """
     with db.read() as tx:
         all = [servers.of(r) for r in tx.execute(servers.SELECT)]
@@ -51,9 +56,11 @@ def wrong(
         said += [f"port {b.port_id} could still come to {b.host}" for b in networks.find(tx, networks.Binding)]
         said += _ports(all, _our_ports(tx) if ports is None else ports)
         said += _groups(tx, all)
+        said += _images(tx, all)
         said += [line for s in all for line in _resting(tx, s)]
         said += _storage(tx)
     return said
+    return said + [f"{h} has a copy of {s} for image {i}" for h, c in (copies or {}).items() for s, i in c]
 
 
 def _runs(tx: Tx) -> list[str]:
@@ -184,10 +191,34 @@ def _ports(all: list[Server], ports: Iterable[tuple[str, str, str]]) -> list[str
     for id, device, host in ports:
         of[device][id] = host
     for s in all:
-        wanted = {p.port_id: s.host for p in s.plugs} if s.deleted_at is None and s.host else {}
+        kept = s.deleted_at is None and (s.host or s.vm_state == VM.shelved_offloaded)
+        wanted = {p.port_id: s.host or "" for p in s.plugs} if kept else {}
         if (found := of.pop(s.id, {})) != wanted:
             said.append(f"{s.id} ({s.vm_state}) on {s.host} has ports {found}, written are {wanted}")
     return said + [f"{device} is no server and has ports {sorted(found)}" for device, found in of.items()]
+
+
+def _images(tx: Tx, all: list[Server]) -> list[str]:
+    """An image of ours has its bytes, or its run is at it; what a failed run made is gone; a shelved server's is there."""
+    said = []
+    runs = {r.id: r for r in tx.execute(sa.select(RUNS.c.id, RUNS.c.workflow, RUNS.c.state))}
+    shelved = {
+        s.system_metadata[SHELVED_IMAGE]: s for s in all if SHELVED_IMAGE in s.system_metadata and not s.deleted_at
+    }
+    i, p = images.IMAGES.c, images.PROPERTIES.c
+    known = {r.id: r.status for r in tx.execute(sa.select(i.id, i.status))}
+    for id, run in tx.execute(sa.select(p.image_id, p.value).where(p.name == MARK)):
+        r = runs.get(run)
+        if known[id] != "active" and (r is None or r.state != "running"):
+            said.append(f"image {id} is {known[id]}, and nobody brings its bytes")
+        elif r is not None and r.state == "failed":
+            said.append(f"image {id} is {known[id]}, and its run {r.workflow} failed")
+        elif r is not None and r.workflow == "shelve" and id not in shelved:
+            said.append(f"image {id} is of no shelved server")
+    for id, s in shelved.items():
+        if known.get(id) != "active" or s.vm_state not in (VM.shelved, VM.shelved_offloaded, VM.error):
+            said.append(f"{s.id} ({s.vm_state}) was shelved as image {id}, which is {known.get(id)}")
+    return said
 
 
 def _resting(tx: Tx, s: Server) -> list[str]:

@@ -16,6 +16,8 @@ VERBS: list[tuple[str, Any]] = [
     ("unpause", None),
     ("suspend", None),
     ("resume", None),
+    ("createImage", {"name": "image"}),
+    ("createBackup", {"name": "backup", "backup_type": "daily", "rotation": 1}),
 ]
 
 
@@ -92,6 +94,7 @@ def clean(sim: Sim) -> None:
     sim.faults = faults
 
 
+SAID = dict(VERBS)  # what is said with an act that stands once in there
 Story = Callable[[Sim], None]
 
 
@@ -111,7 +114,7 @@ def story(*acts: tuple[str, float]) -> Story:
                 case "reboot":
                     user.later(when, user.act, "s0", "reboot", {"type": "SOFT"})
                 case verb:
-                    user.later(when, user.act, "s0", verb, None)
+                    user.later(when, user.act, "s0", verb, SAID.get(verb))
         sim.run(sim.now + 250)
 
     return tell
@@ -125,6 +128,8 @@ STORIES: dict[str, Story] = {
     "hard reboot": story(("create", 5), ("hard reboot", 100)),
     "stop, start": story(("create", 5), ("os-stop", 100), ("os-start", 150)),
     "delete overtakes stop": story(("create", 5), ("os-stop", 100), ("delete", 101)),
+    "snapshot": story(("create", 5), ("createImage", 100)),
+    "delete overtakes snapshot": story(("create", 5), ("createImage", 100), ("delete", 103)),
 }
 
 

@@ -25,12 +25,12 @@ import sqlalchemy as sa
 from kilonova.api.app import service as compute_service
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World as ApiWorld
-from kilonova.clients import Account, Answer, Image, Inside, Login, Session, neighbours
+from kilonova.clients import Account, Answer, Image, Inside, Login, Neighbours, Session, neighbours
 from kilonova.companions import identity, image, network, volume
-from kilonova.compute.agent import ComputeHost
+from kilonova.compute.agent import ComputeHost, Images
 from kilonova.conductor.app import Conductor
 from kilonova.kit.bus import Letter, Wake, letter
-from kilonova.kit.clock import Ids
+from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.errors import Refused, Unavailable
 from kilonova.kit.journal import RUNS
@@ -40,7 +40,7 @@ from kilonova.model.flavor import Flavor
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import catalog
-from kilonova.virt.sim import SimDriver, SimMachine, SimState, copy
+from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy
 
 BEGAN = 1_800_000_000.0
 FLAVOR = Flavor("small", "small", 1, 1024, 10)
@@ -226,7 +226,8 @@ class Sim:
     def check(self) -> list[str]:
         """What must be true of any cloud at rest."""
         holds = {h.name: copy(h.state) for h in self.hosts.values() if not h.for_good}
-        return self.wrong + wrong(self.db, holds)
+        left = {h.name: copies(h.state) for h in self.hosts.values() if not h.for_good}
+        return self.wrong + wrong(self.db, holds, copies=left)
 
     def twins(self, id: str) -> None:
         """Two hosts that are both well must not run the same server."""
@@ -341,6 +342,12 @@ class Process:
 
     def receive(self, raw: bytes) -> None: ...
 
+    def near(self, clock: Clock) -> Neighbours:
+        """Whom this process asks, as it sees them."""
+        carriers: Any = {name: SimCarrier(self, name) for name in self.sim.services}
+        password = (self.sim.directory / "service-password").read_text().strip()
+        return neighbours(clock, Login(identity.SERVICE_USER, password), **carriers)
+
     def go(self, func: Callable[..., Any], *args: Any) -> None:
         """A new thread of this process."""
         g: Any = greenlet.greenlet(self._body, parent=self.sim.hub)
@@ -384,12 +391,7 @@ class ConductorProcess(Process):
         sim = self.sim
         self.clock, self.db = SimClock(sim, self, sim.dice.uniform(-1, 1)), SimDb(self)
         dice = random.Random(sim.dice.getrandbits(64))
-        carriers: Any = {name: SimCarrier(self, name) for name in sim.services}
-        near = neighbours(
-            self.clock,
-            Login(identity.SERVICE_USER, (sim.directory / "service-password").read_text().strip()),
-            **carriers,
-        )
+        near = self.near(self.clock)
         scheduler = Scheduler(sim.db, clock=self.clock, dice=random.Random(dice.getrandbits(64)))
         self.conductor = Conductor(
             self.name,
@@ -488,7 +490,16 @@ class Host(Process):
         )
         driver.process = self
         compute = msgspec.structs.replace(CONFIG.compute, cpu_allocation_ratio=1.0)
-        self.host = ComputeHost(self.name, driver, SimBus(self), clock=clock, options=compute, ledger=self.ledger)
+        near = self.near(clock)
+        self.host = ComputeHost(
+            self.name,
+            driver,
+            SimBus(self),
+            clock=clock,
+            options=compute,
+            ledger=self.ledger,
+            images=Images(near.image),
+        )
         self.every(10, self._report, "report")
 
     def receive(self, raw: bytes) -> None:
@@ -521,6 +532,8 @@ class Api(Process):
             **carriers,
         )
         for part in (near.image, near.network, near.volume):
+        near = self.near(self.clock)
+        for part in (near.image, near.network):
             part.session = _AsOurselves(part.session)  # type: ignore[assignment]
         book = HostBook(sim.db, self.clock, CONFIG)
 

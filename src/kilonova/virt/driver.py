@@ -6,7 +6,7 @@ Every act is safe to do twice: a host may be asked again after it died half-way.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -171,3 +171,8 @@ class Captures(Protocol):
     def drop_capture(self, id: str, image_id: str) -> None:
         """Nothing there: nothing to do."""
         ...
+
+
+def can(driver: Any, kind: type[Any]) -> bool:
+    """Has this driver what a capability protocol names? (A driver may stand behind another object.)"""
+    return all(hasattr(driver, name) for name in vars(kind) if not name.startswith("_"))

@@ -511,6 +511,11 @@ def copy(state: SimState) -> dict[str, tuple[str, int]]:
         return {id: (m.power, m.machine.epoch) for id, m in (state.machines | kept).items()}
 
 
+def copies(state: SimState) -> list[tuple[str, str]]:
+    """(server, image) of what was copied for images and is still there."""
+    return sorted(state.captures)
+
+
 def options(**said: object) -> Sim:
     """Options of simulated hosts, the others as they are by default."""
     return msgspec.structs.replace(Sim(), **said)
