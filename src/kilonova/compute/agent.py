@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import msgspec
 
 import kilonova
-from kilonova.compute import capture
 from kilonova.compute.machines import HANDLERS, QUESTIONS
 from kilonova.compute.report import report
 from kilonova.contracts.compute import compute
@@ -69,7 +68,7 @@ class ComputeHost:
         self.abandoned: set[str] = set()  # builds that nobody wants any longer
         self.epochs = {m.id: m.epoch for m in driver.machines()}
         self.builds = _Builds(self.options.max_concurrent_builds, clock)
-        self.agent = Agent(compute, HANDLERS + capture.HANDLERS, self, bus.send, ledger, clock=clock)
+        self.agent = Agent(compute, HANDLERS, self, bus.send, ledger, clock=clock)
         self.answerer = Answerer(compute, QUESTIONS, self, bus.send)
         self.receive, self.answer = self.agent.receive, self.answerer.receive
         self.reports = 0

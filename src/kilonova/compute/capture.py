@@ -4,10 +4,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
-from kilonova.compute.machines import Host
+from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Discard, Done, Freeze, Upload
 from kilonova.kit.errors import Trouble, Unsupported
-from kilonova.virt.driver import POWER_NUMBERS, Captures, can
+from kilonova.virt.driver import Captures, can
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def freeze(host: Host, m: Freeze) -> Done:
     driver: Captures = able(host, Captures, "make images of servers")  # type: ignore[type-abstract]
     with host.at_work(m.server, "freeze"):
         driver.capture(m.server, m.image_id, m.disk_format, host.progress(m.server))
-        return Done(POWER_NUMBERS[host.driver.power(m.server)])
+        return Done(power_of(host, m.server))
 
 
 def upload(host: Host, m: Upload) -> Done:
@@ -40,7 +40,7 @@ def upload(host: Host, m: Upload) -> Done:
             stage("the upload broke off")
             raise
         driver.drop_capture(m.server, m.image_id)
-        return Done(POWER_NUMBERS[host.driver.power(m.server)])
+        return Done(power_of(host, m.server))
 
 
 def discard(host: Host, m: Discard) -> Done:

@@ -8,7 +8,7 @@ import msgspec
 
 from kilonova.kit.clock import Clock
 from kilonova.model.options import Compute
-from kilonova.virt.driver import POWER_NUMBERS, Driver
+from kilonova.virt.driver import POWER_NUMBERS, Driver, Sends
 
 
 class Host(Protocol):
@@ -18,6 +18,7 @@ class Host(Protocol):
     driver: Driver
     clock: Clock
     options: Compute
+    images: Sends | None
     epochs: dict[str, int]
     acts: dict[str, str]
     abandoned: set[str]

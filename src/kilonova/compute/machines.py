@@ -4,32 +4,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from kilonova.compute import live_migrate, resize
+from kilonova.compute import capture, live_migrate, resize
 from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
-from kilonova.virt.driver import Driver, Migrates, POWER_NUMBERS, Sends
-from kilonova.model.options import Compute
+from kilonova.virt.driver import Driver, Migrates
 
 log = logging.getLogger(__name__)
-
-
-class Host(Protocol):
-    """Who is told: `compute.agent.ComputeHost`. `epochs` are those of its machines, `acts` what is being done, by server."""
-
-    driver: Driver
-    options: Compute
-    images: Sends | None
-    epochs: dict[str, int]
-    acts: dict[str, str]
-    abandoned: set[str]
-
-    @property
-    def builds(self) -> AbstractContextManager[None]: ...
-
-    def at_work(self, server: str, act: str) -> AbstractContextManager[None]: ...
-
-    def progress(self, server: str) -> Callable[[str], None]: ...
 
 
 def spawn(host: Host, m: Spawn) -> Done:
@@ -67,9 +48,8 @@ def power(host: Host, m: Power) -> Done:
         return Done(power_of(host, m.server))
 
 
-STAGED = frozenset(
-    {"spawn", "rebuild", "freeze", "upload"}
-)  # acts that look between their stages whether they are wanted
+# Acts that look between their stages whether they are wanted.
+STAGED = frozenset({"spawn", "arrive", "rebuild", "freeze", "upload"})
 ACTS: dict[str, Callable[[Driver, Power, float], None]] = {
     "start": lambda d, m, _: d.start(m.server),
     "stop": lambda d, m, timeout_s: d.stop(m.server, timeout_s),
@@ -84,11 +64,10 @@ ACTS: dict[str, Callable[[Driver, Power, float], None]] = {
 
 def look(host: Host, m: Look) -> Seen:
     try:
-        epochs = [held.epoch for held in host.driver.machines() if held.id == m.server]
-        kept = epochs[0] if len(epochs) > 1 else None
-        return Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept)
-        held = next((h.captures for h in host.driver.machines() if h.id == m.server), [])
-        return Seen(True, _power(host, m.server), host.epochs.get(m.server, 0), held)
+        held = [h for h in host.driver.machines() if h.id == m.server]
+        kept = held[0].epoch if len(held) > 1 else None
+        copies = [image for h in held for image in h.captures]
+        return Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept, copies)
     except NotFound:
         return Seen(False)
 
@@ -96,7 +75,6 @@ def look(host: Host, m: Look) -> Seen:
 def abandon(host: Host, m: Abandon) -> Done:
     """A build stops at its next stage; a guest that is asked to end itself is not waited for any longer, nor one that is sent."""
     act = host.acts.get(m.server)
-    if act in ("spawn", "arrive"):
     if act in STAGED:
         host.abandoned.add(m.server)
     elif act in ("stop", "reboot", "depart"):
@@ -118,7 +96,7 @@ def console_log(host: Host, m: ConsoleLog) -> Text:
 
 
 HANDLERS: list[Callable[[Any, Any], Any]] = [
-    spawn, destroy, power, look, abandon, *resize.HANDLERS, *live_migrate.HANDLERS,
+    spawn, destroy, power, look, abandon, *resize.HANDLERS, *live_migrate.HANDLERS, *capture.HANDLERS,
 ]  # fmt: skip
 QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log]
 

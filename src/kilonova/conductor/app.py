@@ -21,17 +21,8 @@ from kilonova.model.options import Config
 
 FLOWS: list[Workflow[Any]] = [
     create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
-    resize.revert,
+    resize.revert, capture.capture,
 ]  # fmt: skip
-FLOWS: list[Workflow[object]] = [create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, capture.capture]  # type: ignore[list-item]
-    create.build,
-    verbs.act,
-    delete.delete,
-    watch.mend,
-    watch.heal,
-    addresses.readdress,
-    capture.capture,
-]
 
 
 class Conductor:

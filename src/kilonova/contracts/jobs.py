@@ -98,9 +98,14 @@ class Evacuate(msgspec.Struct, frozen=True):
     stopped: bool = False
     shared: bool | None = None
     admin_password: str = ""
+
+
+@jobs
 class Capture(msgspec.Struct, frozen=True):
     """ "capture": an image of a server's disk; the image is there already, without bytes. `rotation`: of a backup, how
     many of its type are kept."""
+
+    server: Server
     image_id: str
     disk_format: Literal["raw", "qcow2"]
     backup_type: str | None = None

@@ -12,12 +12,12 @@ from kilonova.companions.volume.attachments import follows
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
 from kilonova.model.ask import amounts, amounts_of
+from kilonova.model.capture import MARK, SHELVED_IMAGE
 from kilonova.model.server import Server
 from kilonova.model.server_group import admits
 from kilonova.model.states import VM
 from kilonova.store import hosts, images, migrations, networks, placement, server_groups, servers, volumes
 from kilonova.store.migrations import OVER, Status
-from kilonova.model.capture import MARK, SHELVED_IMAGE
 
 RESTING = {
     VM.active,

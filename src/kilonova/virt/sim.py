@@ -87,10 +87,6 @@ class SimState:
                     kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
                     which[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
                     found.log, found.disk, found.landing = kept.log, kept.disk, kept.landing
-            for file in sorted(directory.glob("*.machine")):
-                kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
-                self.machines[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
-                found.log = kept.log
             for file in sorted(directory.glob("*.capture")):
                 server, _, image = file.stem.partition(".")
                 self.captures[server, image] = file.read_bytes()
@@ -105,16 +101,7 @@ class SimState:
                 if m is None:
                     file.unlink(missing_ok=True)
                     continue
-                new = file.with_suffix(".new")
-                fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                with os.fdopen(fd, "wb") as f:
-                    f.write(msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing)))
-                new.rename(file)
-            m = self.machines.get(id)
-            if m is None:
-                file.unlink(missing_ok=True)
-                return
-            _write(file, msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log)))
+                _write(file, msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing)))
 
     def keep_capture(self, id: str, image_id: str) -> None:
         """The same of a copy of its disk."""
@@ -191,14 +178,13 @@ class SimDriver:
 
     def machines(self) -> list[Held]:
         with self.state.lock:
-            all = [*sorted(self.state.kept.items()), *sorted(self.state.machines.items())]
-            return [Held(id, m.power, m.machine.epoch) for id, m in all]
             copies: dict[str, list[str]] = {}
             for id, image_id in sorted(self.state.captures):
                 copies.setdefault(id, []).append(image_id)
+            older = [Held(id, m.power, m.machine.epoch) for id, m in sorted(self.state.kept.items())]
             here = sorted(self.state.machines.items())
-            held = [Held(id, m.power, m.machine.epoch, copies.pop(id, [])) for id, m in here]
-            return held + [Held(id, "nostate", 0, images) for id, images in copies.items()]
+            newest = [Held(id, m.power, m.machine.epoch, copies.pop(id, [])) for id, m in here]
+            return older + newest + [Held(id, "nostate", 0, images) for id, images in copies.items()]
 
     def power(self, id: str) -> Power:
         return self._there(id).power
@@ -224,9 +210,9 @@ class SimDriver:
         self._boot(machine.id, there)
 
     def destroy(self, id: str) -> None:
+        self._drop_captures(id)
         if id in self.state.machines or id in self.state.kept:
             self._act("destroy", may_fail=False)
-            self._drop_captures(id)
             with self.state.lock:
                 gone = self.state.machines.pop(id, None)
                 self.state.kept.pop(id, None)
@@ -428,23 +414,28 @@ class SimDriver:
     def land(self, machine: Machine) -> None:
         self._act("land", may_fail=False)
         self._newest(machine.id, machine, self._there(machine.id))
-    # -- images of its disk
+
+    # -- images of its disk (`virt.driver.Captures`)
+
     def capture(self, id: str, image_id: str, disk_format: str, progress: Progress) -> None:
+        m = self._there(id)
         if (id, image_id) not in self.state.captures:
             progress("copying its disk")
             self._act("capture")
             data = contents(m.machine, m.log)
             self.state.captures[id, image_id] = qcow2(data) if disk_format == "qcow2" else data
             self.state.keep_capture(id, image_id)
+
     def captured(self, id: str, image_id: str) -> Iterator[bytes]:
         copied = self.state.captures.get((id, image_id))
         if copied is None:
             raise NotFound(f"There is no copy of {id} for image {image_id} on this host.")
-        for at in range(0, len(copied), 4096):
-            yield copied[at : at + 4096]
+        return (copied[at : at + 4096] for at in range(0, len(copied), 4096))
+
     def drop_capture(self, id: str, image_id: str) -> None:
         self.state.captures.pop((id, image_id), None)
         self.state.keep_capture(id, image_id)
+
     def _drop_captures(self, id: str) -> None:
         for server, image_id in list(self.state.captures):
             if server == id:
