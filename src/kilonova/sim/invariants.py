@@ -59,7 +59,6 @@ def wrong(
         said += _images(tx, all)
         said += [line for s in all for line in _resting(tx, s)]
         said += _storage(tx)
-    return said
     return said + [f"{h} has a copy of {s} for image {i}" for h, c in (copies or {}).items() for s, i in c]
 
 

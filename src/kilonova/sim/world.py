@@ -525,15 +525,8 @@ class Api(Process):
     def begin(self) -> None:
         sim = self.sim
         self.clock, self.db = SimClock(sim, self), SimDb(self)
-        carriers: Any = {name: SimCarrier(self, name) for name in sim.services}
-        near = neighbours(
-            self.clock,
-            Login(identity.SERVICE_USER, (sim.directory / "service-password").read_text().strip()),
-            **carriers,
-        )
-        for part in (near.image, near.network, near.volume):
         near = self.near(self.clock)
-        for part in (near.image, near.network):
+        for part in (near.image, near.network, near.volume):
             part.session = _AsOurselves(part.session)  # type: ignore[assignment]
         book = HostBook(sim.db, self.clock, CONFIG)
 
