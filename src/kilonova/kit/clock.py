@@ -3,7 +3,6 @@
 import functools
 import random
 import time
-import uuid
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -34,7 +33,9 @@ class Ids:
 
     def uuid(self) -> str:
         """A random UUID (RFC 4122, version 4), with dashes."""
-        return str(uuid.UUID(int=self.dice.getrandbits(128), version=4))
+        n = self.dice.getrandbits(128) & ~_VERSION_BITS | _VERSION_4
+        h = f"{n:032x}"  # what `uuid.UUID` says, in a fifth of its time: every request has one
+        return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
 
     def hex(self) -> str:
         """32 hex digits, the form of identity's ids."""
@@ -50,6 +51,10 @@ class Ids:
         letters += [self.dice.choice("".join(kinds)) for _ in range(max(0, length - len(letters)))]
         self.dice.shuffle(letters)
         return "".join(letters)
+
+
+_VERSION_BITS = 0xF000 << 64 | 0xC000 << 48
+_VERSION_4 = 0x4000 << 64 | 0x8000 << 48
 
 
 def iso(at: float | None) -> str | None:

@@ -43,7 +43,7 @@ class Db:
     def __init__(self, url: str, *, threads: int = 16, dice: random.Random | None = None, **engine: Any) -> None:
         sqlite = url.startswith("sqlite")
         if not engine:
-            engine = {"pool_size": threads, "max_overflow": 0}
+            engine = {"poolclass": sa.NullPool} if sqlite else {"pool_size": threads, "max_overflow": 0}
         if url.startswith(("mysql", "mariadb")):
             # As PostgreSQL does it. Their default shows a transaction the past, after it has waited for a lock, too.
             engine.setdefault("isolation_level", "READ COMMITTED")
@@ -52,7 +52,8 @@ class Db:
         self.sqlite = sqlite
         self.pen: AbstractContextManager[Any] = threading.Lock() if sqlite else nullcontext()
         self.dice = dice or random.Random()
-        self.statements = 0  # how many were sent; bench and tests read it
+        self.statements = self.commits = 0  # how many were sent, and carried out; bench and tests read them
+        self.idle: list[tuple[Tx, Any]] = []  # of SQLite: connections, each with its driver's, that nobody uses now
         # Not by SQLAlchemy's events: as soon as an engine has one, each statement asks for a dozen of them.
         dialect: Any = self.engine.dialect
         dialect.do_execute = self._sending(dialect.do_execute)
@@ -60,21 +61,19 @@ class Db:
         if sqlite:
             sa.event.listen(self.engine, "connect", _pragmas)
 
-    @contextmanager
-    def tx(self) -> Iterator[Tx]:
+    def tx(self) -> AbstractContextManager[Tx]:
         """One transaction. Leaving the block commits; an exception rolls back."""
-        with self.pen, self.engine.begin() as tx:
-            if self.sqlite:
-                _begin(tx, "BEGIN IMMEDIATE")
-            yield tx
+        return _Lite(self, "BEGIN IMMEDIATE", self.pen) if self.sqlite else self._begun()
+
+    def read(self) -> AbstractContextManager[Tx]:
+        """A look, at one moment, that keeps nobody waiting."""
+        return _Lite(self, "BEGIN", _NO_PEN) if self.sqlite else self._begun()
 
     @contextmanager
-    def read(self) -> Iterator[Tx]:
-        """A look, at one moment, that keeps nobody waiting."""
+    def _begun(self) -> Iterator[Tx]:
         with self.engine.begin() as tx:
-            if self.sqlite:
-                _begin(tx, "BEGIN")
             yield tx
+        self.commits += 1
 
     def run(self, work: Callable[Concatenate[Tx, P], R], *args: P.args, **more: P.kwargs) -> R:
         """`work(tx, *args)` in a transaction; again from the top when the database says so.
@@ -97,6 +96,8 @@ class Db:
             return work(tx, *args, **more)
 
     def close(self) -> None:
+        while self.idle:
+            self.idle.pop()[0].close()
         self.engine.dispose()
 
     sleep = staticmethod(time.sleep)
@@ -127,10 +128,51 @@ def _pragmas(dbapi: Any, _: Any) -> None:
         dbapi.execute(f"PRAGMA {pragma}")
 
 
-def _begin(tx: Tx, how: str) -> None:
-    """Straight to the driver: SQLAlchemy's own way costs more than the BEGIN itself."""
-    driver: Any = tx.connection.dbapi_connection
-    try:
-        driver.execute(how)
-    except sqlite3.OperationalError as e:
-        raise sa.exc.OperationalError(how, None, e) from e
+class _Lite:
+    """A transaction on SQLite. To SQLAlchemy each connection is in one transaction for ever: its own bookkeeping, and
+    its pool's, cost more than a BEGIN and a COMMIT straight to the driver."""
+
+    __slots__ = ("conn", "db", "driver", "how", "pen")
+
+    def __init__(self, db: Db, how: str, pen: AbstractContextManager[Any]) -> None:
+        self.db, self.how, self.pen = db, how, pen
+
+    def __enter__(self) -> Tx:
+        self.pen.__enter__()
+        try:
+            try:
+                self.conn, self.driver = self.db.idle.pop()
+            except IndexError:
+                self.conn = self.db.engine.connect()
+                self.conn.begin()
+                self.driver = self.conn.connection.dbapi_connection
+            self._tell(self.how)
+        except BaseException as e:
+            self.pen.__exit__(type(e), e, e.__traceback__)
+            raise
+        return self.conn
+
+    def __exit__(self, kind: Any, trouble: BaseException | None, trace: Any) -> None:
+        try:
+            self._tell("COMMIT" if trouble is None else "ROLLBACK")
+            self.db.commits += trouble is None
+        finally:
+            if not self.conn.invalidated:
+                self.db.idle.append((self.conn, self.driver))
+            self.pen.__exit__(None, None, None)
+
+    def _tell(self, what: str) -> None:
+        try:
+            if what != "ROLLBACK" or self.driver.in_transaction:  # a full disk, say, has rolled it back already
+                self.driver.execute(what)
+        except sqlite3.Error as e:
+            if self.driver.in_transaction:
+                self.driver.execute("ROLLBACK")
+            if what == "BEGIN" or what == "BEGIN IMMEDIATE":
+                self.db.idle.append((self.conn, self.driver))
+            raise sa.exc.DBAPIError.instance(
+                what, None, e, sqlite3.Error, hide_parameters=True, dialect=self.conn.dialect
+            ) from e
+
+
+_NO_PEN: AbstractContextManager[Any] = nullcontext()

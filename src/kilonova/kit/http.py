@@ -62,13 +62,19 @@ class Versioned:
 
     def asked(self, req: falcon.Request) -> int:
         """The minor version. Raises Ended: 400 where it cannot be read, 406 where there is none such."""
+        new = req.get_header("OpenStack-API-Version")
+        old = req.get_header(self.old_header) if self.old_header else None
+        return self._minor(new, old) if new or old is not None else self.default
+
+    @functools.lru_cache(1024)  # noqa: B019 - a service is for life, and hears the same few headers all day
+    def _minor(self, new: str | None, old: str | None) -> int:
         said = None
-        for part in (req.get_header("OpenStack-API-Version") or "").split(","):
+        for part in (new or "").split(","):
             name, _, number = part.strip().partition(" ")
             if name.lower() == self.header and number:
                 said = number.strip()
-        if said is None and self.old_header:
-            said = req.get_header(self.old_header)
+        if said is None:
+            said = old
         if said is None:
             return self.default
         if said.lower() == "latest":
@@ -87,6 +93,10 @@ class Versioned:
                 headers=self.told(said),
             )
         return minor
+
+    @functools.lru_cache(1024)  # noqa: B019
+    def headers(self, version: int) -> list[tuple[str, str]]:
+        return list(self.told(f"{self.major}.{version}").items())
 
     def told(self, version: str) -> dict[str, str]:
         headers = {"OpenStack-API-Version": f"{self.header} {version}", "Vary": "OpenStack-API-Version"}
@@ -231,8 +241,7 @@ class Service:
         if self.versions is None:
             return 0
         version = self.versions.asked(req)
-        for name, value in self.versions.told(f"{self.versions.major}.{version}").items():
-            resp.set_header(name, value)
+        resp.set_headers(self.versions.headers(version))
         return version
 
     def _choose(self, req: falcon.Request, routes: list[Route], version: int) -> tuple[Route, Any, Context]:

@@ -12,6 +12,7 @@ from sqlalchemy.dialects.mysql import MEDIUMTEXT
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Fault, NotFound
+from kilonova.kit.ready import ready
 
 # MariaDB's TEXT ends at 64 KiB; a server's user data alone may be that.
 _LONG = sa.Text().with_variant(MEDIUMTEXT(), "mysql", "mariadb")
@@ -321,24 +322,26 @@ _open_on = (_r.subject == _b("the_subject")) & (_r.state == "running")
 _last = sa.select(sa.func.max(sa.func.coalesce(_s.finished, _s.started))).where(_s.run == _r.id).scalar_subquery()
 _updated = sa.func.coalesce(_r.finished, _last, _r.started)
 
-OPEN = sa.insert(RUNS)
-STEP = sa.insert(STEPS)
-OPEN_ON = sa.select(_r.id).where(_open_on).order_by(_r.started, _r.id)
+OPEN = ready(sa.insert(RUNS))
+STEP = ready(sa.insert(STEPS))
+OPEN_ON = ready(sa.select(_r.id).where(_open_on).order_by(_r.started, _r.id))
 # UPDATE runs SET signals = signals || :tell, due = 0, wakes = wakes + 1 WHERE it is open AND was not told before
-SIGNAL = (
+SIGNAL = ready(
     sa.update(RUNS)
     .where(_open_on, _r.signals.not_like(_b("told")))
     .values(signals=_r.signals + _b("tell"), due=0.0, wakes=_r.wakes + 1)
 )
-WAKE = sa.update(RUNS).where(_r.id == _b("the_id")).values(due=0.0, wakes=_r.wakes + 1)
-WAITING_FOR = sa.select(_r.id).where(
-    _r.state == "running",
-    sa.exists().where(_s.run == _r.id, _s.host == _b("the_host"), _s.finished.is_(None)),
+WAKE = ready(sa.update(RUNS).where(_r.id == _b("the_id")).values(due=0.0, wakes=_r.wakes + 1))
+WAITING_FOR = ready(
+    sa.select(_r.id).where(
+        _r.state == "running",
+        sa.exists().where(_s.run == _r.id, _s.host == _b("the_host"), _s.finished.is_(None)),
+    )
 )
-SEND_AGAIN = (
+SEND_AGAIN = ready(
     sa.update(STEPS).where(_s.run == _b("the_id"), _s.host == _b("the_host"), _s.finished.is_(None)).values(due=0.0)
 )
-AGAIN = (
+AGAIN = ready(
     sa.update(RUNS)
     .where(_r.id == _b("the_id"), _r.state == "stuck")
     .values(state="running", fault=None, finished=None, due=0.0, lease=0.0, epoch=_r.epoch + 1, wakes=_r.wakes + 1)
@@ -349,7 +352,9 @@ ACTIONS = sa.select(
 )  # fmt: skip
 OPEN_COUNTS = sa.select(_r.state, sa.func.count()).where(_r.state.in_(["running", "stuck"])).group_by(_r.state)
 # A new run has due = 0: it waits since it was started.
-LONGEST_DUE = sa.select(sa.func.min(sa.case((_r.due > 0, _r.due), else_=_r.started))).where(
-    _r.state == "running", _r.due <= _b("now"), _r.lease <= _b("now")
+LONGEST_DUE = ready(
+    sa.select(sa.func.min(sa.case((_r.due > 0, _r.due), else_=_r.started))).where(
+        _r.state == "running", _r.due <= _b("now"), _r.lease <= _b("now")
+    )
 )
-JOURNAL = sa.select(STEPS).where(_s.run == _b("the_id")).order_by(_s.n)
+JOURNAL = ready(sa.select(STEPS).where(_s.run == _b("the_id")).order_by(_s.n))

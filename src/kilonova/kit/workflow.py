@@ -66,6 +66,7 @@ from kilonova.kit.journal import (
     stuck,
     wake_host,
 )  # fmt: skip
+from kilonova.kit.ready import ready
 
 __all__ = [
     "ALONE",
@@ -698,13 +699,13 @@ class Run:
         self.records += 1
         self.dirty[past.n] = past
         with _ills():
-            tx.exec_driver_sql("SAVEPOINT step")
+            tx.execute(SAVE)
             try:
                 past.close(self.engine.clock.now(), step.do(tx, *args, **more))
             except ILL:
                 raise
             except Exception as e:
-                tx.exec_driver_sql("ROLLBACK TO SAVEPOINT step")
+                tx.execute(TAKE_BACK)
                 self._failed(past, step.kind, e)
 
     def _effect(self, past: Past, step: Step[Any, Any], args: Any, more: dict[str, Any], of: Past | None) -> None:
@@ -963,34 +964,35 @@ _left = (_r.id == _b("the_id")) & (_r.owner == _b("ours")) & (_r.state == "runni
 
 # UPDATE runs SET owner = :me, lease = :till, epoch = epoch + 1 WHERE id = :the_id AND it is due AND nobody's
 _mine = {"owner": _b("me"), "lease": _b("till"), "epoch": _r.epoch + 1}
-TAKE = sa.update(RUNS).where(_r.id == _b("the_id"), _free).values(_mine)
-TAKE_WOKEN = (
+TAKE = ready(sa.update(RUNS).where(_r.id == _b("the_id"), _free).values(_mine))
+TAKE_WOKEN = ready(
     sa.update(RUNS)
     .where(_r.id == _b("the_id"), _r.state == "running", _r.lease <= _b("now"))
     .values(_mine | {"due": 0.0, "wakes": _r.wakes + 1})
 )
-RETAKE = sa.update(RUNS).where(_left).values(lease=_b("till"), epoch=_r.epoch + 1)
-LET_GO = sa.update(RUNS).where(_left).values(lease=0.0, due=0.0, epoch=_r.epoch + 1)
-RECOVER = (
+RETAKE = ready(sa.update(RUNS).where(_left).values(lease=_b("till"), epoch=_r.epoch + 1))
+LET_GO = ready(sa.update(RUNS).where(_left).values(lease=0.0, due=0.0, epoch=_r.epoch + 1))
+RECOVER = ready(
     sa.update(RUNS)
     .where(_r.state == "running", _r.owner.like(_b("any_of_mine"), escape="/"))
     .values(lease=0.0, due=0.0, epoch=_r.epoch + 1)
 )
 # The epoch moves with every commit, not only with every owner: a commit whose fate the database could not tell us
 # ("connection lost") can then not be done a second time.
-HOLD = sa.update(RUNS).where(_ours).values(epoch=_r.epoch + 1)
-PARK = HOLD.where(_r.wakes == _b("seen")).values(lease=0.0, due=_b("at"))
-DROP = HOLD.values(lease=0.0, due=0.0)
-END = HOLD.values(lease=0.0)
-END_WHOLE = END.values(args="null")  # what it was told may be large, or secret; nobody will play it again
-DUE = sa.select(_r.id).where(_free).order_by(_r.due).limit(_b("most"))
-RUN = sa.select(RUNS).where(_r.id == _b("the_id"))
-WAITING = (
+HOLD = ready(sa.update(RUNS).where(_ours).values(epoch=_r.epoch + 1))
+PARK = ready(HOLD.where(_r.wakes == _b("seen")).values(lease=0.0, due=_b("at")))
+DROP = ready(HOLD.values(lease=0.0, due=0.0))
+END = ready(HOLD.values(lease=0.0))
+END_WHOLE = ready(END.values(args="null"))  # what it was told may be large, or secret; nobody will play it again
+DUE = ready(sa.select(_r.id).where(_free).order_by(_r.due).limit(_b("most")))
+RUN = ready(sa.select(RUNS).where(_r.id == _b("the_id")))
+WAITING = ready(
     sa.select(_s.run)
     .join(RUNS, _r.id == _s.run)
     .where(_r.subject == _b("the_subject"), _r.state == "running", _s.step == "when_alone", _s.finished.is_(None))
 )
-LAST_ALONE = sa.select(ALONE.c.run).where(ALONE.c.subject == _b("the_subject"))
-FIRST_ALONE = sa.insert(ALONE)
-NEXT_ALONE = sa.update(ALONE).where(ALONE.c.subject == _b("the_subject"), ALONE.c.run == _b("seen"))
-UPDATE = ANSWER = sa.update(STEPS).where(_open)
+LAST_ALONE = ready(sa.select(ALONE.c.run).where(ALONE.c.subject == _b("the_subject")))
+FIRST_ALONE = ready(sa.insert(ALONE))
+NEXT_ALONE = ready(sa.update(ALONE).where(ALONE.c.subject == _b("the_subject"), ALONE.c.run == _b("seen")))
+SAVE, TAKE_BACK = ready(sa.text("SAVEPOINT step")), ready(sa.text("ROLLBACK TO SAVEPOINT step"))
+UPDATE = ANSWER = ready(sa.update(STEPS).where(_open))

@@ -7,6 +7,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, Invalid, NotFound
+from kilonova.kit.ready import ready
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
 
@@ -68,9 +69,12 @@ def add_flavor(tx: Tx, flavor: Flavor, now: float) -> None:
     tx.execute(sa.insert(FLAVORS), values)
 
 
+FLAVOR = ready(sa.select(FLAVORS).where(FLAVORS.c.id == sa.bindparam("the_id")))
+
+
 def flavor(tx: Tx, id: str) -> Flavor:
     """Raises NotFound."""
-    row = tx.execute(sa.select(FLAVORS).where(FLAVORS.c.id == id)).first()
+    row = tx.execute(FLAVOR, {"the_id": id}).first()
     if row is None:
         raise NotFound(f"Flavor {id} could not be found.")
     return _flavor(row)

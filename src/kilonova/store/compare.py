@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from kilonova.kit.db import Tx
+from kilonova.kit.ready import ready
 from kilonova.kit.workflow import RUNS
 from kilonova.model.states import VM
 from kilonova.store import hosts, migrations, placement, servers
@@ -72,9 +73,9 @@ _t, _r, _a, _n, _b = servers.T.c, RUNS.c, placement.ALLOCATIONS.c, hosts.NODES.c
 _columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.epoch
 _busy = sa.exists().where(_r.subject == _t.id, _r.state == "running")
 
-ON_HOST = sa.select(*_columns).where(_t.host == _b("the_host"), _t.deleted_at.is_(None))
-FOUND = sa.select(*_columns, _t.host, _t.deleted_at)
-STUCK = (
+ON_HOST = ready(sa.select(*_columns).where(_t.host == _b("the_host"), _t.deleted_at.is_(None)))
+FOUND = ready(sa.select(*_columns, _t.host, _t.deleted_at))
+STUCK = ready(
     sa.select(_t.id)
     .where(
         _t.deleted_at.is_(None),
@@ -86,7 +87,7 @@ STUCK = (
 )
 # Other services' consumers are theirs to care for.
 _instances = placement.CONSUMERS.c.type == "INSTANCE"
-UNOWNED = (
+UNOWNED = ready(
     sa.select(_a.consumer, _a.provider)
     .join(placement.CONSUMERS, placement.CONSUMERS.c.uuid == _a.consumer)
     .outerjoin(_n.uuid.table, _n.uuid == _a.provider)
@@ -113,7 +114,7 @@ OVER = (
     .distinct()
     .limit(_b("most"))
 )
-UNCLAIMED = (
+UNCLAIMED = ready(
     sa.select(_t.id, _n.uuid)
     .join(_n.uuid.table, sa.and_(_n.host == _t.host, _n.node == _t.node))
     .where(

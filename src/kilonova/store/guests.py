@@ -4,6 +4,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, NotFound
+from kilonova.kit.ready import ready
 from kilonova.model.server import Server
 from kilonova.store import hosts, servers
 
@@ -60,6 +61,6 @@ _zone = (
     .where(hosts.AGGREGATE_METADATA.c.key == hosts.ZONE)
     .subquery()
 )
-GUEST = (
+GUEST = ready(
     servers.GET.add_columns(_zone.c.zone).outerjoin_from(servers.T, _zone, _zone.c.host == servers.T.c.host).limit(1)
 )

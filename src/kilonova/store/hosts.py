@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from kilonova.contracts.conductor import Report
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, Invalid, NotFound
+from kilonova.kit.ready import ready
 from kilonova.model.host import HostFacts, Stock
 from kilonova.store import placement, servers
 
@@ -646,20 +647,20 @@ NODE = sa.select(
     NODES.c.created_at.label("node_created_at"),
     NODES.c.updated_at.label("node_updated_at"),
 ).join(SERVICES, sa.and_(_s.host == NODES.c.host, _s.binary == COMPUTE))
-SERVICE_OF = sa.select(SERVICES).where(_s.host == _b("the_host"), _s.binary == _b("the_binary"))
+SERVICE_OF = ready(sa.select(SERVICES).where(_s.host == _b("the_host"), _s.binary == _b("the_binary")))
 _compute = (_s.host == _b("the_host")) & (_s.binary == COMPUTE)
-HEARD = sa.select(_s.last_seen, _s.forced_down, _s.born).where(_compute)
-SEEN = sa.update(SERVICES).where(_compute).values(last_seen=_b("at"))
-SUCCEEDED = sa.update(SERVICES).where(_compute, _s.failures > 0).values(failures=0)
-BEAT = (
+HEARD = ready(sa.select(_s.last_seen, _s.forced_down, _s.born).where(_compute))
+SEEN = ready(sa.update(SERVICES).where(_compute).values(last_seen=_b("at")))
+SUCCEEDED = ready(sa.update(SERVICES).where(_compute, _s.failures > 0).values(failures=0))
+BEAT = ready(
     sa.update(SERVICES)
     .where(_s.host == _b("the_host"), _s.binary == _b("the_binary"))
     .values(last_seen=_b("now"), born=_b("born"), version=_b("version"))
 )
-ZONES = (
+ZONES = ready(
     sa.select(AGGREGATE_HOSTS.c.host, AGGREGATE_METADATA.c.value)
     .join(AGGREGATE_METADATA, AGGREGATE_METADATA.c.aggregate == AGGREGATE_HOSTS.c.aggregate)
     .where(AGGREGATE_METADATA.c.key == ZONE)
 )
-MARK = sa.update(MARKS).where(MARKS.c.name == "hosts").values(n=MARKS.c.n + 1)
-MARKED = sa.select(MARKS.c.n).where(MARKS.c.name == "hosts")
+MARK = ready(sa.update(MARKS).where(MARKS.c.name == "hosts").values(n=MARKS.c.n + 1))
+MARKED = ready(sa.select(MARKS.c.n).where(MARKS.c.name == "hosts"))

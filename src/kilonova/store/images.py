@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, claim, meta
 from kilonova.kit.errors import Conflict, NotFound
+from kilonova.kit.ready import ready
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -96,6 +97,11 @@ MEMBERS = sa.Table(
     sa.Column("updated_at", sa.Double, nullable=False),
 )
 COLUMNS = [c.name for c in IMAGES.columns]
+ONE = ready(sa.select(IMAGES).where(IMAGES.c.id == sa.bindparam("the_id")))
+TAGS_OF = ready(sa.select(TAGS.c.tag).where(TAGS.c.image_id == sa.bindparam("the_id")).order_by(TAGS.c.tag))
+PROPERTIES_OF = ready(
+    sa.select(PROPERTIES.c.name, PROPERTIES.c.value).where(PROPERTIES.c.image_id == sa.bindparam("the_id"))
+)
 
 
 # ---- one
@@ -112,8 +118,12 @@ def create(tx: Tx, image: Image) -> None:
 
 
 def look(tx: Tx, id: str) -> Image | None:
-    row = tx.execute(sa.select(IMAGES).where(IMAGES.c.id == id)).first()
-    return None if row is None else _whole(tx, [row])[0]
+    row = tx.execute(ONE, {"the_id": id}).first()
+    if row is None:
+        return None
+    tags = list(tx.execute(TAGS_OF, {"the_id": id}).scalars())
+    properties = {r.name: r.value for r in tx.execute(PROPERTIES_OF, {"the_id": id})}
+    return Image(**row._mapping, tags=tags, properties=properties)
 
 
 def change(tx: Tx, image: Image) -> None:

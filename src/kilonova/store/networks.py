@@ -15,6 +15,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import OverQuota
+from kilonova.kit.ready import ready
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -450,7 +451,7 @@ def remove(tx: Tx, kind: type[msgspec.Struct], *ids: str) -> int:
     return sum(tx.execute(sa.delete(TABLES[kind]).where(TABLES[kind].c.id.in_(part))).rowcount for part in _parts(ids))
 
 
-_INSERT = {k: sa.insert(t) for k, t in TABLES.items()}
+_INSERT = {k: ready(sa.insert(t)) for k, t in TABLES.items()}
 _DELETE = {k: sa.delete(t).where(t.c.id == sa.bindparam("the_id")) for k, t in TABLES.items() if "id" in t.c}
 
 
@@ -499,7 +500,7 @@ class Place(NamedTuple):
     default_group: str | None
 
 
-_PLACE = (
+_PLACE = ready(
     sa.select(*_columns(Network), groups.c.id, *_columns(Subnet))
     .select_from(
         networks.outerjoin(groups, groups.c.default_of == sa.bindparam("project")).outerjoin(
@@ -520,7 +521,7 @@ def place(tx: Tx, network_id: str, project: str = "") -> Place | None:
     return Place(Network(*rows[0][:_N]), [Subnet(*r[_N + 1 :]) for r in rows if r[_N + 1] is not None], rows[0][_N])
 
 
-_PORT = (
+_PORT = ready(
     sa.select(*_columns(Port), *_columns(Network))
     .select_from(ports.join(networks, networks.c.id == ports.c.network_id))
     .where(ports.c.id == sa.bindparam("the_id"))
@@ -534,7 +535,7 @@ def port(tx: Tx, id: str) -> tuple[Port, Network] | None:
 
 
 # INSERT INTO port_addresses SELECT … WHERE NOT EXISTS (the same address): the look and the taking are one statement.
-_TAKE = (
+_TAKE = ready(
     sa.insert(addresses)
     .from_select(
         ["subnet_id", "address", "port_id", "position"],
@@ -603,12 +604,15 @@ def groups_of(tx: Tx, port_ids: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+_GROUP_PORT = ready(sa.insert(port_groups))
+
+
 def group_port(tx: Tx, port_id: str, group_ids: Iterable[str], *, anew: bool = False) -> None:
     """The port is of these groups; `anew`: and of no others."""
     if anew:
         tx.execute(sa.delete(port_groups).where(port_groups.c.port_id == port_id))
     if told := [{"port_id": port_id, "group_id": g} for g in group_ids]:
-        tx.execute(sa.insert(port_groups), told)
+        tx.execute(_GROUP_PORT, told)
 
 
 def owners_of_addresses(tx: Tx, subnet_id: str) -> list[tuple[str, str]]:
@@ -682,7 +686,7 @@ def set_status(tx: Tx, port_ids: Iterable[str], host: str, values: dict[str, Any
     )
 
 
-_LOSE_PORT = (
+_LOSE_PORT = ready(
     sa.update(floating)
     .where(floating.c.port_id == sa.bindparam("lost"))
     .values(
@@ -706,7 +710,7 @@ def lose_port(tx: Tx, port_id: str, now: float) -> int:
 
 # UPDATE network_quotas SET used = used + n WHERE … AND (no limit OR used + n <= the limit)
 _LIMIT = sa.func.coalesce(quotas.c.hard_limit, sa.bindparam("standard", type_=sa.Integer))
-_CHARGE = (
+_CHARGE = ready(
     sa.update(quotas)
     .where(
         quotas.c.project_id == sa.bindparam("project"),
@@ -715,7 +719,7 @@ _CHARGE = (
     )
     .values(used=quotas.c.used + sa.bindparam("n", type_=sa.Integer))
 )
-_RELEASE = (
+_RELEASE = ready(
     sa.update(quotas)
     .where(quotas.c.project_id == sa.bindparam("project"), quotas.c.resource == sa.bindparam("what"))
     .values(used=quotas.c.used - sa.bindparam("n", type_=sa.Integer))

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NoCapacity, NotFound
+from kilonova.kit.ready import ready
 from kilonova.model.ask import amounts_of
 from kilonova.model.host import Stock
 from kilonova.model.server import Server
@@ -349,7 +350,7 @@ def _take(classes: int) -> sa.Update:
     WHERE provider = :at AND resource_class IN (:c0, …) AND used + CASE … <= (total - reserved) * allocation_ratio
       AND CASE … BETWEEN min_unit AND max_unit AND CASE … % step_size = 0"""
     n = _amount(classes)
-    return (
+    return ready(
         sa.update(INVENTORIES)
         .where(_i.provider == _b("at"), _i.resource_class.in_([_b(f"c{i}", type_=sa.String) for i in range(classes)]))
         .where(_i.used + n <= (_i.total - _i.reserved) * _i.allocation_ratio)
@@ -361,7 +362,7 @@ def _take(classes: int) -> sa.Update:
 @cache
 def _give(classes: int) -> sa.Update:
     named = _i.resource_class.in_([_b(f"c{i}", type_=sa.String) for i in range(classes)])
-    return sa.update(INVENTORIES).where(_i.provider == _b("at"), named).values(used=_i.used - _amount(classes))
+    return ready(sa.update(INVENTORIES).where(_i.provider == _b("at"), named).values(used=_i.used - _amount(classes)))
 
 
 def _amount(classes: int) -> Any:
@@ -373,8 +374,10 @@ def _amount(classes: int) -> Any:
 _i, _b = INVENTORIES.c, sa.bindparam
 _p, _c, _a = PROVIDERS.c, CONSUMERS.c, ALLOCATIONS.c
 
-MOVED = sa.update(PROVIDERS).where(_p.uuid == _b("at")).values(generation=_p.generation + 1, changed_at=_b("now"))
-CONSUMER_AGAIN = (
+MOVED = ready(
+    sa.update(PROVIDERS).where(_p.uuid == _b("at")).values(generation=_p.generation + 1, changed_at=_b("now"))
+)
+CONSUMER_AGAIN = ready(
     sa.update(CONSUMERS)
     .where(_c.uuid == _b("the_uuid"))
     .values(
@@ -385,7 +388,7 @@ CONSUMER_AGAIN = (
         changed_at=_b("changed_at"),
     )
 )
-CONSUMER_NEW = sa.insert(CONSUMERS)
+CONSUMER_NEW = ready(sa.insert(CONSUMERS))
 CHANGES = sa.select(
     _p.uuid,
     _p.generation,
@@ -399,9 +402,9 @@ CHANGES = sa.select(
     _i.max_unit,
     _i.step_size,
 ).join(INVENTORIES, _i.provider == _p.uuid)
-ALLOCATE = sa.insert(ALLOCATIONS)
-HELD = sa.select(_a.resource_class).where(_a.consumer == _b("of"), _a.provider == _b("at"))
-MORE = (
+ALLOCATE = ready(sa.insert(ALLOCATIONS))
+HELD = ready(sa.select(_a.resource_class).where(_a.consumer == _b("of"), _a.provider == _b("at")))
+MORE = ready(
     sa.update(ALLOCATIONS)
     .where(_a.consumer == _b("of"), _a.provider == _b("at"), _a.resource_class == _b("c"))
     .values(amount=_a.amount + _b("n"))

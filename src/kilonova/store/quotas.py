@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import OverQuota
+from kilonova.kit.ready import ready
 from kilonova.model import options
 from kilonova.model.states import VM
 from kilonova.store import servers
@@ -31,6 +32,20 @@ LOCKS = sa.Table(
 )
 DEFAULT_CLASS = "class:default"
 
+_t, _b = servers.T.c, sa.bindparam
+USED = ready(
+    sa.select(sa.func.count(), sa.func.sum(_t.vcpus), sa.func.sum(_t.memory_mb)).where(
+        _t.project_id == _b("the_project"), _t.deleted_at.is_(None), _t.vm_state != str(VM.soft_deleted)
+    )
+)
+USED_BY = ready(USED.where(_t.user_id == _b("the_user")))
+SAID = ready(sa.select(LIMITS).where(LIMITS.c.owner.in_([_b("default", DEFAULT_CLASS), _b("the_owner")])))
+OWN = ready(
+    sa.select(LIMITS.c.resource, LIMITS.c.hard_limit).where(
+        LIMITS.c.owner == _b("the_owner"), LIMITS.c.user_id == _b("the_user")
+    )
+)
+
 
 class Usage(msgspec.Struct, frozen=True):
     """Of a project, or of one of its users. `ram` in MiB."""
@@ -42,13 +57,10 @@ class Usage(msgspec.Struct, frozen=True):
 
 def usage(tx: Tx, project_id: str, user_id: str | None = None) -> Usage:
     """SELECT count(*), sum(vcpus), sum(memory_mb) FROM servers WHERE project_id = … AND deleted_at IS NULL AND …"""
-    t = servers.T.c
-    where = [t.project_id == project_id, t.deleted_at.is_(None), t.vm_state != str(VM.soft_deleted)]
-    if user_id is not None:
-        where.append(t.user_id == user_id)
-    n, cores, ram = tx.execute(
-        sa.select(sa.func.count(), sa.func.sum(t.vcpus), sa.func.sum(t.memory_mb)).where(*where)
-    ).one()
+    if user_id is None:
+        n, cores, ram = tx.execute(USED, {"the_project": project_id}).one()
+    else:
+        n, cores, ram = tx.execute(USED_BY, {"the_project": project_id, "the_user": user_id}).one()
     return Usage(n, int(cores or 0), int(ram or 0))
 
 
@@ -56,7 +68,7 @@ def limits(tx: Tx, defaults: options.Quota, project_id: str, user_id: str | None
     """What holds: user's, else project's, else class default's, else the configuration's. -1 is no limit."""
     owners = [(DEFAULT_CLASS, ""), (project_id, "")] + ([(project_id, user_id)] if user_id else [])
     said: dict[tuple[str, str], dict[str, int]] = {}
-    for r in tx.execute(sa.select(LIMITS).where(LIMITS.c.owner.in_([DEFAULT_CLASS, project_id]))):
+    for r in tx.execute(SAID, {"the_owner": project_id}):
         said.setdefault((r.owner, r.user_id), {})[r.resource] = r.hard_limit
     found = {f: getattr(defaults, f) for f in options.Quota.__struct_fields__}
     for who in owners:
@@ -80,9 +92,7 @@ def set_limits(tx: Tx, owner: str, wanted: dict[str, int], user_id: str = "") ->
 
 def own_limits(tx: Tx, owner: str, user_id: str = "") -> dict[str, int]:
     """What was set for just this owner."""
-    rows = tx.execute(
-        sa.select(LIMITS.c.resource, LIMITS.c.hard_limit).where(LIMITS.c.owner == owner, LIMITS.c.user_id == user_id)
-    )
+    rows = tx.execute(OWN, {"the_owner": owner, "the_user": user_id})
     return {r.resource: r.hard_limit for r in rows}
 
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NotFound
+from kilonova.kit.ready import ready
 from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
@@ -116,7 +117,10 @@ def held(tx: Tx, id: str) -> Server:
 
 def find(tx: Tx, ids: Iterable[str]) -> dict[str, Server]:
     """Those of them that there are."""
-    return {s.id: s for s in map(of, tx.execute(SELECT.where(T.c.id.in_(list(ids)))))}
+    wanted = list(ids)
+    if len(wanted) == 1:
+        return {s.id: s for s in map(of, tx.execute(GET, {"the_id": wanted[0]}))}
+    return {s.id: s for s in map(of, tx.execute(SELECT.where(T.c.id.in_(wanted))))}
 
 
 def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
@@ -292,16 +296,18 @@ _READ: list[tuple[int, Callable[[str], Any]]] = [
 _DEVICES = Server.__struct_fields__.index("devices")
 
 SELECT = sa.select(*[T.c[f] for f in Server.__struct_fields__])  # in the order of the Struct
-GET = SELECT.where(T.c.id == sa.bindparam("the_id"))
-HELD = GET.with_for_update()
-INSERT = sa.insert(T)
+GET = ready(SELECT.where(T.c.id == sa.bindparam("the_id")))
+HELD = ready(GET.with_for_update())
+INSERT = ready(sa.insert(T))
 # The other parameters are what is SET.
-ANYBODYS = sa.update(T).where(T.c.id == sa.bindparam("the_id"))
-SETTLE = ANYBODYS.values(
-    task_state=sa.case((T.c.generation == sa.bindparam("ours"), sa.bindparam("task")), else_=T.c.task_state),
-    host=sa.bindparam("host"),
-    node=sa.bindparam("node"),
-    epoch=sa.bindparam("epoch"),
-    updated_at=sa.bindparam("updated_at"),
+ANYBODYS = ready(sa.update(T).where(T.c.id == sa.bindparam("the_id")))
+SETTLE = ready(
+    ANYBODYS.values(
+        task_state=sa.case((T.c.generation == sa.bindparam("ours"), sa.bindparam("task")), else_=T.c.task_state),
+        host=sa.bindparam("host"),
+        node=sa.bindparam("node"),
+        epoch=sa.bindparam("epoch"),
+        updated_at=sa.bindparam("updated_at"),
+    )
 )
-OURS = sa.update(T).where(T.c.id == sa.bindparam("the_id"), T.c.generation == sa.bindparam("ours"))
+OURS = ready(sa.update(T).where(T.c.id == sa.bindparam("the_id"), T.c.generation == sa.bindparam("ours")))

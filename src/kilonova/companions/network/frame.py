@@ -3,6 +3,7 @@
 A `Kind` is a row of facts about one resource; `common` makes the routes that are alike for all out of it.
 """
 
+import functools
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -375,8 +376,7 @@ def listing(call: Call, kind: Kind[S], *extra: Any) -> View:
 
 def trimmed(call: Call, kind: Kind[Any], views: list[View]) -> list[View]:
     """Without what the caller may not see or did not ask for."""
-    rules = [(r[len(f"get_{kind.one}:") :], r) for r in NAMES if r.startswith(f"get_{kind.one}:")]
-    if rules:
+    if rules := _hiding(kind.one):
         judged: dict[str, list[str]] = {}
         for v in views:
             if (hide := judged.get(v["project_id"])) is None:
@@ -387,6 +387,12 @@ def trimmed(call: Call, kind: Kind[Any], views: list[View]) -> list[View]:
     fields = asked(call).get("fields") if "fields" in call.raw_query else None
     wanted = {f for text in fields or () for f in text.split(",")} - {""}
     return [{n: x for n, x in v.items() if n in wanted} for v in views] if wanted else views
+
+
+@functools.cache
+def _hiding(one: str) -> list[tuple[str, str]]:
+    """(attribute, rule) of what not everybody may see of this kind."""
+    return [(r[len(f"get_{one}:") :], r) for r in NAMES if r.startswith(f"get_{one}:")]
 
 
 def _page(kind: Kind[Any], wanted: dict[str, list[str]]) -> Page:
