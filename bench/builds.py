@@ -34,6 +34,7 @@ from kilonova.kit.ask import Asker
 from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, meta
+from kilonova.kit.ends import Ends
 from kilonova.kit.http import Mount, Server, listen
 from kilonova.kit.journal import RUNS
 from kilonova.model import options
@@ -78,7 +79,17 @@ class Bench:
         sim = options.Sim(hosts=n_hosts, cpus=10**5, memory_mb=10**8, disk_gb=10**7)
         self.hosts = SimHosts(bus, clock=clock, options=sim, compute=config.compute, directory=directory / "hosts")
         asker = Asker(bus, clock=clock, ids=ids)
-        world = ApiWorld(db, clock, ids, config, near, HostBook(db, clock, config), self.conductor.wake, asker.ask)
+        world = ApiWorld(
+            db,
+            clock,
+            ids,
+            config,
+            near,
+            HostBook(db, clock, config),
+            self.conductor.wake,
+            asker.ask,
+            Ends(db, clock).wait,
+        )
         apps["/compute"] = compute_service(world, realm.gate)
         self.app = Mount(apps, root=apps["/identity"])
         self.server = Server(self.app, self.listener, threads=config.api.threads)

@@ -30,20 +30,21 @@ from kilonova.kit.clock import Ids
 from kilonova.kit.db import Db
 from kilonova.kit.errors import Unavailable
 from kilonova.kit.http import Mount
-from kilonova.kit.journal import RUNS
+from kilonova.kit.journal import RUNS, over
 from kilonova.model import options
 from kilonova.model.options import Config
 from kilonova.model.server import Server
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import servers
-from kilonova.virt.sim import SimDriver, SimState, copies, copy
+from kilonova.virt.sim import SimDriver, SimState, copies, copy, plugged
 from tests.cloud.embedded import Embedded, Person
 
 # What a host's process may die before or after.
 ACTS = (
     *("spawn", "destroy", "start", "stop", "reboot", "pause", "rebuild", "rescue", "unrescue"),
     *("capture", "captured", "drop_capture"),
+    *("attach_nic", "detach_nic"),
 )
 
 
@@ -112,6 +113,11 @@ class Edgy:
     def __init__(self, thing: Any, edges: Edges, *names: str) -> None:
         self.thing, self.edges, self.names = thing, edges, names
 
+    @property
+    def __class__(self) -> Any:
+        """It can what the thing can: drivers are asked for their protocols."""
+        return type(self.thing)
+
     def __getattr__(self, name: str) -> Any:
         do = getattr(self.thing, name)
         if name not in self.names:
@@ -164,7 +170,15 @@ class Cloud:
         self.book = HostBook(self.db, self.clock, self.config)
         self.start_conductor()
         api = ApiWorld(
-            self.db, self.clock, self.ids, self.config, self.neighbours, self.book, self.woken.append, self.ask
+            self.db,
+            self.clock,
+            self.ids,
+            self.config,
+            self.neighbours,
+            self.book,
+            self.woken.append,
+            self.ask,
+            self.ended,
         )
         self.api = compute_service(api, gate)
         whole = {"/compute": self.api, "/network": self.network}
@@ -329,6 +343,11 @@ class Cloud:
             raise found[0].fault.trouble()
         return msgspec.json.decode(found[0].answer or "null", type=answer_to(type(call)))
 
+    def ended(self, run: str, timeout_s: float) -> bool:
+        """Who waits lets the others work meanwhile."""
+        self.settle(timeout_s)
+        return self.db.look(over, run)
+
     def make_flavors(self) -> None:
         sizes = {"small": (1, 512, 1), "large": (4, 4096, 20), "huge": (8, 40_000, 20)}
         for name, (vcpus, ram, disk) in sizes.items():
@@ -365,7 +384,8 @@ class Cloud:
     def check(self) -> list[str]:
         holds = {name: copy(state) for name, state in self.states.items() if name not in self.dead}
         left = {name: copies(state) for name, state in self.states.items() if name not in self.dead}
-        return wrong(self.db, holds, copies=left)
+        nics = {name: plugged(state) for name, state in self.states.items() if name not in self.dead}
+        return wrong(self.db, holds, copies=left, nics=nics)
 
 
 class Handle:

@@ -48,6 +48,16 @@ def stop_start(cloud, name):
     return s
 
 
+def attach_detach(cloud, name):
+    s = cloud.boot(name)
+    made = cloud.json("POST", f"/servers/{s.id}/os-interface", {"interfaceAttachment": {}})["interfaceAttachment"]
+    assert [p.port_id for p in s.row.plugs][1:] == [made["port_id"]]
+    cloud.json("DELETE", f"/servers/{s.id}/os-interface/{made['port_id']}", ok=202)
+    cloud.settle()
+    assert len(s.row.plugs) == 1
+    return s
+
+
 def a_guest_ends(cloud, name):
     s = cloud.boot(name)
     cloud.driver(s.row.host).guest_shuts_down(s.id)
@@ -70,6 +80,7 @@ ENDS = {
     delete_overtakes_stop: "deleted",
     reboot: "active",
     stop_start: "active",
+    attach_detach: "active",
     a_guest_ends: "stopped",
     next_host: "active",
 }

@@ -23,6 +23,8 @@ STORIES = [
     "reboot",
     "hard reboot",
     "stop, start",
+    "attach, detach",
+    "delete overtakes attach",
     "delete overtakes stop",
     "snapshot",
     "delete overtakes snapshot",

@@ -52,7 +52,15 @@ class Rooms(Embedded):
         )
         book = HostBook(self.db, self.clock, self.config)
         self.world = World(
-            self.db, self.clock, self.ids, self.config, self.neighbours, book, self.woken.append, self._nobody
+            self.db,
+            self.clock,
+            self.ids,
+            self.config,
+            self.neighbours,
+            book,
+            self.woken.append,
+            self._nobody,
+            lambda run, timeout_s: False,
         )
         self.compute = compute.service(self.world, self.realm.gate)
         self.db.run(catalog.add_flavor, FLAVOR, self.clock.now())

@@ -20,6 +20,7 @@ class Entry(msgspec.Struct, frozen=True):
     disabled: bool
     forced_down: bool
     last_seen: float | None
+    speaks: frozenset[str] = frozenset()
 
 
 class HostBook:
@@ -52,6 +53,11 @@ class HostBook:
     def _silent(self, entry: Entry) -> bool:
         return entry.last_seen is None or self.clock.now() - entry.last_seen > self.config.compute.host_down_after_s
 
+    def speaks(self, host: str | None, message: str) -> bool:
+        """Does it know this message? A host of an older release may not."""
+        entry = self._all().get(host or "")
+        return entry is not None and message in entry.speaks
+
     def zones(self) -> set[str]:
         """The zones a server may ask for: those of hosts."""
         return {e.zone for e in self._all().values()}
@@ -72,4 +78,7 @@ class HostBook:
         with self.db.read() as tx:
             named = hosts.zones(tx)
             known = hosts.services(tx, binary="nova-compute")
-        return {s.host: Entry(named.get(s.host, default), s.disabled, s.forced_down, s.last_seen) for s in known}
+        return {
+            s.host: Entry(named.get(s.host, default), s.disabled, s.forced_down, s.last_seen, frozenset(s.speaks))
+            for s in known
+        }

@@ -24,7 +24,8 @@ Answer = TypeVar("Answer")
 @dataclass(frozen=True)
 class World:
     """What the API works with. `wake(run)` hurries a run that was committed; `ask` puts a question to a host
-    and waits for its answer (`Unavailable` when none comes in `timeout_s`)."""
+    and waits for its answer (`Unavailable` when none comes in `timeout_s`).  `ended(run, timeout_s)` waits until a run
+    is over: is it?"""
 
     db: Db
     clock: Clock
@@ -34,6 +35,7 @@ class World:
     hosts: HostBook
     wake: Callable[[str], None]
     ask: Callable[[str, Question[Any], float], Any]
+    ended: Callable[[str, float], bool]
 
 
 def cause(call: Call, action: str) -> Cause:

@@ -27,6 +27,7 @@ from kilonova.kit.ask import Asker
 from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, Tx, meta
+from kilonova.kit.ends import Ends
 from kilonova.kit.health import Health, Metrics
 from kilonova.kit.http import Mount, Server, Service, Wsgi
 from kilonova.kit.reconcile import Reconcilers, reconciler
@@ -133,6 +134,8 @@ class Cloud:
             config=config,
         )
         self.networks.told = self.conductor.readdress
+        self.ends = Ends(self.db, self.clock)
+        self.conductor.engine.ended = self.ends.told
         self.asker = Asker(self.bus, clock=self.clock, ids=self.ids)
         world = World(
             self.db,
@@ -143,6 +146,7 @@ class Cloud:
             HostBook(self.db, self.clock, config),
             self.conductor.wake,
             self.asker.ask,
+            self.ends.wait,
         )
         self._open("compute", compute_api.service(world, self.realm.gate, policy_file=config.policy.file))
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from kilonova.compute import capture, live_migrate, resize
+from kilonova.compute import capture, interfaces, live_migrate, resize
 from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
@@ -67,7 +67,8 @@ def look(host: Host, m: Look) -> Seen:
         held = [h for h in host.driver.machines() if h.id == m.server]
         kept = held[0].epoch if len(held) > 1 else None
         copies = [image for h in held for image in h.captures]
-        return Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept, copies)
+        ports = held[-1].ports if held else None
+        return Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept, copies, ports)
     except NotFound:
         return Seen(False)
 
@@ -96,7 +97,8 @@ def console_log(host: Host, m: ConsoleLog) -> Text:
 
 
 HANDLERS: list[Callable[[Any, Any], Any]] = [
-    spawn, destroy, power, look, abandon, *resize.HANDLERS, *live_migrate.HANDLERS, *capture.HANDLERS,
+    spawn, destroy, power, look, abandon, *interfaces.HANDLERS, *resize.HANDLERS, *live_migrate.HANDLERS,
+    *capture.HANDLERS,
 ]  # fmt: skip
 QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log]
 

@@ -39,7 +39,10 @@ def report(
         host=host,
         at=at,
         born=born,
-        holds=[HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch, m.captures) for m in machines],
+        holds=[
+            HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch, m.captures, None if facts is None else m.ports)
+            for m in machines
+        ],
         busy=busy,
         speaks=speaks,
         facts=facts,

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from kilonova.clients import Neighbours
-from kilonova.conductor import addresses, capture, create, delete, resize, verbs, volumes, watch
+from kilonova.conductor import addresses, capture, create, delete, interfaces, resize, verbs, volumes, watch
 from kilonova.conductor.world import World
 from kilonova.contracts.conductor import PowerChanged, Report
 from kilonova.contracts.scheduler import Choose, Chosen
@@ -21,7 +21,7 @@ from kilonova.model.options import Config
 
 FLOWS: list[Workflow[Any]] = [
     create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
-    resize.revert, capture.capture,
+    resize.revert, capture.capture, interfaces.attach_interface, interfaces.detach_interface,
 ]  # fmt: skip
 
 

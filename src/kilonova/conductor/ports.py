@@ -152,36 +152,55 @@ def _own(world: World, server: Server) -> tuple[list[Port], list[str | None]]:
 
 def _bound(world: World, key: str, job: Build, w: Wanted, place: Place, there: list[Port]) -> Port:
     """This one, on this host. What an earlier try has left is taken again; `there` loses what was taken."""
-    network, s = world.neighbours.network, job.server
-    owner = {"device_id": s.id, "device_owner": f"compute:{place.zone or 'nova'}"}
     if w.port_id is not None:
-        port = network.port(w.port_id)
-        if port.device_id not in ("", None, s.id):
-            raise Conflict(f"Port {w.port_id} is still in use.")
-        return network.bind_port(w.port_id, place.host, **owner, **_named(world, s, port))
-    assert w.network_id is not None
+        return brought(world, job.server, w.port_id, place.host, place.zone)
     for port in there:
         if port.network_id == w.network_id and ours(port) and _has(port, w.fixed_ip):
             there.remove(port)
             if port.host == place.host and (port.profile or {}).get(MARK) == key:
                 return port
             mark: dict[str, Any] = {"binding:profile": {MARK: key}}
-            return network.bind_port(port.id, place.host, **owner, **mark)
+            return world.neighbours.network.bind_port(port.id, place.host, **_owned(job.server, place.zone), **mark)
+    return made(world, key, job.server, w, place.host, place.zone, job.security_groups)
+
+
+def brought(world: World, server: Server, port_id: str, host: str, zone: str) -> Port:
+    """The caller's own port, bound to this host. Raises Conflict where another has it."""
+    network = world.neighbours.network
+    port = network.port(port_id)
+    if port.device_id not in ("", None, server.id):
+        raise Conflict(f"Port {port_id} is still in use.")
+    return network.bind_port(port_id, host, **_owned(server, zone), **_named(world, server, port))
+
+
+def made(world: World, key: str, server: Server, w: Wanted, host: str, zone: str, groups: list[str]) -> Port:
+    """A new port on this host, marked with the act that made it. No groups: as the network service has it."""
+    assert w.network_id is not None
     wish: dict[str, Any] = {
-        **owner,
-        "project_id": s.project_id,
-        "binding:host_id": place.host,
+        **_owned(server, zone),
+        "project_id": server.project_id,
+        "binding:host_id": host,
         "binding:profile": {MARK: key},
-        **_named(world, s, None),
+        **_named(world, server, None),
     }
     if w.fixed_ip:
         wish["fixed_ips"] = [{"ip_address": w.fixed_ip}]
-    if job.security_groups:
-        wish["security_groups"] = job.security_groups
-    port = network.create_port(w.network_id, **wish)
+    if groups:
+        wish["security_groups"] = groups
+    port = world.neighbours.network.create_port(w.network_id, **wish)
     if port.vif_type == "binding_failed":
-        raise Conflict(f"Binding failed for port {port.id}.", why=f"on {place.host}", code="PortBindingFailed")
+        raise Conflict(f"Binding failed for port {port.id}.", why=f"on {host}", code="PortBindingFailed")
     return port
+
+
+def marked(world: World, server: str, key: str) -> Port | None:
+    """What this act has made for the server, if it has."""
+    known = world.neighbours.network.ports(servers=[server])
+    return next((p for p in known if (p.profile or {}).get(MARK) == key), None)
+
+
+def _owned(server: Server, zone: str) -> dict[str, str]:
+    return {"device_id": server.id, "device_owner": f"compute:{zone or 'nova'}"}
 
 
 def _trusted(port: Port, job: Build) -> bool:

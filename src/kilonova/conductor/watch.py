@@ -15,7 +15,7 @@ from kilonova.conductor import ports
 from kilonova.conductor.capture import unfinished
 from kilonova.conductor.verbs import STEPS
 from kilonova.conductor.world import World
-from kilonova.contracts.compute import Destroy, Discard, Done, Drop, Look, Power, Seen
+from kilonova.contracts.compute import Destroy, DetachNic, Discard, Done, Drop, Look, Power, Seen
 from kilonova.contracts.conductor import HeldHere, PowerChanged, Report
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
@@ -88,6 +88,7 @@ def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
     strange = [h.server for h in r.holds if h.server not in here and kept.get(h.server) != h.epoch]
     odd = [id for id, row in here.items() if _differs(row, held.get(id))]
     odd += [h.server for h in r.holds if h is not held[h.server] and kept.get(h.server) != h.epoch]
+    odd += _overplugged(tx, [held[id] for id, row in here.items() if id in held and row.task_state is None])
     if strange and world.config.compute.lost_server == "log":
         moved = compare.moved_away(tx, r.host, {id: held[id].epoch for id in strange})
         if lost := [id for id in strange if id not in moved]:
@@ -104,6 +105,13 @@ def _differs(row: Any, held: HeldHere | None) -> bool:
     if held is None:
         return str(row.vm_state) != VM.error  # a build or an act that failed may well have left nothing
     return bool(held.power_state != row.power_state or held.captures)
+
+
+def _overplugged(tx: Tx, held: list[HeldHere]) -> list[str]:
+    """Those with a NIC that is not theirs: it was taken back while the host was not there to hear of it."""
+    told = {h.server: set(h.ports) for h in held if h.ports}
+    known = compare.plugs(tx, told) if told else {}
+    return [id for id, ports in told.items() if ports - known.get(id, ports)]
 
 
 def _look_into(tx: Tx, world: World, host: str, suspects: list[str], reborn: bool) -> list[str]:
@@ -143,8 +151,9 @@ class Mend(msgspec.Struct, frozen=True):
 class Verdict(msgspec.Struct, frozen=True):
     """`beside`: an older machine lies there, and nobody will come back to it."""
 
-    do: Literal["nothing", "orphan", "beside", "lost", "halt", "revive"]
+    do: Literal["nothing", "orphan", "beside", "lost", "halt", "revive", "unplug"]
     server: Server | None = None  # as it was taken
+    ports: list[str] = []  # of NICs that are not its own
 
 
 @workflow
@@ -161,6 +170,9 @@ def mend(run: Run, job: Mend) -> None:
             run(halt, job.server, job.host)
     elif verdict.do == "beside" and seen.kept is not None:
         run(drop, job.server, job.host, seen.kept)
+    elif verdict.do == "unplug":
+        for port_id in verdict.ports:
+            run(unplug, job.server, job.host, port_id)
     elif verdict.server is not None:
         take_up(run, job, verdict.do, verdict.server)
 
@@ -206,6 +218,11 @@ def drop(server: str, host: str, epoch: int) -> To[Done]:
     return To(host, Drop(server=server, epoch=epoch))
 
 
+@command(patience_s=120)
+def unplug(server: str, host: str, port_id: str) -> To[Done]:
+    return To(host, DetachNic(server=server, port_id=port_id, timeout_s=0, anyway=True))
+
+
 @command(patience_s=600)
 def halt(server: str, host: str) -> To[Done]:
     return To(host, Power(server=server, to="stop", timeout_s=0))
@@ -224,6 +241,8 @@ def judged(tx: Tx, job: Mend, seen: Seen, me: str, now: float) -> Verdict:
         return Verdict("nothing")
     if not seen.there:
         return Verdict("lost", servers.get(tx, job.server))
+    if loose := set(seen.ports or ()) - compare.plugs(tx, [job.server])[job.server]:
+        return Verdict("unplug", ports=sorted(loose))
     return _power_judged(tx, job, VM(row.vm_state), PowerState(seen.power_state), row.power_state, me, now)
 
 
@@ -358,7 +377,7 @@ def _claims_mended(tx: Tx, world: World, loose: list[tuple[str, str]], bare: lis
 
 @reconciler(every_s=300)
 def strays(world: World) -> list[str]:
-    """Ports that we made and that no server has: their run has ended, and their server does not know them.
+    """Ports that we made or bound, and that no server has: their run has ended, and their server does not know them.
 
     A conductor that stalls between its look at the lease and its request acts long after another has undone that
     act.  A host remembers what was taken back; a network service does not, so this is compared.
@@ -366,7 +385,7 @@ def strays(world: World) -> list[str]:
     named = world.config.api.default_availability_zone
     with world.db.read() as tx:
         owners = sorted({f"compute:{z}" for z in {named, "nova", *hosts.zones(tx).values()}})
-    made = [p for p in world.neighbours.network.ports(device_owner=owners) if ports.ours(p)]
+    made = [p for p in world.neighbours.network.ports(device_owner=owners) if ports.ours(p) or p.host]
     said = []
     with world.db.read() as tx:
         known = compare.plugs(tx, {p.device_id or "" for p in made})

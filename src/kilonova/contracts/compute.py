@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from kilonova.kit.bus import Call, Contract
-from kilonova.model.machine import Machine
+from kilonova.model.machine import Machine, Nic
 
 compute = Contract("compute")
 
@@ -78,6 +78,27 @@ class Abandon(Call[Done], frozen=True):
     server: str
 
 
+@compute
+class AttachNic(Call[Done], frozen=True):
+    """One NIC more, whose port is bound to this host already: now, if the machine runs, and from now on."""
+
+    server: str
+    nic: Nic
+
+
+@compute
+class DetachNic(Call[Done], frozen=True):
+    """The NIC of this port goes. Not there: done. `timeout_s`: how long the guest may take; below 0: as the host has it.
+
+    `anyway`: it is no part of the machine any longer, whatever the guest does; what it holds on to goes with its next start.
+    """
+
+    server: str
+    port_id: str
+    timeout_s: float = -1
+    anyway: bool = False
+
+
 class Seen(msgspec.Struct, frozen=True):
     """What a host has of a server, just now. `kept`: the epoch of an older machine beside it."""
 
@@ -86,6 +107,7 @@ class Seen(msgspec.Struct, frozen=True):
     epoch: int = 0
     kept: int | None = None
     captures: list[str] = []  # images that were frozen and neither uploaded nor discarded
+    ports: list[str] | None = None  # of its NICs; None: not known
 
 
 @compute

@@ -11,13 +11,15 @@ conductor = Contract("conductor")
 class HeldHere(msgspec.Struct, frozen=True):
     """A machine on the host: its power in the Compute API's numbers, and the epoch it was made with.
 
-    `captures`: images that were frozen of it and are still here.
+    `captures`: images that were frozen of it and are still here.  `ports`: of its NICs; None where they are not said,
+    which is in most reports.
     """
 
     server: str
     power_state: int
     epoch: int = 0
     captures: list[str] = []
+    ports: list[str] | None = None
 
 
 @conductor

@@ -42,6 +42,22 @@ class Act(msgspec.Struct, frozen=True):
 
 
 @jobs
+class AttachInterface(msgspec.Struct, frozen=True):
+    """ "attach_interface": a port is made or bound, and plugged in where the server is by then."""
+
+    server: Server
+    wanted: Wanted
+
+
+@jobs
+class DetachInterface(msgspec.Struct, frozen=True):
+    """ "detach_interface": the NIC of this port is unplugged, and the port deleted or let go of."""
+
+    server: Server
+    port_id: str
+
+
+@jobs
 class Delete(msgspec.Struct, frozen=True):
     """ "delete": waits until other runs have ended, then takes everything back."""
 

@@ -273,6 +273,18 @@ def journal(tx: Tx, run: str) -> list[Event]:
     ]  # fmt: skip
 
 
+def over(tx: Tx, run: str) -> bool:
+    """Has it come to its end, whatever that was? A run that is stuck has none, and nobody should wait for it."""
+    return tx.execute(sa.select(_r.state).where(_r.id == run)).scalar() != "running"
+
+
+def answer_of(tx: Tx, run: str, step: str) -> bytes | None:
+    """What the last step of this name answered, as JSON."""
+    said = sa.select(_s.answer).where(_s.run == run, _s.step == step, _s.answer.is_not(None))
+    text = tx.execute(said.order_by(_s.n.desc()).limit(1)).scalar()
+    return None if text is None else str(text).encode()
+
+
 def fault_of(tx: Tx, run: str) -> Fault | None:
     """Why it failed. None: it did not, or not yet, or there is no such run."""
     return _fault(tx.execute(sa.select(_r.fault).where(_r.id == run)).scalar())

@@ -347,6 +347,7 @@ class Engine:
         self.me, self.db, self.world, self.send = me, db, world, send
         self.clock, self.dice, self.gone, self.lease_s = clock, dice, gone, lease_s
         self.address, self.watch = address, watch
+        self.ended: Callable[[str], object] = lambda run: None  # told after each run's end: a hint
         self.dropped: dict[str, Run] = {}  # left in the middle because the database failed
         self.door = Door()
         self.door.on(Wake, lambda m: self.carry(m.run))
@@ -872,6 +873,7 @@ class Run:
         with _ills():  # who may have waited for the subject to be free; woken after this, for their rows are theirs
             self.others = [r for r in open_runs(self.unit.opened(), self.subject) if r != self.id]
         self._commit(0.0)
+        self.engine.ended(self.id)
         return True
 
     # -- one transaction: our hold on the run, what records do, and what the journal has to say of it

@@ -147,3 +147,19 @@ class Machine(msgspec.Struct, frozen=True):
     flavor_name: str = ""
     owner_name: str = ""
     epoch: int = 0  # rises when the server moves: a host with an older one is no longer its owner
+
+
+def with_nic(machine: Machine, nic: Nic) -> Machine:
+    """The same with one NIC more, or with this one in the place of what its port was before."""
+    if any(n.port_id == nic.port_id for n in machine.nics):
+        return _with_nics(machine, [nic if n.port_id == nic.port_id else n for n in machine.nics])
+    return _with_nics(machine, [*machine.nics, nic])
+
+
+def without_nic(machine: Machine, port_id: str) -> Machine:
+    return _with_nics(machine, [n for n in machine.nics if n.port_id != port_id])
+
+
+def _with_nics(machine: Machine, nics: list[Nic]) -> Machine:
+    identity = msgspec.structs.replace(machine.identity, nics=nics)
+    return msgspec.structs.replace(machine, nics=nics, identity=identity)

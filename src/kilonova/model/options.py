@@ -116,6 +116,9 @@ class Compute(Struct, frozen=True):
     shutdown_timeout_s: A[
         int, Meta(description="How long a guest may take to end itself before it is switched off.", ge=0)
     ] = 60
+    detach_timeout_s: A[
+        int, Meta(description="How long a guest may take to let go of a device that is unplugged.", ge=0)
+    ] = 60
     console_log_max_bytes: A[
         int, Meta(description="How much of a server's console is kept; the oldest goes first.", ge=4096)
     ] = 1_048_576

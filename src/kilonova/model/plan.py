@@ -31,8 +31,7 @@ def plan(
     `connections`: how this host reaches each of its volumes (`conductor.volumes.connect`).
     """
     properties, specs = server.image.properties, server.flavor.extra_specs
-    model = properties.get("hw_vif_model", "virtio")
-    nics = [msgspec.structs.replace(n, model=model) for n in nics] if model in VIF_MODELS - {"virtio"} else nics
+    nics = [modelled(n, server.image) for n in nics]
     drives = disks(server, connections)
     sockets, cores, threads = topology(server)
     return Machine(
@@ -62,6 +61,12 @@ def plan(
         owner_name=owner,
         epoch=epoch,
     )
+
+
+def modelled(nic: Nic, image: Image) -> Nic:
+    """As the image wants its NICs to look."""
+    model = image.properties.get("hw_vif_model", "virtio")
+    return msgspec.structs.replace(nic, model=model) if model in VIF_MODELS - {"virtio"} else nic
 
 
 def architecture(image: Image) -> str:

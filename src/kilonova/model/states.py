@@ -88,11 +88,12 @@ class Verb:
     """A row. `over`: the running tasks that it may interrupt; None: whatever runs.
 
     `op` is the word of the 409 sentence; `action` the instance action's name; `host` whether a host must be set.
+    `busy` None: users see it idle meanwhile; its run is alone with the server all the same.
     """
 
     name: str
     start: frozenset[VM]
-    busy: Task
+    busy: Task | None
     end: VM | None  # None: as it was
     op: str = ""
     action: str = ""
@@ -134,6 +135,8 @@ VERBS: dict[str, Verb] = {v.name: v for v in (
     Verb("unpause",     _vm("paused"),                                Task.unpausing,      VM.active,    "unpause", "unpause", host=True, message="unpause"),
     Verb("suspend",     _vm("active"),                                Task.suspending,     VM.suspended, "suspend", "suspend", host=True, message="suspend"),
     Verb("resume",      _vm("suspended"),                             Task.resuming,       VM.active,    "resume",  "resume",  host=True, message="resume"),
+    Verb("attach_interface", _vm("active paused stopped"),            None,                None,         "attach_interface", "attach_interface", host=True),
+    Verb("detach_interface", _vm("active paused stopped"),            None,                None,         "detach_interface", "detach_interface", host=True),
     Verb("delete",      frozenset(VM) - {VM.deleted},                 Task.deleting,       VM.deleted,   "delete",  "delete",  over=None, launched=False),
     # moves: `api/moves.py`
     Verb("resize",      _vm("active stopped"),                        Task.resize_prep,    VM.resized,   "resize",  "resize",  host=True),

@@ -40,12 +40,14 @@ def wrong(
     holds: Mapping[str, Mapping[str, tuple[str, int]]],
     ports: Iterable[tuple[str, str, str]] | None = None,
     copies: Mapping[str, Iterable[tuple[str, str]]] | None = None,
+    nics: Mapping[str, Mapping[str, list[str]]] | None = None,
 ) -> list[str]:
     """What is not as it must be, in words; nothing: all is well.
 
     `holds`: of each host that works, what it has: {server: (power, epoch)}.  `ports`: (id, device, host) of all ports
     that belong to servers; None: they are looked up in our own network service.  `copies`: of each host that works, the
-    (server, image) of disks that were copied for images and are still there: there must be none.
+    (server, image) of disks that were copied for images and are still there: there must be none.  `nics`: of each host,
+    the ports that its machines are plugged into.
     """
     with db.read() as tx:
         all = [servers.of(r) for r in tx.execute(servers.SELECT)]
@@ -54,6 +56,7 @@ def wrong(
         said += _machines(all, holds, undecided(tx))
         said += _moves(tx, all)
         said += [f"port {b.port_id} could still come to {b.host}" for b in networks.find(tx, networks.Binding)]
+        said += _nics(all, nics or {})
         said += _ports(all, _our_ports(tx) if ports is None else ports)
         said += _groups(tx, all)
         said += _images(tx, all)
@@ -173,6 +176,16 @@ def _groups(tx: Tx, all: list[Server]) -> list[str]:
 def _all_admitted(policy: str, most: int, at: Mapping[str, int], total: int) -> bool:
     """Had each been the last to come, would it have been let in?"""
     return all(admits(policy, most, n - 1, total - n) for n in at.values())
+
+
+def _nics(all: list[Server], nics: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
+    """In a machine are the NICs that its server shows, and no others."""
+    said = []
+    for s in all:
+        has, shows = nics.get(s.host or "", {}).get(s.id), [p.port_id for p in s.plugs]
+        if has is not None and s.deleted_at is None and sorted(has) != sorted(shows):
+            said.append(f"{s.id} ({s.vm_state}) is plugged into {has} on {s.host}, written are {shows}")
+    return said
 
 
 def _our_ports(tx: Tx) -> list[tuple[str, str, str]]:

@@ -57,6 +57,19 @@ class User:
         if name in self.known:
             self.api.ask("POST", f"/servers/{self.known[name]}/action", {verb: said})
 
+    def attach(self, name: str) -> None:
+        """One NIC more, on the only network."""
+        if name in self.known:
+            self.api.ask("POST", f"/servers/{self.known[name]}/os-interface", {"interfaceAttachment": {}})
+
+    def detach(self, name: str) -> None:
+        """The newest of its NICs."""
+        if name in self.known:
+            path = f"/servers/{self.known[name]}/os-interface"
+            status, body = self.api.ask("GET", path)
+            if status == 200 and body["interfaceAttachments"]:
+                self.api.ask("DELETE", f"{path}/{body['interfaceAttachments'][-1]['port_id']}")
+
     def later(self, delay: float, what: Callable[..., None], *args: Any) -> None:
         self.sim.at(delay, self._go, what, *args)
 
@@ -75,6 +88,9 @@ def storm(sim: Sim, round: int = 0) -> None:
         for _ in range(sim.dice.randrange(4)):
             verb, said = sim.dice.choice(VERBS)
             user.later(born + sim.dice.uniform(5, 200), user.act, name, verb, said)
+        for _ in range(sim.dice.randrange(3)):
+            what = sim.dice.choice([user.attach, user.detach])
+            user.later(born + sim.dice.uniform(5, 200), what, name)
         if sim.dice.random() < 0.6:
             user.later(born + sim.dice.choice([sim.dice.uniform(0, 40), sim.dice.uniform(0, 250)]), user.delete, name)
     sim.run(sim.now + 300)
@@ -109,6 +125,10 @@ def story(*acts: tuple[str, float]) -> Story:
                     user.later(when, user.create, "s0")
                 case "delete":
                     user.later(when, user.delete, "s0")
+                case "attach":
+                    user.later(when, user.attach, "s0")
+                case "detach":
+                    user.later(when, user.detach, "s0")
                 case "hard reboot":
                     user.later(when, user.act, "s0", "reboot", {"type": "HARD"})
                 case "reboot":
@@ -127,6 +147,8 @@ STORIES: dict[str, Story] = {
     "reboot": story(("create", 5), ("reboot", 100)),
     "hard reboot": story(("create", 5), ("hard reboot", 100)),
     "stop, start": story(("create", 5), ("os-stop", 100), ("os-start", 150)),
+    "attach, detach": story(("create", 5), ("attach", 60), ("detach", 120)),
+    "delete overtakes attach": story(("create", 5), ("attach", 60), ("delete", 62)),
     "delete overtakes stop": story(("create", 5), ("os-stop", 100), ("delete", 101)),
     "snapshot": story(("create", 5), ("createImage", 100)),
     "delete overtakes snapshot": story(("create", 5), ("createImage", 100), ("delete", 103)),

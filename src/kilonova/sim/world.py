@@ -33,14 +33,15 @@ from kilonova.kit.bus import Letter, Wake, letter
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.errors import Refused, Unavailable
-from kilonova.kit.journal import RUNS
+from kilonova.kit.journal import RUNS, over
 from kilonova.kit.routes import Context
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
+from kilonova.model.machine import Machine
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import catalog
-from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy
+from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged
 
 BEGAN = 1_800_000_000.0
 FLAVOR = Flavor("small", "small", 1, 1024, 10)
@@ -227,7 +228,8 @@ class Sim:
         """What must be true of any cloud at rest."""
         holds = {h.name: copy(h.state) for h in self.hosts.values() if not h.for_good}
         left = {h.name: copies(h.state) for h in self.hosts.values() if not h.for_good}
-        return self.wrong + wrong(self.db, holds, copies=left)
+        nics = {h.name: plugged(h.state) for h in self.hosts.values() if not h.for_good}
+        return self.wrong + wrong(self.db, holds, copies=left, nics=nics)
 
     def twins(self, id: str) -> None:
         """Two hosts that are both well must not run the same server."""
@@ -453,6 +455,10 @@ class SimHypervisor(SimDriver):
         super().destroy(id)
         self.process.sim.boundary(self.process, "after destroy")
 
+    def _become(self, id: str, m: SimMachine, machine: Machine) -> None:
+        super()._become(id, m, machine)
+        self.process.sim.boundary(self.process, "after it is another machine")
+
 
 class Disk(dict[str, bytes]):
     """A ledger, and a boundary before and after each line that is written."""
@@ -536,9 +542,15 @@ class Api(Process):
         def ask(*_: Any) -> Any:
             raise Unavailable("Nobody asks hosts here.")
 
-        world = ApiWorld(self.db, self.clock, sim.ids, CONFIG, near, book, wake, ask)  # type: ignore[arg-type]
+        world = ApiWorld(self.db, self.clock, sim.ids, CONFIG, near, book, wake, ask, self._ended)  # type: ignore[arg-type]
         service = compute_service(world, lambda token: sim.user)
         self.inside = Inside(service, f"{URL}/compute")
+
+    def _ended(self, run: str, timeout_s: float) -> bool:
+        end = self.sim.now + timeout_s
+        while not self.sim.db.look(over, run) and self.sim.now < end:
+            self.sim.pause(1)
+        return self.sim.db.look(over, run)
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         self.sim.where = f"api {method}"

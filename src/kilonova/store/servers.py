@@ -128,6 +128,8 @@ def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
 
     UPDATE servers SET task_state = :busy, generation = generation + 1, updated_at = :now
      WHERE id = :id AND vm_state IN (…) AND (task_state IS NULL OR task_state IN (…)) AND launched …
+
+    A verb that shows no task only checks; that it is alone is its run's matter.
     """
     where = [T.c.id == id, T.c.vm_state.in_([str(s) for s in verb.start]), T.c.deleted_at.is_(None)]
     if verb.over is not None:
@@ -138,7 +140,9 @@ def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
         where.append(T.c.launched_at.is_not(None))
     if verb.host:
         where.append(T.c.host.is_not(None))
-    taken = {"task_state": str(verb.busy), "generation": T.c.generation + 1, "updated_at": now}
+    taken: dict[str, Any] = {"generation": T.c.generation + 1, "updated_at": now}
+    if verb.busy is not None:
+        taken["task_state"] = str(verb.busy)
     if tx.execute(sa.update(T).where(*where).values(taken)).rowcount:
         return get(tx, id)
     raise why_not(get(tx, id), verb)
@@ -275,10 +279,11 @@ def _text(value: Any) -> str | None:
     return None if value is None else msgspec.json.encode(value).decode()
 
 
+PLUGS = msgspec.json.Decoder(list[Plug])
 _JSON: dict[str, msgspec.json.Decoder[Any]] = {
     "flavor": msgspec.json.Decoder(Flavor),
     "image": msgspec.json.Decoder(Image),
-    "plugs": msgspec.json.Decoder(list[Plug]),
+    "plugs": PLUGS,
     "devices": msgspec.json.Decoder(list[Device]),
     "metadata": msgspec.json.Decoder(dict[str, str]),
     "system_metadata": msgspec.json.Decoder(dict[str, str]),

@@ -12,7 +12,7 @@ import msgspec
 
 from kilonova.contracts.compute import Landing, Luggage
 from kilonova.model.host import HostFacts as HostFacts
-from kilonova.model.machine import Machine
+from kilonova.model.machine import Machine, Nic
 
 Power = Literal["nostate", "running", "paused", "shutdown", "crashed", "suspended"]
 POWER_NUMBERS: dict[str, int] = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
@@ -25,6 +25,7 @@ class Held(msgspec.Struct, frozen=True):
     power: Power
     epoch: int = 0
     captures: list[str] = []  # what was copied of it for images, and is still here
+    ports: list[str] | None = None  # of its NICs, as its Machine has them; None: not known
 
 
 Progress = Callable[[str], None]
@@ -140,6 +141,23 @@ class Migrates(Protocol):
         ...
 
     def land(self, machine: Machine) -> None: ...
+
+
+@runtime_checkable
+class Hotplugs(Protocol):
+    """Devices come and go, whether the machine runs or not; from then on its `Machine` is another."""
+
+    def attach_nic(self, id: str, nic: Nic) -> None:
+        """Raises NotFound where there is no such machine. There already: nothing to do."""
+        ...
+
+    def detach_nic(self, id: str, port_id: str, timeout_s: float, anyway: bool = False) -> None:
+        """Raises Refused, with nothing changed, where the guest does not let go of it in time.
+
+        `anyway`: what the guest holds on to is gone with its next start, and the rest of it now.
+        No such machine, or no such NIC: nothing to do.
+        """
+        ...
 
 
 @runtime_checkable

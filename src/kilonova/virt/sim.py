@@ -19,7 +19,7 @@ from kilonova.contracts.compute import Landing, Luggage
 from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble
 from kilonova.model.host import HostFacts
-from kilonova.model.machine import Machine
+from kilonova.model.machine import Machine, Nic, with_nic, without_nic
 from kilonova.model.options import Sim
 from kilonova.virt.driver import Held, Power, Progress, Telling
 from kilonova.virt.sim_disk import contents, qcow2
@@ -30,6 +30,8 @@ TRAITS = [
     "COMPUTE_ARCH_X86_64",
     "COMPUTE_FIRMWARE_BIOS",
     "COMPUTE_FIRMWARE_UEFI",
+    "COMPUTE_NET_ATTACH_INTERFACE",
+    "COMPUTE_NET_ATTACH_INTERFACE_WITH_TAG",
     "COMPUTE_NODE",
     "HW_ARCH_X86_64",
     "OWNER_NOVA",
@@ -183,7 +185,10 @@ class SimDriver:
                 copies.setdefault(id, []).append(image_id)
             older = [Held(id, m.power, m.machine.epoch) for id, m in sorted(self.state.kept.items())]
             here = sorted(self.state.machines.items())
-            newest = [Held(id, m.power, m.machine.epoch, copies.pop(id, [])) for id, m in here]
+            newest = [
+                Held(id, m.power, m.machine.epoch, copies.pop(id, []), [n.port_id for n in m.machine.nics])
+                for id, m in here
+            ]
             return older + newest + [Held(id, "nostate", 0, images) for id, images in copies.items()]
 
     def power(self, id: str) -> Power:
@@ -256,6 +261,22 @@ class SimDriver:
 
     def resume(self, id: str) -> None:
         self._between(id, "resume", {"suspended", "shutdown"}, "running")
+
+    def attach_nic(self, id: str, nic: Nic) -> None:
+        m = self._there(id)
+        if nic not in m.machine.nics:
+            self._act("attach_nic")
+            self._become(id, m, with_nic(m.machine, nic))
+
+    def detach_nic(self, id: str, port_id: str, timeout_s: float, anyway: bool = False) -> None:
+        m = self.state.machines.get(id)
+        if m is None or all(n.port_id != port_id for n in m.machine.nics):
+            return
+        if id in self.state.deaf and m.power in ("running", "paused") and not anyway:
+            self.clock.sleep(timeout_s)
+            raise Refused("The guest does not let go of it.")
+        self._act("detach_nic", may_fail=not anyway)
+        self._become(id, m, without_nic(m.machine, port_id))
 
     def console_log(self, id: str) -> bytes:
         m = self._there(id)
@@ -481,6 +502,10 @@ class SimDriver:
         m.log = (m.log + BOOT.format(name=m.machine.name, id=i.uuid, addresses=addresses))[-LOG_MAX:]
         self._turn(id, m, "running")
 
+    def _become(self, id: str, m: SimMachine, machine: Machine) -> None:
+        m.machine = machine
+        self.state.keep(id)
+
     def _turn(self, id: str, m: SimMachine, power: Power) -> None:
         if m.power != power:
             m.power = power
@@ -505,6 +530,12 @@ def copy(state: SimState) -> dict[str, tuple[str, int]]:
 def copies(state: SimState) -> list[tuple[str, str]]:
     """(server, image) of what was copied for images and is still there."""
     return sorted(state.captures)
+
+
+def plugged(state: SimState) -> dict[str, list[str]]:
+    """{server: the ports of its NICs}: the same."""
+    with state.lock:
+        return {id: [n.port_id for n in m.machine.nics] for id, m in state.machines.items()}
 
 
 def options(**said: object) -> Sim:
