@@ -75,9 +75,10 @@ def link(call: Call, *path: str, version: bool = True) -> str:
 
 
 def links(call: Call, *path: str) -> list[dict[str, str]]:
+    rest = f"{call.project_in_url}/{'/'.join(path)}"
     return [
-        {"rel": "self", "href": link(call, *path)},
-        {"rel": "bookmark", "href": link(call, *path, version=False)},
+        {"rel": "self", "href": f"{call.url}/v2.1{rest}"},
+        {"rel": "bookmark", "href": f"{call.url}{rest}"},
     ]
 
 

@@ -16,7 +16,7 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, since, was
-from kilonova.kit.workflow import fault_of, noted, signal, start
+from kilonova.kit.workflow import faults_of, noted, signal, start
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM, Task, status
 from kilonova.store import server_pages as pages
@@ -360,17 +360,18 @@ def _sorting(call: Call, keys: list[str], directions: list[str]) -> list[tuple[A
 def about(call: Call, tx: Tx, found: list[Server]) -> dict[str, views.Shown]:
     """What is not in the rows themselves: zones and health of hosts (known here), faults (one look at the journal)."""
     book = call.world.hosts
+    hosts = {h: (book.zone(h), book.status(h)) for h in {s.host for s in found if s.host}}
+    faulty = {s.id: s.fault_run for s in found if s.fault_run and status(s.vm_state, s.task_state) in views.FAULTY}
+    faults = faults_of(tx, list(faulty.values())) if faulty else {}
     shown = {}
     for s in found:
-        fault = (
-            fault_of(tx, s.fault_run)
-            if s.fault_run and status(s.vm_state, s.task_state) in ("ERROR", "DELETED")
-            else None
-        )
-        zone = book.zone(s.host) if s.host else s.availability_zone or ""
-        groups = [s.group_id] if s.group_id and s.deleted_at is None else []
+        zone, health = hosts[s.host] if s.host else (s.availability_zone or "", "")
         shown[s.id] = views.Shown(
-            zone=zone, host_status=book.status(s.host), fault=fault, fault_at=s.updated_at, groups=groups
+            zone=zone,
+            host_status=health,
+            fault=faults.get(faulty.get(s.id, "")),
+            fault_at=s.updated_at,
+            groups=[s.group_id] if s.group_id and s.deleted_at is None else [],
         )
     return shown
 

@@ -18,6 +18,7 @@ EXTENDED = "os_compute_api:os-extended-server-attributes"
 HOST_STATUS = "os_compute_api:servers:show:host_status"
 HOST_STATUS_UNKNOWN = "os_compute_api:servers:show:host_status:unknown-only"
 FLAVOR_SPECS = "os_compute_api:servers:show:flavor-extra-specs"
+FAULTY = frozenset({"ERROR", "DELETED"})
 SHOWS_PROGRESS = frozenset({"ACTIVE", "BUILD", "REBUILD", "RESIZE", "VERIFY_RESIZE", "MIGRATING"})
 
 
@@ -117,19 +118,26 @@ def server(call: Call, s: Server, more: Shown, *, listed: bool = False, whole: b
     )
     if shown in SHOWS_PROGRESS:
         view.progress = s.progress
-    if more.fault and shown in ("ERROR", "DELETED"):
+    if more.fault and shown in FAULTY:
         view.fault = _fault(call, more)
     if not listed:
         view.server_groups = more.groups
-    target = {"project_id": s.project_id, "user_id": s.user_id}
     if whole:
-        _rest(call, s, more, view, target)
+        _rest(call, s, more, view)
     if call.version >= 16 and (whole or call.version >= 75):
-        if call.may(HOST_STATUS, target):
+        if _may(call, HOST_STATUS, s):
             view.host_status = more.host_status
-        elif more.host_status == "UNKNOWN" and call.may(HOST_STATUS_UNKNOWN, target):
+        elif more.host_status == "UNKNOWN" and _may(call, HOST_STATUS_UNKNOWN, s):
             view.host_status = "UNKNOWN"
     return view
+
+
+def _may(call: Call, rule: str, s: Server) -> bool:
+    """May he see this of such a server? A page has a thousand of them, and few owners."""
+    key = rule, s.project_id, s.user_id
+    if (known := call.kept.get(key)) is None:
+        known = call.kept[key] = call.may(rule, {"project_id": s.project_id, "user_id": s.user_id})
+    return bool(known)
 
 
 def short(call: Call, s: Server) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def short(call: Call, s: Server) -> dict[str, Any]:
     return {"id": s.id, "name": s.name, "links": links(call, "servers", s.id)}
 
 
-def _rest(call: Call, s: Server, more: Shown, view: ServerView, target: dict[str, Any]) -> None:
+def _rest(call: Call, s: Server, more: Shown, view: ServerView) -> None:
     view.zone = more.zone
     view.config_drive = "True" if s.config_drive else ""
     view.key_name = s.keypair.name if s.keypair else None
@@ -147,7 +155,7 @@ def _rest(call: Call, s: Server, more: Shown, view: ServerView, target: dict[str
     view.volumes = _volumes(call, s)
     if names := sorted({g for p in s.plugs for g in p.security_groups}):
         view.security_groups = [{"name": n} for n in names]
-    admin = call.may(EXTENDED, target)
+    admin = _may(call, EXTENDED, s)
     if admin:
         view.host, view.node, view.instance_name = s.host, s.node, s.instance_name
         view.reservation_id, view.launch_index = s.reservation_id, s.launch_index
@@ -189,7 +197,7 @@ def _flavor(call: Call, s: Server) -> dict[str, Any]:
         "swap": f.swap_mb,
         "original_name": f.name,
     }
-    if call.may(FLAVOR_SPECS, {"project_id": s.project_id, "user_id": s.user_id}):
+    if _may(call, FLAVOR_SPECS, s):
         shown["extra_specs"] = f.extra_specs
     return shown
 

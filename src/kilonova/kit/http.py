@@ -349,7 +349,7 @@ class Service:
                 raise Invalid(f"Additional properties are not allowed ('{_plain(next(iter(said)))}' was unexpected)")
             return None
         model = at(route.query, version)
-        kinds = {f.encode_name: f.type for f in msgspec.structs.fields(model)}
+        kinds = _kinds(model)
         if version >= route.strict and (unknown := said.keys() - kinds.keys()):
             raise Invalid(f"Additional properties are not allowed ('{_plain(min(unknown))}' was unexpected)")
         flat: dict[str, Any] = {}
@@ -574,6 +574,13 @@ def _lowered(body: Any, version: int) -> Any:
     return body
 
 
+@functools.cache
+def _kinds(model: Any) -> dict[str, Any]:
+    """The types of its fields, by their names on the wire."""
+    return {f.encode_name: f.type for f in msgspec.structs.fields(model)}
+
+
+@functools.cache
 def _is_list(kind: Any) -> bool:
     """Is this the type of a parameter that may be repeated?"""
     return isinstance(kind, msgspec.inspect.ListType) or "list[" in str(kind)

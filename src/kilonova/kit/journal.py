@@ -290,6 +290,15 @@ def fault_of(tx: Tx, run: str) -> Fault | None:
     return _fault(tx.execute(sa.select(_r.fault).where(_r.id == run)).scalar())
 
 
+def faults_of(tx: Tx, runs: list[str]) -> dict[str, Fault | None]:
+    """The same of many, one query for some hundreds."""
+    found: dict[str, Fault | None] = {}
+    for i in range(0, len(runs), 500):
+        rows = tx.execute(sa.select(_r.id, _r.fault).where(_r.id.in_(runs[i : i + 500])))
+        found |= {row.id: _fault(row.fault) for row in rows}
+    return found
+
+
 def stuck(tx: Tx) -> list[Action]:
     """Runs that can go neither forward nor back: a person must look."""
     return [_action(row) for row in tx.execute(ACTIONS.where(_r.state == "stuck").order_by(_r.started))]

@@ -63,6 +63,7 @@ class Call:
     project_in_url: str = ""  # with the slash before it, where the caller wrote it into the path
     content_length: int | None = None
     raw_query: str = ""
+    kept: dict[Any, Any] = field(default_factory=dict)  # what was found out for this answer and is needed again
 
     def may(self, rule: str, target: dict[str, Any] | None = None) -> bool:
         """Would policy let him? The target is his own project where none is said."""

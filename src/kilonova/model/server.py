@@ -1,5 +1,6 @@
 """A server, as the store keeps it and everybody hands it on. Moments are seconds since 1970."""
 
+import functools
 import hashlib
 
 import msgspec
@@ -122,6 +123,7 @@ class Server(msgspec.Struct, frozen=True):
         return self.locked_by is not None
 
 
+@functools.lru_cache(10_000)
 def host_id(project_id: str, host: str | None) -> str:
     """A host's name as tenants may see it: two servers on one host show the same, two projects do not."""
     return hashlib.sha224((project_id + host).encode()).hexdigest() if host else ""

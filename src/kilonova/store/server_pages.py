@@ -96,7 +96,7 @@ def page(tx: Tx, p: Page) -> list[Server]:
         if at is None:
             raise Invalid(f"marker [{p.marker}] not found")
         query = query.where(_after(keys, tuple(at)))
-    return [of(row) for row in tx.execute(query)]
+    return list(map(of, tx.execute(query).all()))
 
 
 def _never_null(column: Any) -> Any:
