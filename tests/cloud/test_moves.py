@@ -2,6 +2,7 @@
 
 import pytest
 
+from kilonova.kit.bus import opened
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.model.options import Config
@@ -314,3 +315,217 @@ def test_the_pinned_zone_holds_for_moves(cloud):
     assert s.row.host == "h0"
     act_as_admin(cloud, s, "migrate")
     assert (s.status, s.row.host, last_move(cloud, s).status) == ("ACTIVE", "h0", "error")
+
+
+# ---- while it runs
+
+
+def live(cloud, s, host=None, *, version="2.96", settle=True, ok=202, **more):
+    said = {"host": host, "block_migration": "auto"} | more
+    return act_as_admin(cloud, s, "os-migrateLive", said, version=version, settle=settle, ok=ok)
+
+
+def ways(cloud, s):
+    """{host: status} of its port's bindings."""
+    (plug,) = s.row.plugs
+    return {b.host: b.status for b in cloud.neighbours.network.bindings(plug.port_id)}
+
+
+def test_a_running_server_moves(cloud):
+    s = cloud.boot()
+    write(s, "mine")
+    source, before = s.row.host, s.row
+    live(cloud, s)
+    row = s.row
+    assert (s.status, row.host != source, row.epoch > before.epoch, read(s)) == ("ACTIVE", True, True, "mine")
+    assert row.launched_at == before.launched_at
+    assert s.id not in cloud.states[source].machines
+    assert ways(cloud, s) == {row.host: "ACTIVE"}
+    m = last_move(cloud, s)
+    assert (m.type, m.status, held(cloud, m.uuid), held(cloud, s.id)) == ("live-migration", "completed", {}, {row.host: 512})  # fmt: skip
+    assert m.memory_total == m.memory_processed == 512 << 20
+    assert [e for e, _ in s.events()][1:] == [
+        "conductor_live_migrate_instance",
+        "compute_pre_live_migration",
+        "compute_live_migration",
+        "compute_post_live_migration_at_destination",
+    ]
+    s.act("pause")
+    live(cloud, s, source)
+    assert (s.status, s.row.host) == ("PAUSED", source)
+
+
+def test_who_may_be_named_as_target(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    (other,) = {"h0", "h1"} - {source}
+    live(cloud, s, "nobody", ok=400)
+    live(cloud, s, source, ok=400)
+    live(cloud, s, force=True, version="2.67", ok=400)
+    live(cloud, s, other, force=True, ok=400)  # from 2.68 on there is no such word
+    act_as_admin(cloud, s, "os-migrateLive", {"host": other, "block_migration": "auto", "disk_over_commit": False}, version="2.24", ok=400)  # fmt: skip
+    s.act("os-migrateLive", {"host": None, "block_migration": False}, ok=403)
+    disabled = next(x for x in cloud.json("GET", "/os-services?binary=nova-compute", token=cloud.admin)["services"] if x["host"] == other)  # fmt: skip
+    cloud.json("PUT", f"/os-services/{disabled['id']}", {"status": "disabled"}, token=cloud.admin)
+    live(cloud, s, other)
+    assert (s.row.host, last_move(cloud, s).status) == (source, "error")
+    live(cloud, s, other, force=True, version="2.67")
+    assert s.row.host == other
+    s.act("os-stop")
+    live(cloud, s, source, ok=409)
+
+
+def test_progress_is_seen_and_it_can_be_called_off(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    driver = cloud.driver(source)
+    seen, whole = [], driver._act
+
+    def in_the_middle(what, may_fail=True):
+        whole(what, may_fail)
+        if what == "send" and not seen:
+            seen.append(None)
+            beside(cloud, lambda: seen.append(cloud.json("GET", f"/servers/{s.id}/migrations", token=cloud.admin)))
+            number = last_move(cloud, s).id
+            path = f"/servers/{s.id}/migrations/{number}"
+            beside(cloud, lambda: cloud.json("DELETE", path, ok=202, token=cloud.admin))
+
+    driver._act = in_the_middle
+    live(cloud, s)
+    (shown,) = seen[1]["migrations"]
+    assert (shown["status"], shown["source_compute"]) == ("running", source)
+    m = last_move(cloud, s)
+    assert (m.status, s.status, s.row.host, s.state.machines[s.id].power) == ("cancelled", "ACTIVE", source, "running")
+    assert (ways(cloud, s), held(cloud, s.id), held(cloud, m.uuid)) == ({source: "ACTIVE"}, {source: 512}, {})
+    assert cloud.json("GET", f"/servers/{s.id}/migrations", token=cloud.admin)["migrations"] == []
+    names = [a["action"] for a in cloud.json("GET", f"/servers/{s.id}/os-instance-actions")["instanceActions"]]
+    assert names == ["live_migration_cancel", "live-migration", "create"]
+
+
+def beside(cloud, do):
+    """Somebody does something while a host is at work, and what follows reaches the host."""
+    do()
+    at_work, cloud.edges.at_work = cloud.edges.at_work, ""
+    while cloud.woken:
+        cloud.conductor.engine.carry(cloud.woken.popleft())
+    letters = list(cloud.bus.letters)
+    cloud.bus.letters.clear()
+    for to, raw in letters:
+        cloud.bus.doors[to](raw)
+    cloud.edges.at_work = at_work
+
+
+def test_it_can_be_hurried(cloud):
+    s = cloud.boot()
+    parts = []
+    driver = cloud.driver(s.row.host)
+    whole = driver._act
+
+    def in_the_middle(what, may_fail=True):
+        whole(what, may_fail)
+        if what == "send":
+            parts.append(what)
+            if len(parts) == 2:
+                path = f"/servers/{s.id}/migrations/{last_move(cloud, s).id}/action"
+                beside(cloud, lambda: cloud.json("POST", path, {"force_complete": None}, ok=202, token=cloud.admin))
+
+    driver._act = in_the_middle
+    live(cloud, s)
+    assert (len(parts), last_move(cloud, s).status) == (2, "completed")
+
+
+def test_one_at_a_time_leaves_a_host_and_who_waits_can_be_called_off(cloud):
+    one, two = (cloud.boot(n, host="h0") for n in ("one", "two"))
+    live(cloud, one, settle=False)
+    live(cloud, two, settle=False)
+    while cloud.woken:
+        cloud.conductor.engine.carry(cloud.woken.popleft())
+    assert (last_move(cloud, one).status, last_move(cloud, two).status) == ("preparing", "queued")
+    path = f"/servers/{two.id}/migrations/{last_move(cloud, two).id}"
+    cloud.json("DELETE", path, ok=400, token=cloud.admin, version="2.64")
+    cloud.json("POST", f"{path}/action", {"force_complete": None}, ok=400, token=cloud.admin)
+    assert cloud.json("GET", path, token=cloud.admin)["migration"]["status"] == "queued"
+    cloud.json("DELETE", path, ok=202, token=cloud.admin)
+    cloud.settle()
+    assert (last_move(cloud, one).status, last_move(cloud, two).status) == ("completed", "cancelled")
+    assert (two.status, two.row.host) == ("ACTIVE", "h0")
+    cloud.json("DELETE", path, ok=409, token=cloud.admin)
+
+
+@pytest.mark.parametrize("at", ["prepare a landing", "send"])
+def test_what_fails_before_it_has_gone_leaves_it_where_it_was(cloud, at):
+    s = cloud.boot()
+    source = s.row.host
+    for name in cloud.states:
+        whole = cloud.driver(name)._act
+        cloud.driver(name)._act = lambda what, may_fail=True, whole=whole: refuse(what, at, whole)
+    live(cloud, s)
+    m = last_move(cloud, s)
+    assert (m.status, s.row.host, s.state.machines[s.id].power) == ({"send": "failed"}.get(at, "error"), source, "running")  # fmt: skip
+    assert ways(cloud, s) == {source: "ACTIVE"}
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_when_the_source_does_not_answer_the_target_decides(cloud, gone):
+    s = cloud.boot()
+    source = s.row.host
+    driver = cloud.driver(source)
+    whole = driver._switched
+
+    def then_it_dies(*args):
+        done = whole(*args) if gone else True
+        cloud.dead.add(source)
+        cloud.bus.lose = lambda to, raw: to == "conductor" and opened(raw).name == "Answered"
+        return done
+
+    driver._switched = then_it_dies
+    live(cloud, s, settle=False)
+    cloud.tick()
+    cloud.bus.lose = lambda to, raw: False
+    cloud.settle()
+    assert (s.row.host == source, s.status) == (not gone, "ACTIVE")
+    assert last_move(cloud, s).status == ("completed" if gone else "failed")
+    driver._switched = whole
+    cloud.dead.clear()
+    cloud.settle()
+    assert (s.id in cloud.states[source].machines) == (not gone)
+
+
+@pytest.mark.parametrize("steps", range(0, 14, 2))
+def test_deleted_while_it_moves(cloud, steps):
+    s = cloud.boot()
+    live(cloud, s, settle=False)
+    for _ in range(steps):
+        cloud.step()
+    s.delete()
+    assert s.row.vm_state == "deleted"
+    assert not any(state.machines for state in cloud.states.values())
+
+
+# ---- the list
+
+
+def test_the_list_of_moves(cloud):
+    a, b = cloud.boot("a"), cloud.boot("b")
+    a.act("resize", {"flavorRef": "large"})
+    a.act("confirmResize", ok=204)
+    live(cloud, b)
+    both = moves(cloud)
+    assert [(m["instance_uuid"], m["migration_type"], m["status"]) for m in both] == [
+        (b.id, "live-migration", "completed"),
+        (a.id, "resize", "confirmed"),
+    ]
+    assert both[1]["old_instance_type_id"] != both[1]["new_instance_type_id"]
+    assert [m["id"] for m in moves(cloud, status="confirmed")] == [both[1]["id"]]
+    assert [m["id"] for m in moves(cloud, instance_uuid=b.id)] == [both[0]["id"]]
+    first = cloud.json("GET", "/os-migrations?limit=1", token=cloud.admin)
+    assert [m["id"] for m in first["migrations"]] == [both[0]["id"]]
+    rest = first["migrations_links"][0]["href"].split("/v2.1")[1]
+    assert [m["id"] for m in cloud.json("GET", rest, token=cloud.admin)["migrations"]] == [both[1]["id"]]
+    cloud.json("GET", "/os-migrations?marker=nobody", token=cloud.admin, ok=400)
+    cloud.json("GET", "/os-migrations", ok=403)
+    old = cloud.json("GET", "/os-migrations", token=cloud.admin, version="2.1")["migrations"]
+    assert [m["id"] for m in old] == [m["id"] for m in reversed(both)]
+    assert "uuid" not in old[0]
+    later = both[0]["updated_at"] + "Z"
+    assert [m["id"] for m in moves(cloud, **{"changes-since": later})] == [both[0]["id"]]

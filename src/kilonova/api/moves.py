@@ -1,23 +1,23 @@
 """What moves a server: resize and what follows it, cold and live migration, evacuation. One claim, one run, 202."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, field
 
-from kilonova.api.bodies import DiskConfig, HostName
+from kilonova.api.bodies import Boolish, DiskConfig, HostName, Yes, truth
 from kilonova.api.create import GIB
 from kilonova.api.registry import R, World, cause, the_server, unlocked
-from kilonova.contracts.jobs import Resize, Settle
+from kilonova.contracts.jobs import LiveMigrate, Resize, Settle
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound
 from kilonova.kit.routes import Call
-from kilonova.kit.versions import UNSET, UnsetType, was
+from kilonova.kit.versions import UNSET, UnsetType, only, required, until, was
 from kilonova.kit.workflow import start
 from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server
-from kilonova.model.states import VERBS
+from kilonova.model.states import VERBS, PowerState
 from kilonova.store import catalog, migrations, quotas, servers
 from kilonova.store.migrations import Kind, Status
 
@@ -150,6 +150,59 @@ def _known_and_other(call: Call, server: Server, host: str | None) -> None:
         raise Invalid(f"Compute host {host} could not be found.")
     if host == server.host:
         raise Invalid(f"Unable to migrate instance ({server.id}) to current host ({host}).")
+
+
+# ---- while it runs
+
+
+class LiveWish(msgspec.Struct, forbid_unknown_fields=True):
+    host: HostName | None
+    block_migration: Annotated[bool | Literal["auto"] | Yes, was(Boolish, until="2.24")]
+    disk_over_commit: Annotated[Boolish, until("2.24"), required(since="2.1")] = False
+    force: Annotated[Boolish, only("2.30-2.67")] = False
+
+
+@R.post(
+    PATH,
+    action="os-migrateLive",
+    ok=202,
+    body=LiveWish,
+    policy="os_compute_api:os-migrate-server:migrate_live",
+    late=True,
+)
+def migrate_live(call: Call, id: str) -> None:
+    """Until 2.29 no rule is asked about a host that is named."""
+    wish: LiveWish = call.body
+    forced = truth(wish.force)
+    if forced and not wish.host:
+        raise Invalid("Can't force to a non-provided destination")
+    rule = "os_compute_api:os-migrate-server:migrate_live" + (":host" if wish.host is not None else "")
+
+    def record(tx: Tx) -> str:
+        before = the_server(call, tx, id, rule=rule)
+        unlocked(call, before)
+        server = servers.begin(tx, id, VERBS["live_migrate"], call.world.clock.now())
+        if server.power_state not in (PowerState.running, PowerState.paused):
+            raise Conflict(f"Cannot 'os-migrateLive' instance {id} while it is in power_state {server.power_state}")
+        _known_and_other(call, server, wish.host)
+        if call.version < 34:
+            for host in (server.host, wish.host):
+                if host is not None and not call.world.hosts.up(host):
+                    raise Invalid(f"Compute service of {host} is unavailable at this time.")
+        return _go(call, tx, server, before, wish, forced or (bool(wish.host) and call.version < 30))
+
+    call.world.wake(call.world.db.run(record))
+
+
+def _go(call: Call, tx: Tx, server: Server, before: Server, wish: LiveWish, forced: bool) -> str:
+    world: World = call.world
+    now, was_ = world.clock.now(), str(before.vm_state)
+    uuid = migrations.begin(tx, server, Kind.live, Status.accepted, uuid=world.ids.uuid(), now=now, was=was_)
+    block = None if wish.block_migration == "auto" else truth(wish.block_migration)
+    most = world.config.compute.max_concurrent_live_migrations
+    job = LiveMigrate(server, uuid, wish.host, forced, block, most)
+    why = cause(call, VERBS["live_migrate"].action)
+    return start(tx, "live_migrate", job, id=world.ids.uuid(), subject=server.id, now=now, cause=why)
 
 
 # ---- and the word that it waits for

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from kilonova.clients import Neighbours
-from kilonova.conductor import addresses, capture, create, delete, interfaces, resize, verbs, volumes, watch
+from kilonova.conductor import addresses, capture, create, delete, interfaces, live_migrate, resize, verbs, volumes, watch
 from kilonova.conductor.world import World
-from kilonova.contracts.conductor import PowerChanged, Report
+from kilonova.contracts.conductor import PowerChanged, Report, Sending
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.ask import Bus
 from kilonova.kit.clock import Clock, Ids
@@ -22,6 +22,7 @@ from kilonova.model.options import Config
 FLOWS: list[Workflow[Any]] = [
     create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
     resize.revert, capture.capture, interfaces.attach_interface, interfaces.detach_interface,
+    live_migrate.live_migrate,
 ]  # fmt: skip
 
 
@@ -64,6 +65,7 @@ class Conductor:
             turns=_turns(db, config),
         )
         self.engine.door.on(Report, lambda m: watch.reported(self.world, m))
+        self.engine.door.on(Sending, lambda m: watch.sending(self.world, m))
         self.engine.door.on(PowerChanged, lambda m: watch.power_changed(self.world, m))
         self.worker = Worker(self.engine, threads=config.workers.threads, sweep_s=config.workers.sweep_s)
         self.reconcilers = Reconcilers(self.world, [*watch.RECONCILERS, *volumes.RECONCILERS], clock=clock, dice=dice)

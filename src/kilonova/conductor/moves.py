@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 
-from kilonova.conductor import ports
+from kilonova.conductor import ports, volumes
 from kilonova.conductor.ports import Plugged
+from kilonova.conductor.volumes import Connected
 from kilonova.conductor.world import World
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import NoCapacity, Trouble
-from kilonova.kit.workflow import effect
+from kilonova.kit.workflow import Run, effect
 from kilonova.model.ask import amounts, ask
 from kilonova.model.flavor import Flavor
 from kilonova.model.host import Place
@@ -80,10 +81,53 @@ def given_back(tx: Tx, server: Server, migration: str, now: float) -> None:
     placement.move(tx, migration, server.id, now=now, type="INSTANCE")
 
 
-def machine(server: Server, goal: Goal, plugged: Plugged, **more: Any) -> Machine:
+class Joined(msgspec.Struct, frozen=True):
+    """What leads into the machine from outside: its ports and its volumes, as they are on one host."""
+
+    plugged: Plugged = Plugged()
+    connected: Connected | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As the server's row has them."""
+        return {"plugs": self.plugged.plugs} | ({"devices": self.connected.devices} if self.connected else {})
+
+
+def machine(server: Server, goal: Goal, joined: Joined, **more: Any) -> Machine:
     """The whole machine as it shall be there."""
-    there = msgspec.structs.replace(server, plugs=plugged.plugs)
+    there, plugged, connected = server, joined.plugged, joined.connected
+    there = msgspec.structs.replace(there, plugs=plugged.plugs)
+    if connected:
+        there = msgspec.structs.replace(there, devices=connected.devices)
+        more["connections"] = connected.connections
     return plan(there, nics=plugged.nics, number=server.number, epoch=goal.epoch, zone=goal.place.zone, **more)
+
+
+def carry(run: Run, server: Server, to: Place) -> Connected | None:
+    """Its volumes can be used there as well."""
+    return run(volumes.carry, server, to.host) if volumes.has_volumes(server) else None
+
+
+def carried(run: Run, joined: Joined) -> None:
+    if joined.connected:
+        run(volumes.complete, volumes.attachments_of(joined.connected.devices))
+
+
+def carried_at_last(run: Run, joined: Joined) -> None:
+    """The same, after the point of no return."""
+    try:
+        carried(run, joined)
+    except Trouble:
+        pass
+
+
+def left(run: Run, server: Server, joined: Joined) -> None:
+    """The ways of its volumes to where it was; after the point of no return. What is left is found by comparing."""
+    if joined.connected:
+        try:
+            run(volumes.leave, volumes.attachments_of(server.devices))
+        except Trouble:
+            pass
 
 
 @effect

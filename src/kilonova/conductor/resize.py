@@ -6,8 +6,7 @@ Until its user confirms or reverts, the old machine is kept where it was, and it
 import msgspec
 
 from kilonova.conductor import moves
-from kilonova.conductor.moves import Goal, home, rebind
-from kilonova.conductor.ports import Plugged
+from kilonova.conductor.moves import Goal, Joined, home, rebind
 from kilonova.conductor.verbs import timeout_s
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Abandon, Arrive, Depart, Done, Drop, Luggage, Prepare, Return, Stay
@@ -35,10 +34,13 @@ def resize(run: Run, job: Resize) -> None:
     run(on_the_way, s, job.migration, Task.resize_migrating, Status.migrating, run.now)
     luggage = run(depart, s, s.host, s.epoch)
     run(on_the_way, s, job.migration, Task.resize_migrated, Status.post_migrating, run.now)
-    plugged = run(rebind, s, goal.place, old)
+    joined = Joined(run(rebind, s, goal.place, old), moves.carry(run, s, goal.place))
     run(on_the_way, s, job.migration, Task.resize_finish, Status.post_migrating, run.now)
-    done = run(arrive, job, goal, plugged, luggage)
-    run(resized, job, goal, plugged, done.power_state, run.now)
+    done = run(arrive, job, goal, joined, luggage)
+    moves.carried(run, joined)
+    run(resized, job, goal, joined, done.power_state, run.now)
+    run.no_return()
+    moves.left(run, s, joined)
 
 
 def find(run: Run, job: Resize) -> Goal:
@@ -84,7 +86,7 @@ def _(tx: Tx, job: Resize, place: Place, now: float) -> None:
 @command(patience_s=300, event="compute_prep_resize")
 def prepare(job: Resize, goal: Goal) -> To[Done]:
     """The machine without its NICs: they are not there yet."""
-    bare = moves.machine(msgspec.structs.replace(job.server, flavor=job.flavor), goal, Plugged())
+    bare = moves.machine(msgspec.structs.replace(job.server, flavor=job.flavor), goal, Joined())
     return To(goal.place.host, Prepare(machine=bare))
 
 
@@ -110,28 +112,28 @@ def _(server: Server, host: str, epoch: int) -> To[Done]:
 
 
 @command(event="compute_finish_resize")
-def arrive(job: Resize, goal: Goal, plugged: Plugged, luggage: Luggage) -> To[Done]:
+def arrive(job: Resize, goal: Goal, joined: Joined, luggage: Luggage) -> To[Done]:
     larger = msgspec.structs.replace(job.server, flavor=job.flavor)
     beside = job.server.epoch if goal.place.host == job.server.host else None
     start = VM(job.was) == VM.active
-    told = Arrive(machine=moves.machine(larger, goal, plugged), luggage=luggage, start=start, beside=beside)
+    told = Arrive(machine=moves.machine(larger, goal, joined), luggage=luggage, start=start, beside=beside)
     return To(goal.place.host, told)
 
 
 @arrive.undo
-def _(job: Resize, goal: Goal, plugged: Plugged, luggage: Luggage) -> To[Done]:
+def _(job: Resize, goal: Goal, joined: Joined, luggage: Luggage) -> To[Done]:
     return To(goal.place.host, Drop(server=job.server.id, epoch=goal.epoch))
 
 
 @arrive.on("abort")
-def _(job: Resize, goal: Goal, plugged: Plugged, luggage: Luggage) -> To[Done]:
+def _(job: Resize, goal: Goal, joined: Joined, luggage: Luggage) -> To[Done]:
     return To(goal.place.host, Abandon(server=job.server.id))
 
 
 @record
-def resized(tx: Tx, job: Resize, goal: Goal, plugged: Plugged, power_state: int, now: float) -> None:
+def resized(tx: Tx, job: Resize, goal: Goal, joined: Joined, power_state: int, now: float) -> None:
     """What it may become again still counts for the quota."""
-    there = {"host": goal.place.host, "node": goal.place.node, "epoch": goal.epoch, "plugs": plugged.plugs}
+    there = {"host": goal.place.host, "node": goal.place.node, "epoch": goal.epoch} | joined.facts
     size = servers.sized(job.flavor, job.server.flavor)
     servers.finish(tx, job.server, VM.resized, now, power_state=power_state, launched_at=now, **there, **size)
     migrations.change(tx, job.migration, now, Status.finished)
@@ -211,14 +213,16 @@ def revert(run: Run, job: Settle) -> None:
         run(leave, s, s.host)
     except HostGone:
         pass
-    plugged = run(rebind, s, back, there)
-    done = run(come_back, job, old, Goal(back, epoch), plugged)
+    joined = Joined(run(rebind, s, back, there), moves.carry(run, s, back))
+    done = run(come_back, job, old, Goal(back, epoch), joined)
+    moves.carried(run, joined)
     run.no_return()
     try:
         run(leave_nothing, s.id, s.host, s.epoch)
     except Trouble:
         pass  # it is found there, and swept
-    run(reverted, job, old, Goal(back, epoch), plugged, done.power_state, run.now)
+    run(reverted, job, old, Goal(back, epoch), joined, done.power_state, run.now)
+    moves.left(run, s, joined)
 
 
 @record
@@ -242,14 +246,14 @@ def _(server: Server, host: str) -> To[Done]:
 
 
 @command(patience_s=600, event="compute_finish_revert_resize")
-def come_back(job: Settle, old: Kept, goal: Goal, plugged: Plugged) -> To[Done]:
+def come_back(job: Settle, old: Kept, goal: Goal, joined: Joined) -> To[Done]:
     smaller = msgspec.structs.replace(job.server, flavor=old.flavor)
-    machine = moves.machine(smaller, goal, plugged)
+    machine = moves.machine(smaller, goal, joined)
     return To(old.host, Return(machine=machine, was=old.epoch, start=old.was == VM.active))
 
 
 @come_back.undo
-def _(job: Settle, old: Kept, goal: Goal, plugged: Plugged) -> To[Luggage]:
+def _(job: Settle, old: Kept, goal: Goal, joined: Joined) -> To[Luggage]:
     """As it lay there."""
     return To(old.host, Depart(server=job.server.id, epoch=old.epoch, timeout_s=0))
 
@@ -260,9 +264,9 @@ def leave_nothing(server: str, host: str, epoch: int) -> To[Done]:
 
 
 @record
-def reverted(tx: Tx, job: Settle, old: Kept, goal: Goal, plugged: Plugged, power_state: int, now: float) -> None:
+def reverted(tx: Tx, job: Settle, old: Kept, goal: Goal, joined: Joined, power_state: int, now: float) -> None:
     moves.given_back(tx, job.server, job.migration, now)
-    there = {"host": goal.place.host, "node": goal.place.node, "epoch": goal.epoch, "plugs": plugged.plugs}
+    there = {"host": goal.place.host, "node": goal.place.node, "epoch": goal.epoch} | joined.facts
     size = servers.sized(old.flavor)
     servers.finish(tx, job.server, old.was, now, power_state=power_state, launched_at=now, **there, **size)
     migrations.change(tx, job.migration, now, Status.reverted)

@@ -88,6 +88,39 @@ def _(world: World, key: str, server: Server, host: str) -> None:
 
 
 @effect
+def carry(world: World, key: str, server: Server, host: str) -> Connected:
+    """All its volumes, to this host as well: other attachments beside those that it has."""
+    mine = [d for d in server.devices if d.is_volume]
+    old = {d.attachment_id for d in mine}
+    there, told = [a for a in _attachments(world, server.id) if a.id not in old], connector(world, host)
+    devices, connections = {}, {}
+    for d in mine:
+        a = world.neighbours.volume.connect(reserved(world, server.id, d.volume_id or "", there).id, told | _mounted(d))
+        devices[d.uuid] = msgspec.structs.replace(d, attachment_id=a.id)
+        connections[d.volume_id or ""] = info_of(a, d)
+    return Connected([devices.get(d.uuid, d) for d in server.devices], connections)
+
+
+@carry.undo
+def _(world: World, key: str, server: Server, host: str) -> None:
+    old = {d.attachment_id for d in server.devices}
+    for a in _attachments(world, server.id):
+        if a.id not in old:
+            world.neighbours.volume.release(a.id)
+
+
+@effect(patience_s=1e9)
+def leave(world: World, key: str, attachments: list[str]) -> None:
+    """They lead to a host that it has left."""
+    for id in attachments:
+        world.neighbours.volume.release(id)
+
+
+def attachments_of(devices: Iterable[Device]) -> list[str]:
+    return [d.attachment_id for d in devices if d.is_volume and d.attachment_id]
+
+
+@effect
 def complete(world: World, key: str, attachments: list[str]) -> None:
     """The guest has them."""
     for id in attachments:

@@ -16,7 +16,7 @@ from kilonova.conductor.capture import unfinished
 from kilonova.conductor.verbs import STEPS
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Destroy, DetachNic, Discard, Done, Drop, Look, Power, Seen
-from kilonova.contracts.conductor import HeldHere, PowerChanged, Report
+from kilonova.contracts.conductor import HeldHere, PowerChanged, Report, Sending
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Refused, Trouble
@@ -65,6 +65,12 @@ def power_changed(world: World, m: PowerChanged) -> None:
         row = compare.found(tx, [m.server]).get(m.server)
     if row is not None and row.host == m.host and row.task_state is None and row.power_state != m.power_state:
         world.started(world.db.run(_look_into, world, m.host, [m.server], False))
+
+
+def sending(world: World, m: Sending) -> None:
+    """How far a live migration is: for those who watch it, and never later than it ends."""
+    fields = "memory_total memory_remaining memory_processed disk_total disk_remaining disk_processed".split()
+    world.db.run(migrations.progress, m.server, m.host, world.clock.now(), {f: getattr(m, f) for f in fields})
 
 
 def _met(tx: Tx, world: World, r: Report, now: float) -> list[str]:

@@ -90,13 +90,17 @@ class Settle(msgspec.Struct, frozen=True):
 
 @jobs
 class LiveMigrate(msgspec.Struct, frozen=True):
-    """ "live_migrate": to another host while it runs. `forced`: no rule is asked. `block`: its disks travel too; None: if they must."""
+    """ "live_migrate": to another host while it runs. `forced`: no rule is asked. `block`: its disks travel too; None: if they must.
+
+    `most`: that may leave its host at the same time; 0: no limit.
+    """
 
     server: Server
     migration: str
     host: str | None = None
     forced: bool = False
     block: bool | None = None
+    most: int = 0
 
 
 @jobs

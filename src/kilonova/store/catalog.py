@@ -1,5 +1,6 @@
 """What servers are made of: flavors and who may use them, and users' key pairs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -78,6 +79,12 @@ def flavor(tx: Tx, id: str) -> Flavor:
     if row is None:
         raise NotFound(f"Flavor {id} could not be found.")
     return _flavor(row)
+
+
+def flavor_numbers(tx: Tx, ids: Iterable[str]) -> dict[str, int]:
+    """What flavors are called where numbers are shown; those that there still are."""
+    rows = tx.execute(sa.select(FLAVORS.c.id, FLAVORS.c.number).where(FLAVORS.c.id.in_(list(ids))))
+    return {r.id: r.number for r in rows}
 
 
 SORTS = {
