@@ -12,7 +12,8 @@ from kilonova.model.host import HostFacts, Stock
 from kilonova.model.machine import Keypair
 from kilonova.model.server import Address, Image, Plug
 from kilonova.model.states import VM
-from kilonova.store import catalog, hosts, servers
+from kilonova.store import catalog, hosts, migrations, servers
+from kilonova.store.migrations import Kind, Status
 from tests.cloud import tables
 from tests.cloud.rooms import FLAVOR, Rooms
 from tests.cloud.tables import changes, disagreements, said
@@ -62,6 +63,11 @@ def api(tmp_path_factory):
                              user_data="eA==", locked_by="owner", locked_reason="why", availability_zone="nova")  # fmt: skip
     with rooms.db.tx() as tx:
         run = noted(tx, id=rooms.ids.uuid(), subject=rooms.one.id, now=now, cause=Cause(action="lock", request_id=rooms.ids.request(), user_id="u", project_id=project), event="api_lock")  # fmt: skip
+        moving = migrations.begin(
+            tx, rooms.one, Kind.live, Status.running, uuid=rooms.ids.uuid(), now=now, was="active"
+        )
+        migrations.begin(tx, rooms.one, Kind.resize, Status.finished, uuid=rooms.ids.uuid(), now=now, was="active", flavor=FLAVOR)  # fmt: skip
+        rooms.moving = migrations.get(tx, moving).id
     rooms.server(project, vm_state=VM.error, name="broken", fault_run=run)
     rooms.names = {
         "/os-hypervisors/{id}": (str(node.id), node.uuid),
@@ -110,7 +116,7 @@ def path_of(api, key, version):
     id = {
         "/flavors/{id}": "2", "/flavors/{id}/action": "3", "/flavors/{flavor_id}/os-extra_specs/{id}": "hw:x",
         "/os-keypairs/{id}": "mine", "/servers/{id}": api.one.id, "/servers/{id}/action": api.one.id, "/servers/{server_id}/os-instance-actions/{id}": run,
-        "/os-quota-class-sets/{id}": "default", "/versions/{id}": "v2.1",
+        "/servers/{server_id}/migrations/{id}": str(api.moving), "/os-quota-class-sets/{id}": "default", "/versions/{id}": "v2.1",
     }.get(path, api.first.admin_project_id)  # fmt: skip
     if "tenant-usage" in path:
         path += "?start=2020-01-01T00:00:00&end=2100-01-01" + ("" if "{id}" in path else "&detailed=1")
