@@ -7,7 +7,18 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from kilonova.clients import Neighbours
-from kilonova.conductor import addresses, capture, create, delete, interfaces, live_migrate, resize, verbs, volumes, watch
+from kilonova.conductor import (
+    addresses,
+    capture,
+    create,
+    delete,
+    interfaces,
+    live_migrate,
+    resize,
+    verbs,
+    volumes,
+    watch,
+)
 from kilonova.conductor.world import World
 from kilonova.contracts.conductor import PowerChanged, Report, Sending
 from kilonova.contracts.scheduler import Choose, Chosen
