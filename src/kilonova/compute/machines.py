@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from kilonova.compute import capture, interfaces, live_migrate, resize
+from kilonova.compute import capture, interfaces, live_migrate, rebuild, rescue, resize
 from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
@@ -49,7 +49,7 @@ def power(host: Host, m: Power) -> Done:
 
 
 # Acts that look between their stages whether they are wanted.
-STAGED = frozenset({"spawn", "arrive", "rebuild", "freeze", "upload"})
+STAGED = frozenset({"spawn", "arrive", "rebuild", "rescue", "freeze", "upload"})
 ACTS: dict[str, Callable[[Driver, Power, float], None]] = {
     "start": lambda d, m, _: d.start(m.server),
     "stop": lambda d, m, timeout_s: d.stop(m.server, timeout_s),
@@ -99,8 +99,10 @@ def console_log(host: Host, m: ConsoleLog) -> Text:
 HANDLERS: list[Callable[[Any, Any], Any]] = [
     spawn, destroy, power, look, abandon, *interfaces.HANDLERS, *resize.HANDLERS, *live_migrate.HANDLERS,
     *capture.HANDLERS,
+    spawn, destroy, power, look, abandon, *resize.HANDLERS, *live_migrate.HANDLERS, *capture.HANDLERS, *rebuild.HANDLERS,
+    *rescue.HANDLERS,
 ]  # fmt: skip
-QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log]
+QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log, *rescue.QUESTIONS]
 
 
 def _how(host: Host, id: str) -> str:

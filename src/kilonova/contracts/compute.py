@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from kilonova.kit.bus import Call, Contract
-from kilonova.model.machine import Machine, Nic
+from kilonova.model.machine import Disk, Machine, Nic
 
 compute = Contract("compute")
 
@@ -69,6 +69,105 @@ class Discard(Call[Done], frozen=True):
 
     server: str
     image_id: str
+
+
+@compute
+class Rebuild(Call[Done], frozen=True):
+    """Make it anew in its place: disks of the host from nothing, its volumes stay. How to reach those the host knows."""
+
+    machine: Machine
+
+
+@compute
+class Rescue(Call[Done], frozen=True):
+    """Let it run another system, from this disk, to mend its own; `stable`: all else stays where it is."""
+
+    server: str
+    disk: Disk
+    stable: bool = False
+    admin_password: str = ""
+
+    def __repr__(self) -> str:
+        return f"Rescue({self.server})"
+
+
+@compute
+class Unrescue(Call[Done], frozen=True):
+    """Let it run its own system again, and remove the other."""
+
+    server: str
+
+
+@compute
+class SetPassword(Call[Done], frozen=True):
+    """Let the guest change its administrator's password."""
+
+    server: str
+    password: str
+
+    def __repr__(self) -> str:
+        return f"SetPassword({self.server})"
+
+
+@compute
+class CrashDump(Call[Done], frozen=True):
+    """Send it an interrupt that cannot be masked: a kernel that was told to do so writes down its memory then."""
+
+    server: str
+
+
+class CpuStats(msgspec.Struct, frozen=True):
+    """`time` in nanoseconds since it was started."""
+
+    id: int
+    time: int | None = None
+    utilisation: int | None = None  # percent
+
+
+class DiskStats(msgspec.Struct, frozen=True):
+    device: str  # vda
+    read_bytes: int | None = None
+    read_requests: int | None = None
+    write_bytes: int | None = None
+    write_requests: int | None = None
+    errors_count: int | None = None
+
+
+class NicStats(msgspec.Struct, frozen=True):
+    device: str  # the tap's name
+    mac_address: str
+    rx_octets: int | None = None
+    rx_errors: int | None = None
+    rx_drop: int | None = None
+    rx_packets: int | None = None
+    rx_rate: int | None = None
+    tx_octets: int | None = None
+    tx_errors: int | None = None
+    tx_drop: int | None = None
+    tx_packets: int | None = None
+    tx_rate: int | None = None
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """What a hypervisor can tell of a machine. Memory in MiB, `uptime` in seconds."""
+
+    state: str
+    hypervisor: str
+    hypervisor_os: str = "linux"
+    uptime: int | None = None
+    memory_maximum: int | None = None
+    memory_used: int | None = None
+    config_drive: bool = False
+    cpus: list[CpuStats] = []
+    disks: list[DiskStats] = []
+    nics: list[NicStats] = []
+
+
+@compute
+class Diagnose(Call[Stats], frozen=True):
+    """A question: how is it doing?"""
+
+    server: str
 
 
 @compute

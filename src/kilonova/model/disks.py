@@ -14,7 +14,7 @@ import msgspec
 
 from kilonova.model.devices import ROLES, Device, Role
 from kilonova.model.machine import BlankSource, Bus, Disk, ImageSource, VolumeSource
-from kilonova.model.server import Server
+from kilonova.model.server import Image, Server
 
 GIB, MIB = 1 << 30, 1 << 20
 PREFIXES: dict[str, str] = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd"}
@@ -142,7 +142,11 @@ def _root(server: Server, bus: Bus, letter: str) -> Disk:
 
 
 def _image(server: Server) -> ImageSource:
-    image = server.image
+    return source_of(server.image)
+
+
+def source_of(image: Image) -> ImageSource:
+    """The bytes of an image, as a host needs them."""
     return ImageSource(
         image_id=image.id,
         disk_format=image.disk_format,  # type: ignore[arg-type]  # the image service has no others

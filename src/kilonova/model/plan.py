@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import msgspec
 
-from kilonova.model.disks import Connections, disks
+from kilonova.model.disks import Connections, disks, source_of
 from kilonova.model.identity import identity_of
-from kilonova.model.machine import Machine, Nic
+from kilonova.model.machine import Disk, ImageSource, Machine, Nic, VolumeSource
 from kilonova.model.server import Image, Server
 
 VIF_MODELS = {"virtio", "e1000", "e1000e", "rtl8139", "ne2k_pci", "pcnet", "vmxnet3", "igb", "lan9118", "spapr-vlan"}
@@ -67,6 +67,25 @@ def modelled(nic: Nic, image: Image) -> Nic:
     """As the image wants its NICs to look."""
     model = image.properties.get("hw_vif_model", "virtio")
     return msgspec.structs.replace(nic, model=model) if model in VIF_MODELS - {"virtio"} else nic
+def connected_as(machine: Machine, before: Machine) -> Machine:
+    """Its volumes are reached as they were, where the new plan does not say how."""
+    known = {d.source.volume_id: d.source for d in before.disks if isinstance(d.source, VolumeSource)}
+
+    def told(d: Disk) -> Disk:
+        if isinstance(d.source, VolumeSource) and d.source.connection_info is None:
+            return msgspec.structs.replace(d, source=known.get(d.source.volume_id, d.source))
+        return d
+
+    return msgspec.structs.replace(machine, disks=[told(d) for d in machine.disks])
+
+
+def from_image(machine: Machine, image: Image) -> Machine:
+    """The same machine with other bytes on the root disk that was to be made of its image."""
+
+    def sourced(d: Disk) -> Disk:
+        return msgspec.structs.replace(d, source=source_of(image)) if isinstance(d.source, ImageSource) else d
+
+    return msgspec.structs.replace(machine, disks=[sourced(d) for d in machine.disks])
 
 
 def architecture(image: Image) -> str:

@@ -10,9 +10,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from kilonova.contracts.compute import Landing, Luggage
+from kilonova.contracts.compute import Landing, Luggage, Stats
 from kilonova.model.host import HostFacts as HostFacts
-from kilonova.model.machine import Machine, Nic
+from kilonova.model.machine import Disk, Machine, Nic
 
 Power = Literal["nostate", "running", "paused", "shutdown", "crashed", "suspended"]
 POWER_NUMBERS: dict[str, int] = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
@@ -189,6 +189,39 @@ class Captures(Protocol):
     def drop_capture(self, id: str, image_id: str) -> None:
         """Nothing there: nothing to do."""
         ...
+
+
+@runtime_checkable
+class Rebuilds(Protocol):
+    """Machines that are made anew in their place."""
+
+    def rebuild(self, machine: Machine, progress: Progress) -> None:
+        """As `destroy` and `spawn`; but its volumes stay, and how to reach them is what it was."""
+        ...
+
+
+@runtime_checkable
+class Rescues(Protocol):
+    """Machines that run another system for a while (`model.rescue`)."""
+
+    def rescue(self, id: str, disk: Disk, stable: bool, admin_password: str, progress: Progress) -> None: ...
+
+    def unrescue(self, id: str) -> None:
+        """Its own system runs again. It is not rescued: nothing to do but to let it run."""
+        ...
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """What else can be done to a guest, and asked about it."""
+
+    def set_password(self, id: str, password: str) -> None:
+        """Raises Unsupported where the guest has nobody to do it."""
+        ...
+
+    def crash_dump(self, id: str) -> None: ...
+
+    def stats(self, id: str) -> Stats: ...
 
 
 def can(driver: Any, kind: type[Any]) -> bool:

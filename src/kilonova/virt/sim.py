@@ -15,12 +15,14 @@ from pathlib import Path
 
 import msgspec
 
-from kilonova.contracts.compute import Landing, Luggage
+from kilonova.contracts.compute import CpuStats, DiskStats, Landing, Luggage, NicStats, Stats
 from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble
 from kilonova.model.host import HostFacts
-from kilonova.model.machine import Machine, Nic, with_nic, without_nic
+from kilonova.model.machine import Disk, Machine, Nic, with_nic, without_nic
 from kilonova.model.options import Sim
+from kilonova.model.plan import connected_as
+from kilonova.model.rescue import rescued
 from kilonova.virt.driver import Held, Power, Progress, Telling
 from kilonova.virt.sim_disk import contents, qcow2
 
@@ -33,6 +35,7 @@ TRAITS = [
     "COMPUTE_NET_ATTACH_INTERFACE",
     "COMPUTE_NET_ATTACH_INTERFACE_WITH_TAG",
     "COMPUTE_NODE",
+    "COMPUTE_RESCUE_BFV",
     "HW_ARCH_X86_64",
     "OWNER_NOVA",
     *(f"COMPUTE_IMAGE_TYPE_{f}" for f in ("AKI", "AMI", "ARI", "ISO", "QCOW2", "RAW", "VDI", "VHD", "VHDX", "VMDK")),
@@ -42,15 +45,19 @@ TRAITS = [
 class SimMachine:
     """One machine: what it is, how it is, since when, and what it wrote: on its console, and on its disks.
 
-    `landing`: a guest is expected, and has not come yet.
+    `landing`: a guest is expected, and has not come yet.  `rescue`: the disk of another system that it runs meanwhile.
+    `password` and `dumps` are what the guest was told.
     """
 
-    __slots__ = ("disk", "landing", "log", "machine", "power", "since")
+    __slots__ = ("disk", "dumps", "landing", "log", "machine", "password", "power", "rescue", "since", "stable")
 
     def __init__(self, machine: Machine, power: Power, since: float) -> None:
         self.machine, self.power, self.since = machine, power, since
         self.log = self.disk = ""
         self.landing = False
+        self.rescue: Disk | None = None
+        self.stable = False
+        self.password, self.dumps = machine.admin_password, 0
 
 
 class _Kept(msgspec.Struct):
@@ -62,6 +69,8 @@ class _Kept(msgspec.Struct):
     log: str
     disk: str = ""
     landing: bool = False
+    rescue: Disk | None = None
+    stable: bool = False
 
 
 class SimState:
@@ -89,6 +98,7 @@ class SimState:
                     kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
                     which[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
                     found.log, found.disk, found.landing = kept.log, kept.disk, kept.landing
+                    found.rescue, found.stable = kept.rescue, kept.stable
             for file in sorted(directory.glob("*.capture")):
                 server, _, image = file.stem.partition(".")
                 self.captures[server, image] = file.read_bytes()
@@ -103,7 +113,8 @@ class SimState:
                 if m is None:
                     file.unlink(missing_ok=True)
                     continue
-                _write(file, msgspec.msgpack.encode(_Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing)))
+                kept = _Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing, m.rescue, m.stable)
+                _write(file, msgspec.msgpack.encode(kept))
 
     def keep_capture(self, id: str, image_id: str) -> None:
         """The same of a copy of its disk."""
@@ -435,6 +446,80 @@ class SimDriver:
     def land(self, machine: Machine) -> None:
         self._act("land", may_fail=False)
         self._newest(machine.id, machine, self._there(machine.id))
+
+    # -- made anew (`virt.driver.Rebuilds`)
+
+    def rebuild(self, machine: Machine, progress: Progress) -> None:
+        """Its directory goes and comes back; between the two it has no disk that anything could be learnt of."""
+        there = self.state.machines.get(machine.id)
+        if there is not None:
+            machine = connected_as(machine, there.machine)
+        progress("disks")
+        self._act("rebuild")
+        with self.state.lock:
+            self.state.machines[machine.id] = new = SimMachine(machine, "nostate", 0.0)
+        self.state.keep(machine.id)
+        progress("start")
+        self._boot(machine.id, new)
+
+    # -- another system for a while (`virt.driver.Rescues`)
+
+    def rescue(self, id: str, disk: Disk, stable: bool, admin_password: str, progress: Progress) -> None:
+        m = self._there(id)
+        if m.rescue == disk and m.power == "running":
+            return
+        progress("disks")
+        self._act("rescue")
+        self._turn(id, m, "shutdown")
+        m.rescue, m.stable = disk, stable
+        m.password = admin_password or m.password
+        self._boot(id, m)
+
+    def unrescue(self, id: str) -> None:
+        m = self._there(id)
+        if m.rescue is None and m.power == "running":
+            return
+        self._act("unrescue")
+        self._turn(id, m, "shutdown")
+        m.rescue = None
+        self._boot(id, m)
+
+    def running(self, id: str) -> Machine:
+        """What the guest is just now: itself, or what it was rescued with."""
+        m = self._there(id)
+        return m.machine if m.rescue is None else rescued(m.machine, m.rescue, m.stable, m.password)[0]
+
+    # -- what else a guest can be told (`virt.driver.Attends`)
+
+    def set_password(self, id: str, password: str) -> None:
+        m = self._there(id)
+        if id in self.state.deaf:
+            raise Refused("The guest does not answer.")
+        self._act("set the password of")
+        m.password = password
+
+    def crash_dump(self, id: str) -> None:
+        m = self._there(id)
+        if m.power != "running":
+            raise Refused(f"The machine cannot be interrupted: it is {m.power}.")
+        self._act("interrupt")
+        m.dumps += 1
+
+    def stats(self, id: str) -> Stats:
+        m, now = self._there(id), self.clock.now()
+        machine, on = self.running(id), m.power == "running"
+        up = int(now - m.since) if on else 0
+        return Stats(
+            state=m.power,
+            hypervisor="fake",
+            uptime=up,
+            memory_maximum=machine.memory_mb,
+            memory_used=machine.memory_mb if on else 0,
+            config_drive=machine.config_drive,
+            cpus=[CpuStats(n, up * 1_000_000_000, 100 if on else 0) for n in range(machine.vcpus)],
+            disks=[DiskStats(d.device, 0, 0, 0, 0, 0) for d in machine.disks],
+            nics=[NicStats(n.device, n.mac, *[0] * 10) for n in machine.nics],
+        )
 
     # -- images of its disk (`virt.driver.Captures`)
 
