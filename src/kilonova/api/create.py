@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, field
 
+from kilonova.api import boot_image
 from kilonova.api.bodies import (
     Base64,
     Boolish,
@@ -26,11 +27,11 @@ from kilonova.api.bodies import (
     decoded,
     truth,
 )
+from kilonova.api.boot_image import UUID
 from kilonova.api.devices import DeviceWish, OldDeviceWish, asked, fitting, of_image, seen
 from kilonova.api.registry import R, World, cause, link, links
 from kilonova.api.reserved import reserved
 from kilonova.api.server_groups import hinted
-from kilonova.clients import ImageInfo
 from kilonova.contracts.jobs import Build
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuota
@@ -46,9 +47,6 @@ from kilonova.model.server_group import ServerGroup
 from kilonova.model.states import Task
 from kilonova.store import block_devices, catalog, quotas, server_groups, servers
 
-GIB = 1 << 30
-UUID = r"(?i)[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}"
-MAPPINGS = "mappings", "block_device_mapping", "img_mappings", "img_block_device_mapping"  # not kept with a server
 MORE_NETWORKS = "Multiple possible networks found, use a Network ID to be more specific."
 
 
@@ -220,10 +218,10 @@ def _plain_checks(call: Call, wish: Wish, most: int) -> None:
         )
     if wish.hostname and most > 1:
         raise Invalid("A hostname cannot be given for several servers: names must differ.")
-    _check_files(call, wish.personality)
+    check_files(call, wish.personality)
 
 
-def _check_files(call: Call, files: list[File]) -> None:
+def check_files(call: Call, files: list[File]) -> None:
     q = call.world.config.quota
     if len(files) > q.injected_files >= 0:
         raise OverQuota("Personality file limit exceeded")
@@ -245,7 +243,7 @@ def _gather(call: Call, wish: Wish, hints: dict[str, msgspec.Raw], most: int) ->
         call.check(rule="os_compute_api:servers:create:attach_volume")
     with world.db.read() as tx:
         flavor = _flavor(call, tx, str(wish.flavor_ref))
-        keypair = _keypair(call, tx, wish.key_name)
+        keypair = keypair_of(call, tx, wish.key_name)
         company = hinted(call, tx, msgspec.json.decode(hints["group"])) if "group" in hints else None
     if zone is not None and zone not in world.hosts.zones():
         raise Invalid("The requested availability zone is not available")
@@ -276,7 +274,7 @@ def _flavor(call: Call, tx: Tx, ref: str) -> Flavor:
     return flavor
 
 
-def _keypair(call: Call, tx: Tx, name: str | None) -> Keypair | None:
+def keypair_of(call: Call, tx: Tx, name: str | None) -> Keypair | None:
     if name is None:
         return None
     try:
@@ -292,27 +290,8 @@ def _image(call: Call, wish: Wish, devices: list[Device]) -> tuple[Image, list[D
         return Image(), devices
     if not ref:
         raise Invalid("Invalid imageRef provided.")
-    if not re.fullmatch(UUID, ref):
-        raise Invalid("Invalid imageRef provided.")
-    try:
-        info: ImageInfo = call.world.neighbours.image.show(dashed(ref), call.context.token)
-    except (NotFound, Forbidden):
-        raise Invalid("Can not find requested image") from None
-    if info.status != "active":
-        raise Invalid(f"Image {info.id} is not active.")
-    image = Image(
-        id=info.id,
-        name=info.name or "",
-        disk_format=info.disk_format or "raw",
-        size_bytes=info.size or 0,
-        virtual_size_bytes=info.virtual_size or 0,
-        min_disk_gb=info.min_disk_gb,
-        min_ram_mb=info.min_ram_mb,
-        hash_algo=info.hash_algo or "",
-        hash_value=info.hash_value or "",
-        properties={k: v for k, v in info.properties.items() if k not in MAPPINGS},
-    )
-    return image, of_image(info, devices)
+    info = boot_image.shown(call, ref)
+    return boot_image.image_of(info), of_image(info, devices)
 
 
 def _place(call: Call, wish: Wish) -> tuple[str | None, str | None, str | None, bool]:
@@ -433,24 +412,7 @@ def _groups(call: Call, asked: list[Group]) -> list[str]:
 
 
 def _decide(call: Call, wish: Wish, found: Found) -> None:
-    flavor, image = found.flavor, found.image
-    if image.min_ram_mb > flavor.memory_mb:
-        raise Invalid("Flavor's memory is too small for requested image.")
-    if not image.id:
-        return  # it has a volume for its root, which has a size of its own
-    size = max(image.size_bytes, image.virtual_size_bytes)
-    if flavor.disk_gb:
-        if size > flavor.disk_gb * GIB:
-            raise Invalid(
-                f"Flavor's disk is too small for requested image. Flavor disk is {flavor.disk_gb * GIB} bytes, image is {size} bytes."
-            )
-        if image.min_disk_gb > flavor.disk_gb:
-            raise Invalid(
-                f"Flavor's disk is smaller than the minimum size specified in image metadata. Flavor disk is {flavor.disk_gb * GIB} bytes, "
-                f"minimum size is {image.min_disk_gb * GIB} bytes."
-            )
-    elif not call.may("os_compute_api:servers:create:zero_disk_flavor"):
-        raise Forbidden("Only volume-backed servers are allowed for flavors with zero disk.")
+    boot_image.fits(call, found.flavor, found.image, volume_backed=not found.image.id)
 
 
 def hostname_of(name: str, id: str) -> str:
@@ -558,7 +520,11 @@ def _server(
         availability_zone=found.zone,
         tags=wish.tags,
         metadata=wish.metadata,
-        system_metadata={"boot_roles": ",".join(sorted(call.context.roles))},
+        system_metadata={
+            "boot_roles": ",".join(sorted(call.context.roles)),
+            "owner_project_name": call.context.project_name,
+            "owner_user_name": call.context.user_name,
+        },
         keypair=found.keypair,
         user_data=wish.user_data,
         config_drive=truth(wish.config_drive),

@@ -115,6 +115,12 @@ def rebind(world: World, server: Server, place: Place) -> Plugged:
     )
 
 
+def present(world: World, server: Server) -> Plugged:
+    """As they are now, wherever that is."""
+    found, tags = _own(world, server)
+    return described(world, server, found, tags, every=True)
+
+
 def expect(world: World, server: Server, host: str) -> Plugged:
     """Its ports can come to this host, and this is how they will be there. Raises Conflict."""
     found, tags = _own(world, server)

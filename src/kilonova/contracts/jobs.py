@@ -9,7 +9,7 @@ import msgspec
 
 from kilonova.kit.bus import Contract
 from kilonova.model.flavor import Flavor
-from kilonova.model.server import Server, Wanted
+from kilonova.model.server import Image, Server, Wanted
 
 jobs = Contract("jobs")
 
@@ -130,3 +130,18 @@ class Capture(msgspec.Struct, frozen=True):
     disk_format: Literal["raw", "qcow2"]
     backup_type: str | None = None
     rotation: int = 0
+
+
+@jobs
+class Rebuild(msgspec.Struct, frozen=True):
+    """ "rebuild": `server` as it shall be, already taken. `before` is the image that it was made of, where that is another.
+
+    `image_id` is what was asked for; with `reimage` its root volume is written anew with it.
+    """
+
+    server: Server
+    image_id: str
+    before: Image | None = None
+    admin_password: str = ""
+    files: list[tuple[str, str]] = []
+    reimage: bool = False

@@ -33,6 +33,7 @@ class Ask(msgspec.Struct, frozen=True):
     properties: dict[str, str] = {}  # the image's
     image_id: str = ""
     group_id: str | None = None
+    in_place: bool = False  # it is there already: may it run this image?
     company: Company | None = None
 
 

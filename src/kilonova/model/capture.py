@@ -21,14 +21,11 @@ NOT_INHERITED = frozenset(
         "img_signature_hash_method",
         "img_signature_key_type",
         "img_signature_certificate_uuid",
-        "mappings",
-        "block_device_mapping",
-        "img_mappings",
-        "img_block_device_mapping",
         "backup_type",
-        MARK,
     }
 )
+# Not even kept with a server that is made of the image.
+NOT_OF_SERVERS = frozenset({"mappings", "block_device_mapping", "img_mappings", "img_block_device_mapping", MARK})
 KEPT_OF_OWNER = ("boot_roles", "owner_project_name", "owner_user_name")  # system metadata since its creation
 
 
@@ -53,7 +50,8 @@ def record(
     An image that somebody of another project asked for is that project's, and `shared`.
     """
     image, ours = server.image, server.system_metadata
-    inherited = {k: v for k, v in image.properties.items() if k not in NOT_INHERITED and not k.startswith("os_glance")}
+    lost = NOT_INHERITED | NOT_OF_SERVERS
+    inherited = {k: v for k, v in image.properties.items() if k not in lost and not k.startswith("os_glance")}
     about = {k: ours[k] for k in KEPT_OF_OWNER if k in ours}
     about |= {
         "base_image_ref": image.properties.get("base_image_ref") or image.id,

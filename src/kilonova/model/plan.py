@@ -83,7 +83,8 @@ def from_image(machine: Machine, image: Image) -> Machine:
     """The same machine with other bytes on the root disk that was to be made of its image."""
 
     def sourced(d: Disk) -> Disk:
-        return msgspec.structs.replace(d, source=source_of(image)) if isinstance(d.source, ImageSource) else d
+        root = d.boot_index == 0 and isinstance(d.source, ImageSource)
+        return msgspec.structs.replace(d, source=source_of(image)) if root else d
 
     return msgspec.structs.replace(machine, disks=[sourced(d) for d in machine.disks])
 

@@ -160,6 +160,7 @@ def affinity(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
 
 
 FORCED = frozenset({"named", "not_avoided", "room"})  # all that is asked for a forced host
+IN_PLACE = frozenset({"named", "image"})  # of a server that is rebuilt where it is (scheduler.md, "rebuild")
 IMAGE_WANTS = ("hw_architecture", "architecture", "img_hv_type", "hypervisor_type", "hw_vm_mode", "vm_mode")
 
 

@@ -23,7 +23,7 @@ from kilonova.kit.errors import Invalid, Unsupported
 from kilonova.model.ask import Ask
 from kilonova.model.options import Scheduler as Options
 from kilonova.scheduler.hosts import Floats, Hosts, Ints
-from kilonova.scheduler.rules import FORCED, NEEDED, RULES, TASTES, Rule, Taste, View
+from kilonova.scheduler.rules import FORCED, IN_PLACE, NEEDED, RULES, TASTES, Rule, Taste, View
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Scheduler:
         """The rows that no rule refuses, and how many each rule turned away."""
         view, fit, why = View(now, self.down_after_s), np.ones(self.hosts.n, bool), dict[str, int]()
         for name, lets in self.rules.items():
-            if ask.forced and name not in FORCED:
+            if (ask.forced and name not in FORCED) or (ask.in_place and name not in IN_PLACE):
                 continue
             mask = lets(self.hosts, ask, view)
             if isinstance(mask, EllipsisType):
