@@ -61,9 +61,12 @@ class Body(msgspec.Struct):
 def rebuild(call: Call, id: str) -> Reply:
     world: World = call.world
     wish: Wish = call.body
+    facts = _facts(call, wish, id)
     with world.db.read() as tx:
         before = the_server(call, tx, id)
-        facts = _facts(call, tx, before, wish)
+        if not isinstance(wish.key_name, UnsetType):
+            keypair = keypair_of(call, tx, wish.key_name)
+            facts |= {"keypair": keypair, "key_name": keypair.name if keypair else None}
     unlocked(call, before)
     servers.check(before, VERBS["rebuild"])
     _may(call, before, wish)
@@ -95,7 +98,7 @@ def rebuild(call: Call, id: str) -> Reply:
     world.wake(run)
     shown = views.server(call, server, more, whole=call.version >= 75)
     answer = Rebuilt(**{f: getattr(shown, f) for f in views.ServerView.__struct_fields__})
-    answer.plain_user_data = server.user_data
+    answer.user_data, answer.plain_user_data = UNSET, server.user_data
     if call.version >= 54:
         answer.key_name = server.keypair.name if server.keypair else None
     if world.config.api.enable_instance_password:
@@ -103,8 +106,8 @@ def rebuild(call: Call, id: str) -> Reply:
     return Reply(Body(answer), headers={"Location": link(call, "servers", id)})
 
 
-def _facts(call: Call, tx: Tx, before: Server, wish: Wish) -> dict[str, Any]:
-    """Columns of the row as they shall be. Raises Invalid, OverQuota."""
+def _facts(call: Call, wish: Wish, id: str) -> dict[str, Any]:
+    """Columns of the row as they shall be, as far as the body alone tells. Raises Invalid, OverQuota."""
     most = call.world.config.quota.metadata_items
     check_files(call, wish.personality)
     plain = {"name": wish.name, "description": wish.description, "disk_config": wish.disk_config,
@@ -119,11 +122,8 @@ def _facts(call: Call, tx: Tx, before: Server, wish: Wish) -> dict[str, Any]:
     for name, version, said in (("access_ip_v4", 4, wish.access_v4), ("access_ip_v6", 6, wish.access_v6)):
         if not isinstance(said, UnsetType):
             facts[name] = address(said, version, f"accessIPv{version}")
-    if not isinstance(wish.key_name, UnsetType):
-        keypair = keypair_of(call, tx, wish.key_name)
-        facts |= {"keypair": keypair, "key_name": keypair.name if keypair else None}
     if not isinstance(wish.hostname, UnsetType):
-        facts["hostname"] = hostname_of(wish.hostname, before.id)
+        facts["hostname"] = hostname_of(wish.hostname, id)
     return facts
 
 
