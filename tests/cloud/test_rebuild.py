@@ -39,7 +39,13 @@ def test_it_comes_back_anew(cloud):
     assert (told["status"], told["adminPass"], told["name"], told["image"]["id"]) == ("REBUILD", "s3cret", "two", other)
     cloud.settle()
     row, made = s.row, s.state.machines[s.id].machine
-    assert (s.status, row.task_state, row.name, row.description, row.metadata) == ("ACTIVE", None, "two", "why", {"c": "d"})
+    assert (s.status, row.task_state, row.name, row.description, row.metadata) == (
+        "ACTIVE",
+        None,
+        "two",
+        "why",
+        {"c": "d"},
+    )
     assert (row.host, row.plugs, row.epoch, row.flavor) == (before.host, before.plugs, before.epoch, before.flavor)
     assert row.launched_at > before.launched_at
     assert (made.disks[0].source.image_id, made.admin_password, made.identity.name) == (other, "s3cret", "two")
@@ -72,7 +78,12 @@ def test_one_that_was_stopped_is_stopped(cloud):
 
 
 def test_what_is_said_and_what_is_taken_away(cloud):
-    key = {"keypair": {"name": "k", "public_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPYvM5xQfZ0C0HjQ2TDFdGEsVYEg1N3bLrqIKVGFc3Wm"}}
+    key = {
+        "keypair": {
+            "name": "k",
+            "public_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPYvM5xQfZ0C0HjQ2TDFdGEsVYEg1N3bLrqIKVGFc3Wm",
+        }
+    }
     cloud.json("POST", "/os-keypairs", key, ok=201)
     data = base64.b64encode(b"#!/bin/sh").decode()
     s = cloud.boot()

@@ -7,7 +7,6 @@ import msgspec
 from msgspec import Meta, field
 
 from kilonova.api.bodies import Boolish, DiskConfig, HostName, Yes, truth
-from kilonova.api.create import GIB
 from kilonova.api.boot_image import GIB
 from kilonova.api.registry import R, World, cause, the_server, unlocked
 from kilonova.contracts.jobs import LiveMigrate, Resize, Settle

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from kilonova.clients import Neighbours
-from kilonova.conductor import (, addresses, capture, create, delete, rebuild, resize, verbs, volumes, watch
+from kilonova.conductor import (
     addresses,
     capture,
     create,
     delete,
     interfaces,
     live_migrate,
+    rebuild,
     resize,
     verbs,
     volumes,
@@ -34,7 +35,7 @@ FLOWS: list[Workflow[Any]] = [
     create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
     resize.revert, capture.capture, interfaces.attach_interface, interfaces.detach_interface,
     live_migrate.live_migrate,
-    resize.revert, capture.capture, rebuild.rebuild,
+    rebuild.rebuild,
 ]  # fmt: skip
 
 

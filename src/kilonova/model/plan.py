@@ -67,6 +67,8 @@ def modelled(nic: Nic, image: Image) -> Nic:
     """As the image wants its NICs to look."""
     model = image.properties.get("hw_vif_model", "virtio")
     return msgspec.structs.replace(nic, model=model) if model in VIF_MODELS - {"virtio"} else nic
+
+
 def connected_as(machine: Machine, before: Machine) -> Machine:
     """Its volumes are reached as they were, where the new plan does not say how."""
     known = {d.source.volume_id: d.source for d in before.disks if isinstance(d.source, VolumeSource)}
