@@ -23,6 +23,7 @@ TESTS_S, SEEDS_S, CRASHES_S = 100, 150, 150
 SEEDS = 40
 
 BUS, ENGINE, FLOWS = "tests/pure/test_bus.py", "tests/store/test_workflow.py", "tests/cloud/test_flows.py"
+LATE = "tests/store/test_workflow_faults.py::test_a_commit_that_is_carried_out_late_lets_nobody_in"
 PLACES, OWNERS, HOST = "tests/store/test_placement.py", "tests/cloud/test_ownership.py", "tests/pure/test_fences.py"
 
 
@@ -68,7 +69,7 @@ MUTANTS = {
                             "HOLD = sa.update(RUNS).where(_ours).values(epoch=_r.epoch)"),
         ("kit/workflow.py", "self.epoch += 1", "pass"),
         ("kit/workflow.py", "values(lease=_b(\"till\"), epoch=_r.epoch + 1)", "values(lease=_b(\"till\"), epoch=_r.epoch)")],
-        [ENGINE]),
+        [LATE, ENGINE]),
     "a lost run is taken from one's own house": Mutant([
         ("kit/workflow.py", '_left = (_r.id == _b("the_id")) & (_r.owner == _b("ours"))',
                             '_left = (_r.id == _b("the_id")) & (_b("ours") != "")')], [ENGINE]),

@@ -593,3 +593,82 @@ def test_storms(db: Db) -> None:
                 cloud.after(dice.randrange(4))
         cloud.settle()
         assert cloud.wrong() == [], seed
+
+
+# ---- a commit that comes late
+
+
+class Late(Cloud):
+    """The connection breaks at a commit, and what stood between it and the database (a proxy that plays a transaction
+    again) carries the transaction out later: whole, if each statement changes as many rows as it did the first time.
+    """
+
+    def __init__(self, db: Db) -> None:
+        super().__init__(db)
+        self.late: list[tuple[Any, Any, int]] = []
+        self.hooks: dict[str, Callable[[], None]] = {}  # at the next boundary of this name
+
+    @contextmanager
+    def tx(self) -> Iterator[Tx]:
+        with super().tx() as tx:
+            heard = Heard(tx)
+            yield heard  # type: ignore[misc]
+            if self.mood == "late":
+                self.mood, self.late = "", heard.said
+                raise sa.exc.OperationalError("commit", {}, Exception("connection lost"))
+
+    def boundary(self, what: str) -> None:
+        super().boundary(what)
+        if what in getattr(self, "hooks", {}):
+            self.hooks.pop(what)()
+
+    def carry_out(self) -> bool:
+        """Did it come to be?"""
+        with self.real.tx() as tx:
+            for statement, values, changed in self.late:
+                if tx.execute(statement, values).rowcount != changed:
+                    tx.rollback()
+                    return False
+        return True
+
+
+class Heard:
+    """A transaction that remembers what it was told to change."""
+
+    def __init__(self, tx: Tx) -> None:
+        self.tx, self.said = tx, list[tuple[Any, Any, int]]()
+
+    def execute(self, statement: Any, values: Any = None) -> Any:
+        done = self.tx.execute(statement, values)
+        if statement.is_dml:
+            self.said.append((statement, values, done.rowcount))
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tx, name)
+
+
+def test_a_commit_that_is_carried_out_late_lets_nobody_in(db: Db) -> None:
+    """It was to park the run, and nobody knew whether it did; by now the run is at work again."""
+    cloud = Late(db)
+    other = cloud.new_engine("c1")
+    came: list[bool] = []
+
+    def parking_breaks() -> None:
+        cloud.refuse["later plug"] = 1  # so it is parked, and its commit is told as lost
+        cloud.mood = "late"
+        cloud.hooks["before plug"] = comes_late  # when it is at work again
+
+    def comes_late() -> None:
+        came.append(cloud.carry_out())
+        cloud.delete("s")  # and whoever is let in now undoes a plug that is being made
+        cloud.at += 20  # within the lease of who is at work
+        for _ in range(3):
+            other.sweep()
+            cloud.at += 1
+
+    cloud.hooks["before plug"] = parking_breaks
+    cloud.create("s")
+    cloud.settle()
+    assert cloud.late and came == [False]
+    assert cloud.wrong() == []
