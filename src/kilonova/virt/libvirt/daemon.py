@@ -285,6 +285,8 @@ class Private:
 # Runs as root of the namespaces made for it. $1 our directory, $2 the one for sockets, $3 the host's name, $4 libvirtd.
 # A directory that is missing and cannot be made (an ordinary user's namespace, on a machine where no libvirt ever ran)
 # is made in an overlay upon its parent, which only this process tree sees.
+# The user libvirt-qemu is made by a package of Debian's that we do not need (libvirt-daemon-system). We do not run as it,
+# but libvirtd ends when it has no number, whatever qemu.conf says; so in here it has the one that Debian keeps for it.
 INSIDE = """
 at() {
     if ! mkdir -p "$2" 2>/dev/null; then
@@ -297,6 +299,12 @@ at() {
     fi
     mount --bind "$1" "$2"
 }
+named() {
+    if ! getent "$1" libvirt-qemu >/dev/null; then
+        { cat "/etc/$1"; echo "$2"; } >"$base/$1"
+        mount --bind "$base/$1" "/etc/$1"
+    fi
+}
 base=$1; run=$2; name=$3; libvirtd=$4
 if [ -n "$name" ]; then hostname "$name" 2>/dev/null || true; fi
 if ! mkdir -p /run/libvirt 2>/dev/null; then mount -t tmpfs tmpfs /run; fi
@@ -306,6 +314,8 @@ at "$base/cache" /var/cache/libvirt
 at "$base/log" /var/log/libvirt
 at "$run" /run/libvirt
 rm -f /run/libvirt/libvirt-sock*
+named passwd libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin
+named group libvirt-qemu:x:64055:
 exec "$libvirtd" -f /etc/libvirt/libvirtd.conf -p /run/libvirt/libvirtd.pid
 """
 
