@@ -236,7 +236,7 @@ class Private:
             if not (where / name).exists() or (where / name).read_text() != text:
                 _put(where / name, text)
         return {
-            "configuration": hashlib.sha256((daemon + qemu + str(self.run)).encode()).hexdigest(),
+            "configuration": hashlib.sha256((daemon + qemu + INSIDE + str(self.run)).encode()).hexdigest(),
             "networks": str(_inode(self.netns or "/proc/self/ns/net")),
             "users": str(_inode("/proc/self/ns/user")),
         }

@@ -410,7 +410,8 @@ class LibvirtDriver:
         if stop_daemon is None:
             stop_daemon = False
             with contextlib.suppress(Trouble, self.lib.libvirtError):
-                stop_daemon = self.link.ready(0) and self.link.call(lambda conn: not conn.numOfDomains(), timeout_s=2)
+                # One that cannot be talked to serves no guest either, and would be started again and again.
+                stop_daemon = not self.link.ready(0) or self.link.call(lambda conn: not conn.numOfDomains(), timeout_s=2)
         self.closing.set()
         self.news.put(None)
         self.link.close()
