@@ -196,7 +196,7 @@ def _demo(
     if stop.is_set():
         return 130
     if why := cloud.health.reasons():
-        raise Refused("; ".join(why.values()))
+        raise Refused(f"{'; '.join(why.values())} The log says more: {state.log}")
     if cloud.driver is not None:
         facts = cloud.driver.host()
         _say(f"Machines run under {facts.virt_type}: {facts.virt_why}")
@@ -219,9 +219,12 @@ def _demo(
 
 
 def _when_ready(reasons: Callable[[], dict[str, str]], stop: threading.Event, most_s: float = 60) -> None:
-    until = time.monotonic() + most_s
-    while reasons() and time.monotonic() < until and not stop.wait(0.05):
-        pass
+    """Waits; says for what when it takes long."""
+    began, told = time.monotonic(), False
+    while (why := reasons()) and time.monotonic() < began + most_s and not stop.wait(0.05):
+        if not told and time.monotonic() > began + 8:
+            told = True
+            _say(f"Waiting for a host … ({'; '.join(why.values())})")
 
 
 def _in_background(work: Callable[[], object]) -> None:

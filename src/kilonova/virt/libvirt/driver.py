@@ -411,7 +411,9 @@ class LibvirtDriver:
             stop_daemon = False
             with contextlib.suppress(Trouble, self.lib.libvirtError):
                 # One that cannot be talked to serves no guest either, and would be started again and again.
-                stop_daemon = not self.link.ready(0) or self.link.call(lambda conn: not conn.numOfDomains(), timeout_s=2)
+                stop_daemon = not self.link.ready(0) or self.link.call(
+                    lambda conn: not conn.numOfDomains(), timeout_s=2
+                )
         self.closing.set()
         self.news.put(None)
         self.link.close()
