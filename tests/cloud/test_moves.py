@@ -529,3 +529,159 @@ def test_the_list_of_moves(cloud):
     assert "uuid" not in old[0]
     later = both[0]["updated_at"] + "Z"
     assert [m["id"] for m in moves(cloud, **{"changes-since": later})] == [both[0]["id"]]
+
+
+# ---- from a host that is down
+
+
+def fail(cloud, host):
+    """It says nothing for two minutes."""
+    cloud.dead.add(host)
+    cloud.pass_time(120)
+
+
+def evacuate(cloud, s, *, ok=200, version="2.96", settle=True, **said):
+    return act_as_admin(cloud, s, "evacuate", said, ok=ok, version=version, settle=settle)
+
+
+def test_a_server_of_a_dead_host_lives_on(cloud):
+    s = cloud.boot()
+    write(s, "lost")
+    source, epoch, plugs = s.row.host, s.row.epoch, s.row.plugs
+    evacuate(cloud, s, ok=400)  # its host is well
+    s.act("evacuate", {}, ok=403)
+    fail(cloud, source)
+    answer = evacuate(cloud, s, version="2.13", onSharedStorage=False, adminPass="secret")
+    assert answer == {"adminPass": "secret"}
+    row = s.row
+    assert (s.status, row.host != source, row.epoch > epoch, read(s)) == ("ACTIVE", True, True, "")
+    assert [p.port_id for p in row.plugs] == [p.port_id for p in plugs]
+    assert s.state.machines[s.id].machine.admin_password == "secret"
+    m = last_move(cloud, s)
+    assert (m.type, m.status, held(cloud, m.uuid)) == ("evacuation", "done", {source: 512})
+    assert s.id in cloud.states[source].machines
+    cloud.dead.clear()
+    cloud.pass_time(200)
+    assert s.id not in cloud.states[source].machines
+    m = last_move(cloud, s)
+    assert (m.status, held(cloud, m.uuid)) == ("completed", {})
+    assert (s.status, s.row.host) == ("ACTIVE", row.host)
+
+
+@pytest.mark.parametrize(("version", "was", "ends"), [("2.94", "active", "ACTIVE"), ("2.95", "active", "SHUTOFF"), ("2.14", "stopped", "SHUTOFF"), ("2.95", "error", "ACTIVE")])  # fmt: skip
+def test_how_it_ends_there(cloud, version, was, ends):
+    s = cloud.boot()
+    if was == "stopped":
+        s.act("os-stop")
+    if was == "error":
+        cloud.dead.add(s.row.host)
+        s.act("reboot", {"type": "SOFT"})
+        act_as_admin(cloud, s, "os-resetState", {"state": "error"})
+    fail(cloud, s.row.host)
+    assert evacuate(cloud, s, version=version) is None
+    assert (s.status, s.state.machines[s.id].power) == (ends, "running" if ends == "ACTIVE" else "shutdown")
+
+
+def test_where_it_may_go(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    (other,) = {"h0", "h1"} - {source}
+    fail(cloud, source)
+    evacuate(cloud, s, host="nobody", ok=404)
+    evacuate(cloud, s, host=source, ok=400)
+    evacuate(cloud, s, host=other, force=True, version="2.68", ok=400)
+    evacuate(cloud, s, force=True, version="2.67", ok=400)
+    evacuate(cloud, s, onSharedStorage=True, adminPass="x", version="2.1", ok=400)
+    evacuate(cloud, s, version="2.13", ok=400)
+    evacuate(cloud, s, host=other)
+    assert s.row.host == other
+
+
+def test_nowhere_to_go_leaves_it_as_it_was(cloud):
+    s = cloud.boot()
+    before = s.row
+    fail(cloud, "h0")
+    fail(cloud, "h1")
+    evacuate(cloud, s)
+    row = s.row
+    assert (row.vm_state, row.host, row.epoch) == (before.vm_state, before.host, before.epoch)
+    assert last_move(cloud, s).status == "error"
+    cloud.dead.clear()
+    cloud.pass_time(30)
+
+
+def test_what_waits_for_the_dead_is_overtaken(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    fail(cloud, source)
+    s.act("reboot", {"type": "SOFT"}, settle=False)
+    evacuate(cloud, s, version="2.94", settle=False)
+    evacuate(cloud, s, settle=False, ok=409)
+    cloud.settle()
+    assert (s.status, s.row.host != source) == ("ACTIVE", True)
+
+
+@pytest.mark.parametrize("steps", range(0, 10, 2))
+def test_deleted_while_it_is_made_anew(cloud, steps):
+    s = cloud.boot()
+    fail(cloud, s.row.host)
+    evacuate(cloud, s, settle=False)
+    for _ in range(steps):
+        cloud.step()
+    s.delete()
+    assert s.row.vm_state == "deleted"
+    cloud.dead.clear()
+    cloud.settle()
+    assert not any(state.machines for state in cloud.states.values())
+
+
+def test_a_host_that_keeps_what_nobody_owns_is_swept_all_the_same_when_the_server_has_moved(tmp_path):
+    config = Config(compute=options.Compute(lost_server="log"))
+    with telling(tmp_path, hosts=2, config=config) as cloud:
+        s = cloud.boot()
+        source = s.row.host
+        fail(cloud, source)
+        evacuate(cloud, s)
+        cloud.dead.clear()
+        cloud.pass_time(200)
+        assert s.id not in cloud.states[source].machines
+
+
+# ---- what nobody asked for
+
+
+def test_a_resize_is_confirmed_when_nobody_says_anything(tmp_path):
+    config = Config(compute=options.Compute(resize_confirm_window_s=600))
+    with telling(tmp_path, hosts=2, config=config) as cloud:
+        s = cloud.boot()
+        s.act("resize", {"flavorRef": "large"})
+        assert cloud.mend("undecided") == []
+        cloud.pass_time(700)
+        assert (s.status, last_move(cloud, s).status) == ("ACTIVE", "confirmed")
+        names = [a["action"] for a in cloud.json("GET", f"/servers/{s.id}/os-instance-actions")["instanceActions"]]
+        assert names[0] == "confirmResize"
+
+
+def test_what_an_administrator_made_of_it_leaves_nothing(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    s.act("resize", {"flavorRef": "large"})
+    act_as_admin(cloud, s, "os-resetState", {"state": "active"})
+    cloud.mend("undecided")
+    cloud.settle()
+    assert s.id not in cloud.states[source].machines
+    assert last_move(cloud, s).status == "confirmed"
+
+
+def test_ports_on_a_wrong_host_are_brought_back(cloud):
+    s = cloud.boot()
+    (plug,) = s.row.plugs
+    (other,) = {"h0", "h1"} - {s.row.host}
+    network = cloud.neighbours.network
+    network.bind_port(plug.port_id, other, device_id=s.id, device_owner="compute:nova")
+    assert len(cloud.mend("misplaced")) == 1
+    assert network.port(plug.port_id).host == s.row.host
+    live(cloud, s)
+    network.expect_port(network.port(plug.port_id), "h0" if s.row.host == "h1" else "h1")
+    assert len(cloud.mend("misplaced")) == 1
+    assert cloud.mend("misplaced") == []

@@ -9,15 +9,15 @@ from msgspec import Meta, field
 from kilonova.api.bodies import Boolish, DiskConfig, HostName, Yes, truth
 from kilonova.api.boot_image import GIB
 from kilonova.api.registry import R, World, cause, the_server, unlocked
-from kilonova.contracts.jobs import LiveMigrate, Resize, Settle
+from kilonova.contracts.jobs import Evacuate, LiveMigrate, Resize, Settle
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, only, required, until, was
-from kilonova.kit.workflow import start
+from kilonova.kit.workflow import signal, start
 from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server
-from kilonova.model.states import VERBS, PowerState
+from kilonova.model.states import VERBS, VM, PowerState
 from kilonova.store import catalog, migrations, quotas, servers
 from kilonova.store.migrations import Kind, Status
 
@@ -203,6 +203,66 @@ def _go(call: Call, tx: Tx, server: Server, before: Server, wish: LiveWish, forc
     job = LiveMigrate(server, uuid, wish.host, forced, block, most)
     why = cause(call, VERBS["live_migrate"].action)
     return start(tx, "live_migrate", job, id=world.ids.uuid(), subject=server.id, now=now, cause=why)
+
+
+# ---- from a host that is down
+
+
+class EvacuateWish(msgspec.Struct, forbid_unknown_fields=True):
+    host: HostName | UnsetType = UNSET
+    shared: Annotated[Boolish, until("2.13"), required(since="2.1")] = field(default=False, name="onSharedStorage")
+    admin_password: str | UnsetType = field(default=UNSET, name="adminPass")
+    force: Annotated[Boolish, only("2.29-2.67")] = False
+
+
+@R.post(PATH, action="evacuate", body=EvacuateWish, policy="os_compute_api:os-evacuate", late=True)
+def evacuate(call: Call, id: str) -> Any:
+    """It may overtake whatever runs, as a delete does: its host will not answer. Until 2.28 no rule is asked about a named host."""
+    wish: EvacuateWish = call.body
+    host = None if isinstance(wish.host, UnsetType) else wish.host
+    if truth(wish.force) and host is None:
+        raise Invalid("Can't force to a non-provided destination")
+    password, shown = _password(call, wish)
+
+    def record(tx: Tx) -> list[str]:
+        before = the_server(call, tx, id)
+        if host is not None and host not in call.world.hosts:
+            raise NotFound(f"Compute host {host} could not be found.")
+        if host is not None and host == before.host:
+            raise Invalid("The target host can't be the same one.")
+        server = servers.begin(tx, id, VERBS["evacuate"], call.world.clock.now())
+        if call.world.hosts.up(server.host):
+            raise Invalid(f"Compute service of {server.host} is still in use.")
+        forced = truth(wish.force) or (host is not None and call.version < 29)
+        return _leave_behind(call, tx, server, before, host, forced, password)
+
+    for run in call.world.db.run(record):
+        call.world.wake(run)
+    return shown
+
+
+def _password(call: Call, wish: EvacuateWish) -> tuple[str, dict[str, str | None] | None]:
+    """What it will be, and what the caller is told of it: from 2.14 on nothing."""
+    given = None if isinstance(wish.admin_password, UnsetType) else wish.admin_password
+    if truth(wish.shared) and given is not None:
+        raise Invalid("admin password can't be changed on existing disk")
+    api = call.world.config.api
+    password = given or ("" if truth(wish.shared) else call.world.ids.password(api.password_length))
+    tells = call.version < 14 and api.enable_instance_password
+    return password, {"adminPass": password or None} if tells else None
+
+
+def _leave_behind(
+    call: Call, tx: Tx, server: Server, before: Server, host: str | None, forced: bool, password: str
+) -> list[str]:
+    world: World = call.world
+    now, was_ = world.clock.now(), before.vm_state
+    others = signal(tx, server.id, "abort")
+    uuid = migrations.begin(tx, server, Kind.evacuation, Status.accepted, uuid=world.ids.uuid(), now=now, was=str(was_))
+    stopped = was_ == VM.stopped or (call.version >= 95 and was_ != VM.error)
+    job = Evacuate(server, str(was_), uuid, host, forced, stopped, password)
+    why = cause(call, "evacuate")
+    return [*others, start(tx, "evacuate", job, id=world.ids.uuid(), subject=server.id, now=now, cause=why)]
 
 
 # ---- and the word that it waits for

@@ -12,6 +12,7 @@ from kilonova.conductor import (
     capture,
     create,
     delete,
+    evacuate,
     interfaces,
     live_migrate,
     rebuild,
@@ -36,6 +37,8 @@ FLOWS: list[Workflow[Any]] = [
     resize.revert, capture.capture, interfaces.attach_interface, interfaces.detach_interface,
     live_migrate.live_migrate,
     rebuild.rebuild,
+    evacuate.evacuate,
+    watch.tidy,
 ]  # fmt: skip
 
 

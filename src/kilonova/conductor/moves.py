@@ -4,6 +4,7 @@ The new place is claimed in the transaction that writes it down; what the server
 migration from there on, so that both hosts know what they owe until it is decided where the server stays.
 """
 
+import logging
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from kilonova.conductor.volumes import Connected
 from kilonova.conductor.world import World
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import NoCapacity, Trouble
+from kilonova.kit.errors import Conflict, NoCapacity, Trouble
 from kilonova.kit.workflow import Run, effect
 from kilonova.model.ask import amounts, ask
 from kilonova.model.flavor import Flavor
@@ -25,6 +26,7 @@ from kilonova.model.server import Server
 from kilonova.store import hosts, migrations, placement, server_groups
 from kilonova.store.migrations import Status
 
+log = logging.getLogger(__name__)
 TURNS = 10  # that places are asked for: claims may be lost to others
 NO_HOST = "No valid host was found. There are not enough hosts available."
 
@@ -138,7 +140,11 @@ def rebind(world: World, key: str, server: Server, to: Place, back: Place) -> Pl
 
 @rebind.undo
 def _(world: World, key: str, server: Server, to: Place, back: Place) -> None:
-    ports.rebind(world, server, back)
+    """A network service may have no wires on a host that is down: its ports are looked at again (`watch.strays`)."""
+    try:
+        ports.rebind(world, server, back)
+    except Conflict as e:
+        log.warning("ports of %s are not back on %s: %s", server.id, back.host, e.said)
 
 
 def nowhere(last: Trouble | None, tried: list[str]) -> Trouble:

@@ -146,6 +146,23 @@ def unexpect(world: World, server: Server, host: str) -> None:
             world.neighbours.network.forget_binding(p.id, host)
 
 
+def bring(world: World, port: Port, server: Server, zone: str) -> None:
+    """To where its server is, if the network service can."""
+    with suppress(Conflict):
+        owner = {"device_id": server.id, "device_owner": f"compute:{zone}"}
+        world.neighbours.network.bind_port(port.id, server.host or "", **owner)
+
+
+def alone(world: World, port: Port) -> list[str]:
+    """It comes to no other host than where it is. To which it could have come."""
+    with suppress(NotFound):
+        others = [b.host for b in world.neighbours.network.bindings(port.id) if b.status != "ACTIVE"]
+        for host in others:
+            world.neighbours.network.forget_binding(port.id, host)
+        return others
+    return []
+
+
 def _own(world: World, server: Server) -> tuple[list[Port], list[str | None]]:
     """The ports that the server is written down with, in that order, as they are now; and their tags."""
     known = {p.port_id: p.tag for p in server.plugs}

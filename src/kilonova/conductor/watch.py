@@ -11,20 +11,22 @@ from typing import Any, Literal
 import msgspec
 
 import kilonova
-from kilonova.conductor import ports
+from kilonova.conductor import ports, resize
 from kilonova.conductor.capture import unfinished
 from kilonova.conductor.verbs import STEPS
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Destroy, DetachNic, Discard, Done, Drop, Look, Power, Seen
 from kilonova.contracts.conductor import HeldHere, PowerChanged, Report, Sending
+from kilonova.contracts.jobs import Settle
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Refused, Trouble
+from kilonova.kit.errors import Conflict, HostGone, NotFound, Refused, Trouble
 from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import Cause, Run, command, forget, noted, record, start, wake_host, workflow
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM, PowerState, Task, Verb
 from kilonova.store import compare, hosts, migrations, placement, servers
+from kilonova.store.migrations import Status
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +83,21 @@ def _met(tx: Tx, world: World, r: Report, now: float) -> list[str]:
     """
     before = hosts.heard(tx, r.host)
     hosts.learn(tx, r, uuid=world.ids.uuid, now=now)
+    _told_of_evacuations(tx, r, now)
     reborn = before is not None and before.born != r.born
     woken = wake_host(tx, r.host) if reborn else []
     suspects = _suspects(tx, world, r) if before is not None else []
     return woken + _look_into(tx, world, r.host, suspects, reborn)
+
+
+def _told_of_evacuations(tx: Tx, r: Report, now: float) -> None:
+    """It is back, and holds nothing any longer of what left it when it was down: its share is free."""
+    left = migrations.evacuated(tx, r.host)
+    if left and not hosts.service_of(tx, r.host).forced_down:
+        for m in left:
+            if not any(h.server == m.server and h.epoch <= m.source_epoch for h in r.holds) and m.server not in r.busy:
+                placement.release(tx, m.uuid, now=now)
+                migrations.change(tx, m.uuid, now, Status.completed)
 
 
 def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
@@ -101,6 +114,9 @@ def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
             log.warning("%s has machines that no server of it owns: %s", r.host, ", ".join(lost))
         strange = sorted(moved)
     wanted = [id for id in strange + odd if id not in r.busy]
+    known = hosts.heard(tx, r.host) if wanted else None
+    if known is not None and known.forced_down:
+        return []  # nothing can be told to it
     at_work = compare.at_work(tx, wanted)
     return [id for id in dict.fromkeys(wanted) if id not in at_work]
 
@@ -324,6 +340,74 @@ def _heal(tx: Tx, world: World, id: str, before: float) -> str | None:
     return f"{id} was {server.vm_state}, {server.task_state}, and nobody at work on it"
 
 
+# ---- moves that nobody decides
+
+
+class Tidy(msgspec.Struct, frozen=True):
+    server: str
+    migration: str
+
+
+@workflow
+def tidy(run: Run, job: Tidy) -> None:
+    """A server that waited for a word is something else by now, by an administrator's: what is kept of it is dropped."""
+    run.when_alone()
+    old = run(resize.kept, job.migration)
+    if not run(abandoned, job):
+        return
+    try:
+        run(drop, job.server, old.host, old.epoch)
+    except HostGone:
+        pass
+    run(tidied, job, run.now)
+
+
+@record
+def abandoned(tx: Tx, job: Tidy) -> bool:
+    return any(m.uuid == job.migration for m in compare.abandoned(tx))
+
+
+@record
+def tidied(tx: Tx, job: Tidy, now: float) -> None:
+    placement.release(tx, job.migration, now=now)
+    migrations.change(tx, job.migration, now, Status.confirmed)
+    s = servers.get(tx, job.server)
+    servers.change(tx, s.id, None, vcpus=s.flavor.vcpus, memory_mb=s.flavor.memory_mb)
+
+
+@reconciler(every_s=60)
+def undecided(world: World) -> list[str]:
+    """A resize is confirmed when its user says nothing for long, if the operator wants it so; or when it makes no sense any more."""
+    window_s, now = world.config.compute.resize_confirm_window_s, world.clock.now()
+    with world.db.read() as tx:
+        late = compare.undecided(tx, now - window_s) if window_s else []
+        odd = compare.abandoned(tx)
+    said = [f"the resize of {m.server} is confirmed" for m in late if world.db.run(_confirm, world, m.server, m.uuid)]
+    return said + [f"the resize of {m.server} is dropped" for m in odd if world.db.run(_tidy, world, m.server, m.uuid)]
+
+
+def _confirm(tx: Tx, world: World, server: str, migration: str) -> bool:
+    now = world.clock.now()
+    m = migrations.unfinished(tx, server)
+    if m is None or m.uuid != migration:
+        return False
+    try:
+        s = servers.begin(tx, server, VERBS["confirm"], now)
+    except (Conflict, NotFound):
+        return False
+    migrations.change(tx, migration, now, Status.confirming)
+    cause = Cause(action="confirmResize", request_id=world.ids.request(), project_id=s.project_id)
+    start(tx, resize.confirm, Settle(s, migration), id=world.ids.uuid(), subject=server, now=now, cause=cause)
+    return True
+
+
+def _tidy(tx: Tx, world: World, server: str, migration: str) -> bool:
+    if server in compare.at_work(tx, [server]):
+        return False
+    start(tx, tidy, Tidy(server, migration), id=world.ids.uuid(), subject=server, now=world.clock.now())
+    return True
+
+
 # ---- in its own rhythm
 
 
@@ -404,6 +488,33 @@ def strays(world: World) -> list[str]:
     return said
 
 
+@reconciler(every_s=300)
+def misplaced(world: World) -> list[str]:
+    """Ports that are on another host than their server: who moved it, or took that back, came late or had no answer."""
+    named = world.config.api.default_availability_zone
+    with world.db.read() as tx:
+        zones = hosts.zones(tx)
+    owners = sorted({f"compute:{z}" for z in {named, "nova", *zones.values()}})
+    found = [p for p in world.neighbours.network.ports(device_owner=owners) if p.device_id]
+    said = []
+    with world.db.read() as tx:
+        known = servers.find(tx, {p.device_id or "" for p in found})
+        lately = compare.lately_moved(tx, world.clock.now() - KEEP_HIDDEN_S)
+        at_work = compare.at_work(tx, known)
+    for p in found:
+        s = known.get(p.device_id or "")
+        if s is None or s.deleted_at is not None or s.host is None or s.id in at_work:
+            continue
+        if p.id not in {plug.port_id for plug in s.plugs}:
+            continue
+        if p.host != s.host:
+            ports.bring(world, p, s, zones.get(s.host, named))
+            said.append(f"port {p.id} of {s.id} was on {p.host}")
+        elif s.id in lately:
+            said += [f"port {p.id} of {s.id} could still come to {host}" for host in ports.alone(world, p)]
+    return said
+
+
 @reconciler(every_s=600)
 def journals(world: World) -> list[str]:
     """Drop what nobody asked for and nobody will ask about."""
@@ -412,4 +523,4 @@ def journals(world: World) -> list[str]:
     return []
 
 
-RECONCILERS = [beats, present, silent_hosts, stuck, claims, strays, unfinished, journals]
+RECONCILERS = [beats, present, silent_hosts, stuck, claims, undecided, strays, misplaced, unfinished, journals]

@@ -105,10 +105,7 @@ class LiveMigrate(msgspec.Struct, frozen=True):
 
 @jobs
 class Evacuate(msgspec.Struct, frozen=True):
-    """ "evacuate": its host is down; it is made anew on another. `stopped`: and is not started there.
-
-    `shared`: the caller says (until 2.13) that its disks can be reached from there.
-    """
+    """ "evacuate": its host is down; it is made anew on another. `stopped`: and does not run there."""
 
     server: Server
     was: str
@@ -116,7 +113,6 @@ class Evacuate(msgspec.Struct, frozen=True):
     host: str | None = None
     forced: bool = False
     stopped: bool = False
-    shared: bool | None = None
     admin_password: str = ""
 
 

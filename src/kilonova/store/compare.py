@@ -13,7 +13,7 @@ from kilonova.kit.ready import ready
 from kilonova.kit.workflow import RUNS
 from kilonova.model.states import VM
 from kilonova.store import hosts, migrations, placement, servers
-from kilonova.store.migrations import Status
+from kilonova.store.migrations import Kind, Migration, Status
 
 
 def on_host(tx: Tx, host: str) -> dict[str, Any]:
@@ -60,6 +60,26 @@ def unowned(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
 def unclaimed(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
     """(server, provider) of servers that are on a host and hold nothing of it, and that no run is at."""
     return [(r.id, r.uuid) for r in tx.execute(UNCLAIMED, {"most": most})]
+
+
+def undecided(tx: Tx, before: float, most: int = 100) -> list[Migration]:
+    """Resizes that have waited for a word since that moment."""
+    waiting = _m.status == str(Status.finished), _m.updated_at < before, _t.vm_state == str(VM.resized), ~_busy
+    query = migrations.SELECT.join(servers.T, _t.id == _m.server).where(*waiting, _t.deleted_at.is_(None))
+    return [migrations.of(r) for r in tx.execute(query.limit(most))]
+
+
+def abandoned(tx: Tx, most: int = 100) -> list[Migration]:
+    """Resizes that wait for a word, and whose server is neither that which they left nor in error."""
+    other = _m.status == str(Status.finished), _t.vm_state.not_in([str(VM.resized), str(VM.error)])
+    query = migrations.SELECT.join(servers.T, _t.id == _m.server).where(*other, _t.deleted_at.is_(None))
+    return [migrations.of(r) for r in tx.execute(query.where(_t.task_state.is_(None)).limit(most))]
+
+
+def lately_moved(tx: Tx, since: float) -> set[str]:
+    """Servers that were moved while they ran, or nearly."""
+    live = _m.type == str(Kind.live), sa.func.coalesce(_m.updated_at, _m.created_at) >= since
+    return set(tx.execute(sa.select(_m.server).where(*live)).scalars())
 
 
 def plugs(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
