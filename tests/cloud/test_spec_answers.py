@@ -108,7 +108,9 @@ def others():
 
 
 def path_of(api, key, version):
-    path = key.split(" ")[1].partition("#")[0]
+    path, _, action = key.split(" ")[1].partition("#")
+    if action == "evacuate":
+        return f"/servers/{api.server(api.first.admin_project_id, host='down', node='down').id}/action"
     if path in api.names:
         return path.replace("{id}", api.names[path][version >= 53])
     with api.db.read() as tx:
@@ -139,6 +141,7 @@ def body_of(api, key, version):
         "PUT /os-quota-class-sets/{id}": {"quota_class_set": {"cores": 20}},
         "PUT /os-quota-sets/{id}": {"quota_set": {"cores": 20}},
         "PUT /os-services/{id}": service,
+        "POST /servers/{id}/action#evacuate": {"evacuate": {} if version >= 14 else {"onSharedStorage": False}},
         "POST /servers": {"server": {"name": n, "flavorRef": "2", "imageRef": api.image_id, **nets}},
         "PUT /servers/{id}": {"server": {"name": n}},
         "POST /servers/{id}/action#createImage": {"createImage": {"name": n}},
