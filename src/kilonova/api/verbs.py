@@ -10,6 +10,7 @@ from kilonova.contracts.jobs import Act
 from kilonova.kit.db import Tx
 from kilonova.kit.routes import Call
 from kilonova.kit.workflow import start
+from kilonova.model.server import Server
 from kilonova.model.states import VERBS
 from kilonova.store import servers
 
@@ -21,12 +22,17 @@ def act(call: Call, id: str, verb: str) -> None:
     def record(tx: Tx) -> str:
         before = the_server(call, tx, id)
         unlocked(call, before)
-        now = world.clock.now()
-        server = servers.begin(tx, id, VERBS[verb], now)
-        job = Act(server, verb, was=str(before.vm_state))
-        return start(tx, "act", job, id=world.ids.uuid(), subject=id, now=now, cause=cause(call, VERBS[verb].action))
+        return begun(call, tx, before, verb)
 
     world.wake(world.db.run(record))
+
+
+def begun(call: Call, tx: Tx, before: Server, verb: str) -> str:
+    """The server is claimed for the verb and its run is started; to be woken after the commit. Raises Conflict."""
+    world: World = call.world
+    now = world.clock.now()
+    job = Act(servers.begin(tx, before.id, VERBS[verb], now), verb, was=str(before.vm_state))
+    return start(tx, "act", job, id=world.ids.uuid(), subject=before.id, now=now, cause=cause(call, VERBS[verb].action))
 
 
 class Reboot(msgspec.Struct, forbid_unknown_fields=True):

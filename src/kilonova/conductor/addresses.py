@@ -1,17 +1,12 @@
 """What the API shows of a server's addresses, asked anew when the network service says that it changed."""
 
-import msgspec
-
 from kilonova.conductor import ports
 from kilonova.conductor.world import World
+from kilonova.contracts.jobs import Readdress
 from kilonova.kit.db import Tx
 from kilonova.kit.workflow import Run, effect, record, start, workflow
 from kilonova.model.server import Plug
 from kilonova.store import servers
-
-
-class Readdress(msgspec.Struct, frozen=True):
-    server: str
 
 
 @workflow

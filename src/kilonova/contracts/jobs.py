@@ -58,6 +58,13 @@ class DetachInterface(msgspec.Struct, frozen=True):
 
 
 @jobs
+class Readdress(msgspec.Struct, frozen=True):
+    """ "readdress": what the API shows of the server's ports is asked anew of the network service."""
+
+    server: str
+
+
+@jobs
 class Delete(msgspec.Struct, frozen=True):
     """ "delete": waits until other runs have ended, then takes everything back."""
 

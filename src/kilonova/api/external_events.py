@@ -1,0 +1,95 @@
+"""POST /os-server-external-events: what neighbours say has become of a server's ports, volumes and power."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from kilonova.api.bodies import Uuid, dashed
+from kilonova.api.registry import R, World, cause
+from kilonova.api.verbs import begun
+from kilonova.contracts.jobs import Readdress
+from kilonova.kit.db import Tx
+from kilonova.kit.errors import Conflict
+from kilonova.kit.routes import Call, Reply
+from kilonova.kit.versions import was
+from kilonova.kit.workflow import noted, start
+from kilonova.model.server import Server
+from kilonova.store import servers
+
+Name51 = Literal["network-changed", "network-vif-deleted", "network-vif-plugged", "network-vif-unplugged"]
+Name76 = Name51 | Literal["volume-extended"]
+Name82 = Name76 | Literal["power-update"]
+Name93 = Name82 | Literal["accelerator-request-bound"]
+Name = Name93 | Literal["volume-reimaged"]
+TAGGED = ("volume-extended", "power-update", "accelerator-request-bound")  # these say nothing without a tag
+ADDRESSES = ("network-changed", "network-vif-deleted")
+POWER = {"POWER_ON": "start", "POWER_OFF": "stop"}
+
+
+class Event(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[
+        Name, was(Name51, until="2.50"), was(Name76, until="2.75"), was(Name82, until="2.81"), was(Name93, until="2.92")
+    ]
+    server_uuid: Uuid
+    status: Literal["completed", "failed", "in-progress"] = "completed"
+    tag: Annotated[str, Meta(max_length=255)] | None = None
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True):
+    events: Annotated[list[Event], Meta(min_length=1)]
+
+
+@R.post("/v2.1/os-server-external-events", body=Body, policy="os_compute_api:os-server-external-events:create")
+def create(call: Call) -> Reply:
+    """Each event has a code of its own: 207 where one could not be taken."""
+    told: list[Event] = call.body.events
+    world: World = call.world
+
+    def record(tx: Tx) -> tuple[list[int], list[str]]:
+        known = servers.find(tx, {dashed(e.server_uuid) for e in told})
+        codes = [_code(e, known.get(dashed(e.server_uuid))) for e in told]
+        taken = [(e, known[dashed(e.server_uuid)]) for e, code in zip(told, codes, strict=True) if code == 200]
+        return codes, _heeded(call, tx, taken)
+
+    codes, runs = world.db.run(record)
+    for run in runs:
+        world.wake(run)
+    shown = [_shown(e, code) for e, code in zip(told, codes, strict=True)]
+    return Reply({"events": shown}, status=200 if set(codes) == {200} else 207)
+
+
+def _code(e: Event, server: Server | None) -> int:
+    if (e.name in TAGGED and not e.tag) or (e.name == "power-update" and e.tag not in POWER):
+        return 400
+    if server is None or server.deleted_at is not None:
+        return 404
+    return 200 if server.host else 422
+
+
+def _heeded(call: Call, tx: Tx, taken: list[tuple[Event, Server]]) -> list[str]:
+    """What follows from them: the runs to be woken. Nobody waits for a port to be plugged or for an accelerator here."""
+    world: World = call.world
+    now = world.clock.now()
+    changed = dict.fromkeys(s.id for e, s in taken if e.name in ADDRESSES and s.plugs)
+    runs = [start(tx, "readdress", Readdress(id), id=world.ids.uuid(), subject=id, now=now) for id in changed]
+    for e, s in taken:
+        if e.name == "volume-extended":
+            noted(tx, id=world.ids.uuid(), subject=s.id, now=now, cause=cause(call, "extend_volume"), host=s.host,
+                  event="compute_extend_volume")  # fmt: skip
+        elif e.name == "power-update":
+            try:
+                runs.append(begun(call, tx, s, POWER[e.tag or ""]))
+            except Conflict:
+                pass  # it is so already, or somebody is at it: who told us only saw that
+    return runs
+
+
+def _shown(e: Event, code: int) -> dict[str, Any]:
+    shown = {
+        "name": e.name,
+        "server_uuid": e.server_uuid,
+        "status": e.status if code == 200 else "failed",
+        "code": code,
+    }
+    return shown if e.tag is None else shown | {"tag": e.tag}
