@@ -23,14 +23,21 @@ from typing import Any
 
 import msgspec
 import pytest
+from websockets.sync.client import connect
 
 import kilonova
 from kilonova.companions.guest import build
+from kilonova.console.proxy import Proxy
 from kilonova.kit.clock import Ids, WallClock
-from kilonova.kit.errors import NotFound, Refused, Unavailable
+from kilonova.kit.db import Db, meta
+from kilonova.kit.errors import NotFound, Refused, Unavailable, Unsupported
+from kilonova.kit.http import listen
+from kilonova.model.flavor import Flavor
 from kilonova.model.machine import BlankSource, Disk, Identity, ImageSource, Machine, Nic
-from kilonova.model.options import Compute, Libvirt
-from kilonova.virt.driver import Driver, Held
+from kilonova.model.options import Compute, Console, Libvirt
+from kilonova.model.server import Server
+from kilonova.store import consoles, servers
+from kilonova.virt.driver import Consoles, Driver, Held
 from kilonova.virt.libvirt import host
 from kilonova.virt.libvirt.daemon import Private
 from kilonova.virt.libvirt.disks import ImageCache
@@ -495,6 +502,41 @@ def test_the_console_is_bounded_while_it_is_written(lab: Lab) -> None:
     assert len(said) <= 16384 and said.endswith(b"line 0019999\nthe end\n") and b"\0" not in said
     small.close(stop_daemon=False)
     lab.driver.destroy(machine.id)
+
+
+def test_somebody_sits_down_at_a_guests_console(lab: Lab, tmp_path: Path) -> None:
+    """A browser's way: websocket, proxy, QEMU's socket; the log is kept all the same."""
+    db, listener = Db(f"sqlite:///{tmp_path}/cloud.db"), listen("127.0.0.1", 0)
+    meta.create_all(db.engine)
+    proxy = Proxy(db, listener, clock=WallClock(), options=Console())
+    proxy.start()
+    url = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+    assert isinstance(lab.driver, Consoles)
+    with lab.spawned() as machine:
+        with db.tx() as tx:
+            servers.create(
+                tx, [Server(machine.id, "p", "u", "one", "one", Flavor("f", "f", 1, 1, 1), host="h", epoch=3)]
+            )
+            for kind in ("vnc", "serial"):
+                at = lab.driver.console(machine.id, kind)
+                consoles.grant(tx, kind, servers.get(tx, machine.id), kind, at, now=time.time(), lasts_s=600)
+        with connect(f"{url}/?token=vnc") as screen:
+            assert screen.recv(timeout=BOOT_S) == b"RFB 003.008\n"
+        with connect(f"{url}/?token=serial") as line:
+            told = b""
+            while b"login:" not in told:
+                told += line.recv(timeout=BOOT_S)
+            line.send("nobody\r")
+            while b"Password:" not in told.rpartition(b"login:")[2]:
+                told += line.recv(timeout=BOOT_S)
+        assert "nobody" in lab.console(machine)
+        lab.driver.stop(machine.id, 0)
+        with pytest.raises(NotFound):
+            lab.driver.console(machine.id, "serial")
+        with pytest.raises(Unsupported):
+            lab.driver.console(machine.id, "spice")
+    proxy.stop()
+    db.close()
 
 
 # ---- the host

@@ -12,7 +12,7 @@ from kilonova.contracts.jobs import Readdress
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict
 from kilonova.kit.routes import Call, Reply
-from kilonova.kit.versions import was
+from kilonova.kit.versions import UNSET, UnsetType, was
 from kilonova.kit.workflow import noted, start
 from kilonova.model.server import Server
 from kilonova.store import servers
@@ -33,7 +33,7 @@ class Event(msgspec.Struct, forbid_unknown_fields=True):
     ]
     server_uuid: Uuid
     status: Literal["completed", "failed", "in-progress"] = "completed"
-    tag: Annotated[str, Meta(max_length=255)] | None = None
+    tag: Annotated[str, Meta(max_length=255)] | UnsetType = UNSET
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,7 +60,7 @@ def create(call: Call) -> Reply:
 
 
 def _code(e: Event, server: Server | None) -> int:
-    if (e.name in TAGGED and not e.tag) or (e.name == "power-update" and e.tag not in POWER):
+    if (e.name in TAGGED and (e.tag is UNSET or not e.tag)) or (e.name == "power-update" and e.tag not in POWER):
         return 400
     if server is None or server.deleted_at is not None:
         return 404
@@ -79,7 +79,7 @@ def _heeded(call: Call, tx: Tx, taken: list[tuple[Event, Server]]) -> list[str]:
                   event="compute_extend_volume")  # fmt: skip
         elif e.name == "power-update":
             try:
-                runs.append(begun(call, tx, s, POWER[e.tag or ""]))
+                runs.append(begun(call, tx, s, POWER[str(e.tag)]))
             except Conflict:
                 pass  # it is so already, or somebody is at it: who told us only saw that
     return runs
@@ -92,4 +92,4 @@ def _shown(e: Event, code: int) -> dict[str, Any]:
         "status": e.status if code == 200 else "failed",
         "code": code,
     }
-    return shown if e.tag is None else shown | {"tag": e.tag}
+    return shown if e.tag is UNSET else shown | {"tag": e.tag}

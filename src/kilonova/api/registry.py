@@ -36,6 +36,7 @@ class World:
     wake: Callable[[str], None]
     ask: Callable[[str, Question[Any], float], Any]
     ended: Callable[[str, float], bool]
+    console_url: str = "http://127.0.0.1:6080"  # of the proxy for consoles
 
 
 def cause(call: Call, action: str) -> Cause:

@@ -8,6 +8,7 @@ import logging
 import random
 import socket
 import threading
+import urllib.parse
 from collections.abc import Callable
 
 import sqlalchemy as sa
@@ -23,6 +24,7 @@ from kilonova.companions.wires.ground import Ground
 from kilonova.compute.agent import ComputeHost, Images
 from kilonova.compute.sims import SimHosts
 from kilonova.conductor.app import Conductor
+from kilonova.console.proxy import Proxy
 from kilonova.kit.ask import Asker
 from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Ids, WallClock
@@ -59,6 +61,7 @@ REOPEN_S = 10.0  # a host that did not come up is tried again
 
 class Cloud:
     """`listener` is bound already, and `url` what clients call it; `inner` is the same address in a user namespace.
+    At `consoles` the screens of servers are looked at, if at all.
 
     `start` returns when the API answers; what is still on its way stands at `/readyz`.
     """
@@ -71,6 +74,7 @@ class Cloud:
         listener: socket.socket,
         url: str,
         inner: socket.socket | None = None,
+        consoles: socket.socket | None = None,
     ) -> None:
         self.config, self.state, self.secrets, self.url = config, state, secrets, url
         self.clock, self.ids, self.dice = WallClock(), Ids(), random.Random()
@@ -137,6 +141,7 @@ class Cloud:
         self.ends = Ends(self.db, self.clock)
         self.conductor.engine.ended = self.ends.told
         self.asker = Asker(self.bus, clock=self.clock, ids=self.ids)
+        self.console_url = "" if consoles is None else _beside(url, consoles.getsockname()[1])
         world = World(
             self.db,
             self.clock,
@@ -147,6 +152,7 @@ class Cloud:
             self.conductor.wake,
             self.asker.ask,
             self.ends.wait,
+            console_url=self.console_url,
         )
         self._open("compute", compute_api.service(world, self.realm.gate, policy_file=config.policy.file))
 
@@ -158,6 +164,7 @@ class Cloud:
         self.servers = [Server(whole, listener, threads=config.api.threads)]
         if inner is not None:
             self.servers.append(Server(whole, inner, threads=2))
+        self.proxy = None if consoles is None else Proxy(self.db, consoles, clock=self.clock, options=config.console)
         self.upkeep = Reconcilers(
             self,
             [rewired, keys_rotated, policies_read, bases_evicted, volumes_resumed],
@@ -178,6 +185,8 @@ class Cloud:
         self.conductor.start()
         for server in self.servers:
             server.start()
+        if self.proxy is not None:
+            self.proxy.start()
         self.opening.start()
         self.upkeep.start()
 
@@ -185,6 +194,8 @@ class Cloud:
         """Answers what was asked, finishes or parks what runs, lets machines go on."""
         for server in self.servers:
             server.stop()
+        if self.proxy is not None:
+            self.proxy.stop()
         self.closing.set()
         self.opening.join(30)
         self.upkeep.close()
@@ -325,6 +336,13 @@ class Cloud:
             s.up(now, self.config.compute.host_down_after_s) and s.last_seen and s.last_seen >= self.born for s in found
         )
         return "" if up else "No host has reported yet."
+
+
+def _beside(url: str, port: int) -> str:
+    """The same machine, another door."""
+    at = urllib.parse.urlsplit(url)
+    name = f"[{at.hostname}]" if ":" in (at.hostname or "") else at.hostname
+    return f"http://{name}:{port}"
 
 
 def open_db(config: options.Config, state: StateDir) -> Db:

@@ -110,7 +110,7 @@ def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     asked = chosen.port is not None or config.api.port != options.Api().port
-    listener, way_in = _doors(config, state, secrets, asked)
+    listener, way_in, consoles = _doors(config, state, secrets, asked)
     port = listener.getsockname()[1]
     if secrets.port != port and not asked:
         secrets.port = port
@@ -121,7 +121,7 @@ def _serve(
     from kilonova.cli.cloud import Cloud  # the whole house: imported when all that can be refused was
 
     inner = listen("127.0.0.1", port) if way_in is not None else None  # there, it is another loopback
-    cloud = Cloud(config, state, secrets, listener, url, inner)
+    cloud = Cloud(config, state, secrets, listener, url, inner, consoles)
     cloud.start()
     try:
         _credentials(state, secrets, url)
@@ -132,6 +132,7 @@ def _serve(
         _say(f"The cloud is up at {url} after {time.monotonic() - began:.1f} s; its home is {state.path}.")
         if demo:
             return _demo(cloud, state, secrets, chosen, url, stop, way_in)
+        _say(f"Consoles of servers are at {cloud.console_url}.")
         _say(
             f"Next:  export OS_CLIENT_CONFIG_FILE={shlex.quote(str(state.clouds))} OS_CLOUD=kilonova; openstack flavor list"
         )
@@ -148,14 +149,14 @@ def _serve(
 
 def _doors(
     config: options.Config, state: StateDir, secrets: Secrets, asked: bool
-) -> tuple[socket.socket, socket.socket | None]:
-    """The API's listening socket, and for an ordinary user one more that can lead to a guest.
+) -> tuple[socket.socket, socket.socket | None, socket.socket]:
+    """The sockets of the API and of consoles, and for an ordinary user one more that can lead to a guest (the second).
 
-    Both are made on the machine itself; then an ordinary user's process goes into a user namespace of his own, where
+    All are made on the machine itself; then an ordinary user's process goes into a user namespace of his own, where
     it has its networks as root has, and finds them there.
     """
     if handed := userns.inherited():
-        return handed[0], handed[1]
+        return handed[0], handed[1], handed[2]
     try:
         listener = listen(config.api.host, config.api.port if asked else secrets.port or config.api.port)
     except Unavailable as e:
@@ -163,15 +164,19 @@ def _doors(
             raise
         _say(f"{e.said} A free port is taken instead.")
         listener = listen(config.api.host, 0)
+    try:
+        consoles = listen(config.api.host, config.console.port)
+    except Unavailable:
+        consoles = listen(config.api.host, 0)
     if config.compute.driver != "sim" and os.geteuid() != 0 and config.network.plane in ("auto", "user"):
         try:
             argv = [sys.executable, "-P", "-m", "kilonova.main", *sys.argv[1:]]
-            userns.reexec_if_needed(argv, [listener, listen("127.0.0.1", 0)], state.path)
+            userns.reexec_if_needed(argv, [listener, listen("127.0.0.1", 0), consoles], state.path)
         except Unsupported as e:
             if config.network.plane == "user":
                 raise
             _say(f"No user namespace: {e.said}")
-    return listener, None
+    return listener, None, consoles
 
 
 def _demo(

@@ -6,9 +6,10 @@ from typing import Any
 
 from kilonova.compute import capture, interfaces, live_migrate, rebuild, rescue, resize
 from kilonova.compute.host import Host, power_of
-from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, Look, Power, Seen, Spawn, Text
+from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, FindConsole, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
-from kilonova.virt.driver import Driver, Migrates
+from kilonova.model.console import Where
+from kilonova.virt.driver import Consoles, Driver, Migrates
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +97,19 @@ def console_log(host: Host, m: ConsoleLog) -> Text:
     return Text(text)
 
 
+def find_console(host: Host, m: FindConsole) -> Where:
+    if not isinstance(host.driver, Consoles):
+        raise Unsupported("This host has no consoles.")
+    return host.driver.console(m.server, m.kind)
+
+
 HANDLERS: list[Callable[[Any, Any], Any]] = [
     spawn, destroy, power, look, abandon, *interfaces.HANDLERS, *resize.HANDLERS, *live_migrate.HANDLERS,
     *capture.HANDLERS,
     spawn, destroy, power, look, abandon, *resize.HANDLERS, *live_migrate.HANDLERS, *capture.HANDLERS, *rebuild.HANDLERS,
     *rescue.HANDLERS,
 ]  # fmt: skip
-QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log, *rescue.QUESTIONS]
+QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log, find_console, *rescue.QUESTIONS]
 
 
 def _how(host: Host, id: str) -> str:

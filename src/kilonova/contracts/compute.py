@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from kilonova.kit.bus import Call, Contract
+from kilonova.model.console import Kind, Where
 from kilonova.model.machine import Disk, Machine, Nic
 
 compute = Contract("compute")
@@ -220,6 +221,14 @@ class Text(msgspec.Struct, frozen=True):
     """Bytes a guest wrote, decoded with replacement characters."""
 
     text: str
+
+
+@compute
+class FindConsole(Call[Where], frozen=True):
+    """A question: where is its screen, or its serial line? NotFound where it is not running, Unsupported where it has none."""
+
+    server: str
+    kind: Kind
 
 
 @compute

@@ -391,6 +391,39 @@ class Volume(Struct, frozen=True):
     quota_per_volume_gigabytes: A[int, Meta(description="Gibibytes of one volume.", ge=-1)] = -1
 
 
+class Console(Struct, frozen=True):
+    """Screens and serial lines of servers, for browsers and other clients that speak websocket."""
+
+    port: A[
+        Port, Meta(description="TCP port of the proxy, on the API's address; 0, or where it is taken, a free one.")
+    ] = 6080
+    types: A[
+        tuple[Literal["novnc", "spice-html5", "spice-direct", "serial"], ...],
+        Meta(description="Kinds that users may have, as far as their hosts have them."),
+    ] = ("novnc", "spice-html5", "spice-direct", "serial")
+    token_lifetime_s: A[float, Meta(description="How long the address of a console can be opened.", gt=0)] = 600.0
+    connections_max: A[int, Meta(description="Consoles open at the same time in a process.", ge=1)] = 1000
+    allowed_origins: A[
+        tuple[str, ...],
+        Meta(description="Names of other hosts whose pages may open consoles.", examples=[["dashboard.example.org"]]),
+    ] = ()
+    vnc_base_url: A[
+        str | None,
+        Meta(
+            description="What addresses of VNC consoles begin with: a page of noVNC; unset, at our own proxy.",
+            examples=["https://cloud.example.org/novnc/vnc_auto.html"],
+        ),
+    ] = None
+    spice_base_url: A[
+        str | None,
+        Meta(description="The same of SPICE consoles.", examples=["https://cloud.example.org/spice/spice_auto.html"]),
+    ] = None
+    serial_base_url: A[
+        str | None,
+        Meta(description="The same of serial consoles.", examples=["wss://cloud.example.org/serial/"]),
+    ] = None
+
+
 class Log(Struct, frozen=True):
     """What is said while it works."""
 
@@ -427,5 +460,6 @@ class Config(Struct, frozen=True):
     image: Image = Image()
     network: Network = Network()
     volume: Volume = Volume()
+    console: Console = Console()
     log: Log = Log()
     policy: Policy = Policy()

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import msgspec
 
 from kilonova.contracts.compute import Landing, Luggage, Stats
+from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts as HostFacts
 from kilonova.model.machine import Disk, Machine, Nic
 
@@ -117,6 +118,15 @@ class Resizes(Protocol):
 
     def drop(self, id: str, epoch: int) -> None:
         """Remove the one of this epoch with all it had. Nothing there: nothing to do."""
+        ...
+
+
+@runtime_checkable
+class Consoles(Protocol):
+    """Somebody may look at its machines' screens, or sit down at their serial lines."""
+
+    def console(self, id: str, kind: Kind) -> Where:
+        """Raises NotFound where the machine is not running, Unsupported where it has no such console."""
         ...
 
 

@@ -17,12 +17,14 @@ import msgspec
 
 from kilonova.contracts.compute import CpuStats, DiskStats, Landing, Luggage, NicStats, Stats
 from kilonova.kit.clock import Clock
-from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble
+from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble, Unsupported
+from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts
 from kilonova.model.machine import Disk, Machine, Nic, with_nic, without_nic
 from kilonova.model.options import Sim
 from kilonova.model.plan import connected_as
 from kilonova.model.rescue import rescued
+from kilonova.virt import sim_console
 from kilonova.virt.driver import Held, Power, Progress, Telling
 from kilonova.virt.sim_disk import contents, qcow2
 
@@ -165,6 +167,7 @@ class SimDriver:
         self.peers = peers if peers is not None else {}
         self.going: dict[str, set[str]] = {}  # guests that are being sent away, and what was called out to that
         self.heard: list[Callable[[str, Power], None]] = []
+        self.consoles: dict[tuple[str, Kind], sim_console.Endpoint] = {}
 
     # -- the host
 
@@ -207,6 +210,8 @@ class SimDriver:
 
     def close(self) -> None:
         self.heard.clear()
+        for id, kind in list(self.consoles):
+            self.consoles.pop((id, kind)).close()
 
     def listen(self, changed: Callable[[str, Power], None]) -> None:
         self.heard.append(changed)
@@ -547,6 +552,22 @@ class SimDriver:
             if server == id:
                 self.drop_capture(id, image_id)
 
+    # -- its screen and its serial line (`virt.driver.Consoles`)
+
+    def console(self, id: str, kind: Kind) -> Where:
+        """A socket that is opened when it is first asked for, and closed when the machine ends."""
+        m = self._there(id)
+        if m.power not in ("running", "paused"):
+            raise NotFound(f"The machine of {id} is {m.power}.")
+        if kind == "spice":
+            raise Unsupported("Simulated machines have no SPICE.")
+        with self.state.lock:
+            if (id, kind) not in self.consoles:
+                name = m.machine.identity.hostname
+                play = sim_console.serial(name) if kind == "serial" else sim_console.vnc(name)
+                self.consoles[id, kind] = sim_console.Endpoint(play)
+            return self.consoles[id, kind].where
+
     # -- what guests do by themselves (tests call it)
 
     def guest_shuts_down(self, id: str) -> None:
@@ -598,6 +619,9 @@ class SimDriver:
             self._say(id, power)
 
     def _say(self, id: str, power: Power) -> None:
+        if power not in ("running", "paused"):
+            for of, kind in [k for k in self.consoles if k[0] == id]:
+                self.consoles.pop((of, kind)).close()
         for changed in self.heard:
             changed(id, power)
 

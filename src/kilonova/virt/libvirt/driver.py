@@ -33,7 +33,8 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from kilonova.kit.clock import Clock, Ids
-from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable
+from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable, Unsupported
+from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts
 from kilonova.model.machine import ImageSource, Machine, VolumeSource
 from kilonova.model.options import Compute, Libvirt
@@ -283,8 +284,9 @@ class LibvirtDriver:
                 self._on(id, self._undefined)
             if machine:
                 self._remove_taps(machine)
-                with contextlib.suppress(OSError):
-                    self._vnc(id).unlink()
+                for kind in ("vnc", "tty"):
+                    with contextlib.suppress(OSError):
+                        self._socket(id, kind).unlink()
                 if isinstance(self.daemon, Private):
                     (self.daemon.logs / "qemu" / Path(f"{machine.name}.log").name).unlink(missing_ok=True)
             directory = self._directory(id)
@@ -401,6 +403,17 @@ class LibvirtDriver:
             if len(said) < limit:
                 said = _tail(directory / name, limit - len(said)) + said
         return said
+
+    def console(self, id: str, kind: Kind) -> Where:
+        """As the running machine has it: it may have been made by an earlier release."""
+        if kind == "spice":
+            raise Unsupported("Machines have no SPICE here.")
+        if self.power(id) not in ("running", "paused"):
+            raise NotFound(f"Instance {id} is not running.")
+        path = xml.socket_of(self._on(id, lambda domain: str(domain.XMLDesc())), kind)
+        if not path:
+            raise Unsupported(f"The machine has no {kind} console that can be reached.")
+        return Where(path=path)
 
     def listen(self, changed: Callable[[str, Power], None]) -> None:
         self.listeners.append(changed)
@@ -598,7 +611,8 @@ class LibvirtDriver:
             console=str(directory / "console.log"),
             owner=self.owner,
             config_drive=str(drive) if machine.config_drive else "",
-            vnc="" if self.shared else str(self._vnc(machine.id)),
+            vnc="" if self.shared else str(self._socket(machine.id, "vnc")),
+            serial="" if self.shared else str(self._socket(machine.id, "tty")),
             machine_type=options.machine_type,
             cpu_mode=mode,
             cpu_model=self._cpu_model(),
@@ -632,10 +646,10 @@ class LibvirtDriver:
         can = self.abilities.cpu_models if self.abilities else []
         return next((m for m in self.options.cpu_models if m in can), self.options.cpu_models[0])
 
-    def _vnc(self, id: str) -> Path:
+    def _socket(self, id: str, kind: Literal["vnc", "tty"]) -> Path:
         """In the directory for sockets, whose name is short enough."""
         where = self.daemon.run if isinstance(self.daemon, Private) else self.state_dir
-        return where / f"{id}.vnc"
+        return where / f"{id}.{kind}"
 
     def _owner(self, ids: Ids) -> str:
         if isinstance(self.daemon, Private):

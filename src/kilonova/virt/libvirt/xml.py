@@ -65,6 +65,7 @@ class Place(msgspec.Struct, frozen=True):
     owner: str = ""  # the UUID of the host, so that two clouds on one libvirtd know their own
     config_drive: str = ""
     vnc: str = ""  # path of the socket; "": where libvirt likes
+    serial: str = ""  # the same of the serial line; "": a terminal of the host that nobody is led to
     machine_type: str = "q35"
     cpu_mode: str = "maximum"  # host-model, host-passthrough, maximum, custom, none
     cpu_model: str = ""
@@ -113,6 +114,14 @@ def epoch_of(metadata: str) -> tuple[str, int]:
     except ElementTree.ParseError as e:
         raise ValueError(str(e)) from None
     return root.get("owner", ""), int(root.get("epoch", "0"))
+
+
+def socket_of(description: str, kind: str) -> str:
+    """The socket file of a running domain's screen or serial line; "" where it has none."""
+    devices = ElementTree.fromstring(description).find("devices")  # noqa: S314  (libvirt's own output)
+    where = {"vnc": "graphics[@type='vnc']/listen[@type='socket']", "serial": "serial[@type='unix']/source"}[kind]
+    found = None if devices is None else devices.find(where)
+    return "" if found is None else found.get("socket") or found.get("path") or ""
 
 
 def element(tag: str, text: str | None = None, /, *children: Element, **attributes: str) -> Element:
@@ -209,9 +218,7 @@ def _devices(machine: Machine, at: Place, kind: str) -> Element:
     if at.config_drive:
         made.append(_config_drive(machine, at, kind))
     made.extend([_nic(nic, at) for nic in machine.nics if nic.vif_type != "user"])
-    made.append(
-        element("serial", None, element("log", file=at.console, append="on"), element("target", port="0"), type="pty")
-    )
+    made.append(_serial(at))
     if machine.properties.get("hw_qemu_guest_agent", "").lower() in ("yes", "true", "1", "on"):
         made.append(
             element("channel", None, element("target", type="virtio", name="org.qemu.guest_agent.0"), type="unix")
@@ -327,6 +334,14 @@ def _nic(nic: Nic, at: Place) -> Element:
         made.extend(tail)
         return made
     raise Refused(f"This host cannot plug the port {nic.port_id}: it is bound as {nic.vif_type!r}.")
+
+
+def _serial(at: Place) -> Element:
+    """All that the guest says is kept; who sits at the line hears it as well, one at a time."""
+    log, target = element("log", file=at.console, append="on"), element("target", port="0")
+    if not at.serial:
+        return element("serial", None, log, target, type="pty")
+    return element("serial", None, element("source", mode="bind", path=at.serial), log, target, type="unix")
 
 
 def _screen(machine: Machine, at: Place) -> list[Element]:

@@ -1,0 +1,1 @@
+"""Consoles of servers, for browsers: the only place besides the event stream where asyncio is spoken."""

@@ -1,0 +1,238 @@
+"""From a token to a login prompt: the API gives the address, the proxy lets in who has it, and nobody else."""
+
+import contextlib
+import http.client
+import socket
+import struct
+import urllib.parse
+
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from kilonova.console.proxy import Proxy, token_of
+from kilonova.kit.http import listen
+from kilonova.model import options
+from kilonova.model.options import Config
+from kilonova.store import consoles, servers
+from kilonova.virt.sim_console import HEIGHT, WIDTH
+from tests.cloud import tables
+from tests.cloud.tables import disagreements, said
+from tests.stories import telling
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    with telling(tmp_path) as c:
+        yield c
+        c.hosts.close()
+
+
+@contextlib.contextmanager
+def proxied(cloud, **how):
+    listener = listen("127.0.0.1", 0)
+    proxy = Proxy(cloud.db, listener, clock=cloud.clock, options=options.Console(**how))
+    proxy.start()
+    try:
+        yield f"ws://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        proxy.stop()
+
+
+def opened(cloud, server, type="serial", protocol="", ok=200, version="2.99"):
+    wish = {"protocol": protocol or {"novnc": "vnc", "serial": "serial"}[type], "type": type}
+    path = f"/servers/{server.id}/remote-consoles"
+    return cloud.json("POST", path, {"remote_console": wish}, ok=ok, version=version)
+
+
+def token(cloud, server, type="serial"):
+    return token_of(opened(cloud, server, type)["remote_console"]["url"])
+
+
+def read_until(ws, wanted):
+    text = b""
+    while wanted not in text:
+        text += ws.recv(timeout=10)
+    return text
+
+
+def refused(url, **how):
+    with pytest.raises(InvalidStatus) as told, connect(url, **how):
+        pass
+    return told.value.response.status_code
+
+
+# ---- the API
+
+
+def test_addresses_are_those_that_clients_expect(cloud):
+    s = cloud.boot("one")
+    url = opened(cloud, s, "novnc")["remote_console"]["url"]
+    assert url == f"http://127.0.0.1:6080/vnc_auto.html?path=%3Ftoken%3D{token_of(url)}"
+    assert opened(cloud, s)["remote_console"]["url"].startswith("ws://127.0.0.1:6080/?token=")
+    old = s.act("os-getVNCConsole", {"type": "novnc"}, ok=404)
+    old = cloud.json("POST", f"/servers/{s.id}/action", {"os-getVNCConsole": {"type": "novnc"}}, version="2.1")
+    assert old["console"]["type"] == "novnc" and token_of(old["console"]["url"])
+    old = cloud.json("POST", f"/servers/{s.id}/action", {"os-getSerialConsole": {"type": "serial"}}, version="2.5")
+    assert old["console"]["url"].startswith("ws://")
+
+
+@pytest.mark.skipif(not tables.FOLDER.exists(), reason="the specification is not beside this checkout")
+def test_answers_are_those_of_the_specification(cloud):
+    s = cloud.boot("one")
+    (create,), (show,) = tables.group("remote-consoles"), tables.group("os-console-auth-tokens")
+    for v in (6, 7, 8, 98, 99):
+        answer = opened(cloud, s, "novnc", version=f"2.{v}")
+        assert disagreements(said(create, "response", v), answer) == [], f"2.{v}"
+        if v >= 31:
+            path = f"/os-console-auth-tokens/{token_of(answer['remote_console']['url'])}"
+            answer = cloud.json("GET", path, token=cloud.admin, version=f"2.{v}")
+            assert disagreements(said(show, "response", v), answer) == [], f"2.{v}"
+            assert answer["console"]["instance_uuid"] == s.id and answer["console"]["port"] > 0
+            cloud.json("GET", path, ok=403)
+            cloud.json("GET", path, token=cloud.admin, version="2.30", ok=400)
+    cloud.json("GET", "/os-console-auth-tokens/nonsense", token=cloud.admin, ok=404)
+
+
+def test_consoles_that_there_are_not(cloud):
+    s = cloud.boot("one")
+    for type, protocol in (("spice-html5", "spice"), ("spice-direct", "spice"), ("rdp-html5", "rdp"), ("webmks", "mks"),
+                           ("xvpvnc", "vnc"), ("novnc", "serial"), ("serial", "vnc")):  # fmt: skip
+        opened(cloud, s, type, protocol, ok=400)
+    cloud.json("POST", f"/servers/{s.id}/action", {"os-getRDPConsole": {"type": "rdp-html5"}}, version="2.1", ok=400)
+    cloud.json(
+        "POST", f"/servers/{s.id}/action", {"os-getSPICEConsole": {"type": "spice-html5"}}, version="2.1", ok=400
+    )
+    cloud.json("POST", f"/servers/{s.id}/action", {"os-getVNCConsole": {"type": "xvpvnc"}}, version="2.1", ok=400)
+    stranger = cloud.services.person("sam", "member").token
+    path, body = f"/servers/{s.id}/remote-consoles", {"remote_console": {"protocol": "vnc", "type": "novnc"}}
+    cloud.json("POST", path, body, token=stranger, ok=404)
+    s.act("os-stop")
+    opened(cloud, s, ok=409)
+    building = cloud.boot("two", settle=False)
+    opened(cloud, building, ok=409)
+
+
+def test_an_operator_may_have_his_own_addresses_and_kinds(tmp_path):
+    said = options.Console(types=("novnc",), vnc_base_url="https://c.example.org/novnc/vnc.html")
+    with telling(tmp_path, config=Config(console=said)) as cloud:
+        s = cloud.boot("one")
+        opened(cloud, s, "serial", ok=400)
+        assert opened(cloud, s, "novnc")["remote_console"]["url"].startswith(
+            "https://c.example.org/novnc/vnc.html?path=%3F"
+        )
+        cloud.hosts.close()
+
+
+def test_a_token_is_kept_as_its_hash_and_not_for_ever(cloud):
+    s = cloud.boot("one")
+    key = token(cloud, s)
+    with cloud.db.read() as tx:
+        rows = [str(tuple(r)) for r in tx.execute(consoles.T.select())]
+    assert len(rows) == 1 and key not in rows[0]
+    cloud.clock.sleep(601)
+    with pytest.raises(consoles.NotFound), cloud.db.read() as tx:
+        consoles.granted(tx, key, cloud.clock.now())
+    token(cloud, s)
+    with cloud.db.read() as tx:
+        assert len(tx.execute(consoles.T.select()).all()) == 1  # the old one is forgotten
+
+
+def test_a_token_ends_with_its_server_and_with_its_move(cloud):
+    s = cloud.boot("one")
+    key = token(cloud, s)
+    granted = lambda: cloud.db.look(consoles.granted, key, cloud.clock.now())
+    assert granted().server == s.id
+    with cloud.db.tx() as tx:
+        servers.change(tx, s.id, None, epoch=s.row.epoch + 1)
+    with pytest.raises(consoles.NotFound):
+        granted()
+    with cloud.db.tx() as tx:
+        servers.change(tx, s.id, None, epoch=s.row.epoch - 1)
+    assert granted()
+    s.delete()
+    with pytest.raises(consoles.NotFound):
+        granted()
+
+
+# ---- the proxy
+
+
+def test_from_a_token_to_a_login_prompt(cloud):
+    s = cloud.boot("one")
+    with proxied(cloud) as url, connect(f"{url}/?token={token(cloud, s)}") as ws:
+        assert b"one login: " in read_until(ws, b"login: ")
+        ws.send("root\r")
+        assert b"root\r\nPassword: " in read_until(ws, b"Password: ")
+        ws.send(b"guess\r")
+        read_until(ws, b"Login incorrect")
+        s.act("os-stop")  # the line is cut
+        with pytest.raises(ConnectionClosed):
+            while True:
+                ws.recv(timeout=10)
+
+
+def test_a_screen_is_seen(cloud):
+    """RFB, as noVNC speaks it; the path is what noVNC makes of the address that it was given."""
+    s = cloud.boot("one")
+    page = urllib.parse.urlsplit(opened(cloud, s, "novnc")["remote_console"]["url"])
+    path = urllib.parse.parse_qs(page.query)["path"][0]
+    with proxied(cloud) as url, connect(f"{url}/{path}", subprotocols=["binary"]) as ws:
+        assert ws.subprotocol == "binary"
+        assert ws.recv(timeout=10) == b"RFB 003.008\n"
+        ws.send(b"RFB 003.008\n")
+        assert read_until(ws, b"\x01\x01") == b"\x01\x01"
+        ws.send(b"\x01")
+        read_until(ws, bytes(4))
+        ws.send(b"\x01")
+        assert struct.unpack(">HH", read_until(ws, b"one")[:4]) == (WIDTH, HEIGHT)
+        ws.send(struct.pack(">BBHHHH", 3, 0, 0, 0, WIDTH, HEIGHT))
+        seen = b""
+        while len(seen) < 16 + 4 * WIDTH * HEIGHT:
+            seen += ws.recv(timeout=10)
+
+
+def test_who_is_not_let_in(cloud):
+    s = cloud.boot("one")
+    key = token(cloud, s)
+    with proxied(cloud, connections_max=1) as url:
+        for bad in ("", "?token=", "?token=nonsense", f"?key={key}", "?token=%00", "?path=%3Ftoken%3Dx"):
+            assert refused(f"{url}/{bad}") == 403
+        assert refused(f"{url}/?token={key}", origin="https://elsewhere.example.org") == 403
+        with connect(f"{url}/?token={key}", origin="http://127.0.0.1:9999") as ws:
+            read_until(ws, b"login: ")
+            assert refused(f"{url}/?token={key}") == 503
+        plain = http.client.HTTPConnection(url.removeprefix("ws://"))
+        plain.request("GET", f"/vnc_auto.html?token={key}")
+        assert plain.getresponse().status == 404
+        plain.close()
+        cloud.clock.sleep(601)
+        assert refused(f"{url}/?token={key}") == 403
+    with (
+        proxied(cloud, allowed_origins=("elsewhere.example.org",)) as url,
+        connect(f"{url}/?token={token(cloud, s)}", origin="https://elsewhere.example.org") as ws,
+    ):
+        read_until(ws, b"login: ")
+
+
+def test_a_console_that_does_not_answer(cloud):
+    s = cloud.boot("one")
+    key = token(cloud, s)
+    cloud.hosts.close()
+    with proxied(cloud) as url, connect(f"{url}/?token={key}") as ws, pytest.raises(ConnectionClosed) as told:
+        ws.recv(timeout=20)
+    assert told.value.rcvd.code == 1014
+
+
+def test_rubbish_does_not_end_the_proxy(cloud, caplog):
+    s = cloud.boot("one")
+    with proxied(cloud) as url:
+        at = url.removeprefix("ws://").split(":")
+        for rubbish in (b"\x00" * 100, b"GET / HTTP/1.1\r\n\r\n", b"A" * 100_000 + b"\r\n\r\n", b""):
+            with contextlib.suppress(OSError), socket.create_connection((at[0], int(at[1])), timeout=5) as raw:
+                raw.sendall(rubbish)
+                raw.recv(100)
+        key = token(cloud, s)
+        with connect(f"{url}/?token={key}") as ws:
+            read_until(ws, b"login: ")
+    assert key not in caplog.text
