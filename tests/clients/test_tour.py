@@ -9,6 +9,16 @@ from tests.real import RealCloud
 
 pytestmark = [pytest.mark.clients, pytest.mark.metal]
 SERVER = "tour"
+SIT_DOWN = """
+import sys
+from websockets.sync.client import connect
+with connect(sys.argv[1]) as line:
+    line.send("\\r")
+    told = b""
+    while b"login:" not in told:
+        told += line.recv(timeout=60)
+print(told.decode(errors="replace"))
+"""
 
 
 def test_the_catalog_is_as_it_should_be(cloud: RealCloud) -> None:
@@ -48,6 +58,10 @@ def test_a_server_lives(cloud: RealCloud) -> None:
     text = cloud.console(SERVER, "login:")
     assert server["id"] in text, "the guest read its own id from the metadata service"
     assert "metadata-service" in text
+    screen = cloud.json("console url show --novnc", SERVER)
+    assert screen["type"] == "novnc" and "/vnc_auto.html?path=%3Ftoken%3D" in screen["url"]
+    line = cloud.json("console url show --serial", SERVER)["url"]
+    assert "login:" in cloud.run(sys.executable, "-c", SIT_DOWN, line)
     row = next(s for s in cloud.json("server list --long") if s["ID"] == server["id"])
     assert (row["Status"], row["Flavor Name"] if "Flavor Name" in row else row["Flavor"]) == ("ACTIVE", "m1.nano")
     for verb, status in (

@@ -18,7 +18,17 @@ TABLES = [
     t
     for t in meta.sorted_tables
     if t.name.startswith(
-        ("resource_", "inventories", "allocations", "consumers", "traits", "servers", "server_groups", "quota")
+        (
+            "resource_",
+            "inventories",
+            "allocations",
+            "consumers",
+            "traits",
+            "servers",
+            "server_groups",
+            "quota",
+            "migrations",
+        )
     )
 ]
 FLAVOR, HOSTS = Flavor("f", "f", 1, 512, 1), ("a", "b", "c")

@@ -14,7 +14,7 @@ from kilonova.kit.errors import Invalid, NoCapacity, NotFound, OverQuota
 from kilonova.model import options
 from kilonova.model.server import Server
 from kilonova.model.server_group import Company, ServerGroup, admits
-from kilonova.store import placement, quotas, servers
+from kilonova.store import migrations, placement, quotas, servers
 
 T = sa.Table(
     "server_groups",
@@ -108,14 +108,17 @@ def company(tx: Tx, server: Server | str, group_id: str) -> Company | None:
 def admit(tx: Tx, server: Server, host: str, provider: str) -> None:
     """To be asked in the transaction that claims for a member, before the claim. Raises NoCapacity; roll back then.
 
-    A member is where its row says, and where it holds something: in the middle of a move it is in two places.
+    A member is where its row says and where it holds something: in the middle of a move it is in two places.  Where it
+    may be put back (what it had there, its migration holds), no other can be that must be apart from it.
     UPDATE server_groups SET claims = claims + 1 WHERE id = … AND policy IN ('affinity', 'anti-affinity'), then count.
     """
     if server.group_id is None or not tx.execute(HOLD_STRICT, {"the_id": server.group_id}).rowcount:
         return
     group = tx.execute(SELECT.where(T.c.id == server.group_id)).one()
     told = {"the_id": server.group_id, "me": server.id, "the_host": host, "at": provider}
-    here, elsewhere = (int(n or 0) for n in tx.execute(AROUND, told).one())
+    here, back, elsewhere = (int(n or 0) for n in tx.execute(AROUND, told).one())
+    if group.policy == "anti-affinity":
+        here += back
     if not admits(group.policy, group.max_per_host or 1, here, elsewhere):
         raise NoCapacity(VIOLATED[group.policy], why=f"{server.id} of {server.group_id} on {host}")
 
@@ -137,11 +140,15 @@ SELECT = sa.select(*[T.c[f] for f in ServerGroup.__struct_fields__ if f != "memb
 HOLD = sa.update(T).where(T.c.id == sa.bindparam("the_id")).values(claims=T.c.claims + 1)
 HOLD_STRICT = HOLD.where(T.c.policy.in_(list(VIOLATED)))
 _s, _a = servers.T.c, placement.ALLOCATIONS.c
+_m = migrations.T.c
+_its = sa.select(_m.uuid).where(_m.server == _s.id).correlate(servers.T)
 _held = sa.exists().where(_a.consumer == _s.id, _a.provider == sa.bindparam("at"))
+_kept = sa.exists().where(_a.consumer.in_(_its), _a.provider == sa.bindparam("at"))
 _here = sa.func.coalesce(_s.host == sa.bindparam("the_host"), sa.false()) | _held
 _others = (_s.group_id == sa.bindparam("the_id")) & (_s.id != sa.bindparam("me")) & _s.deleted_at.is_(None)
-# SELECT sum(here), sum(placed, and not here) FROM servers WHERE they are the other members
+# SELECT sum(here), sum(may come back here), sum(placed, and not here) FROM servers WHERE they are the other members
 AROUND = sa.select(
     sa.func.sum(sa.case((_here, 1), else_=0)),
+    sa.func.sum(sa.case((~_here & _kept, 1), else_=0)),
     sa.func.sum(sa.case((~_here & _s.host.is_not(None), 1), else_=0)),
 ).where(_others)
