@@ -199,6 +199,7 @@ def main(n: int = 1000, url: str | None = None) -> None:
         bench.settled()
         took, cpu = time.perf_counter() - began, time.process_time() - cpu
         assert bench.active() == n + 20, bench.active()
+        client.http.close()  # it was idle for long
         one = count(bench, lambda: client.boot(picture, "alone"))
         bench.close()
     print(
