@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import sqlalchemy as sa
 
+from kilonova import placement
 from kilonova.api import app as compute_api
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World
@@ -114,6 +115,8 @@ class Cloud:
         self._open("volume", volume.make_service(self.volumes, config.policy.file))
         inside["volume"] = Inside(self.doors["volume"], f"{url}/volume")
         self.neighbours = neighbours(self.clock, login, **inside)
+        inventory = placement.World(self.db, self.clock, self.ids, config.placement)
+        self._open("placement", placement.make_service(inventory, self.realm.gate, config.policy.file))
         self.metadata = metadata_service(
             self.db, self.neighbours.network, config, clock=self.clock, ids=self.ids, secret=secrets.metadata_secret
         )

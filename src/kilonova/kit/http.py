@@ -16,7 +16,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import falcon
 import msgspec
@@ -37,6 +37,7 @@ Wsgi = Callable[[Environ, StartResponse], Iterable[bytes]]
 MAX_BODY_BYTES = 114_688
 BACKLOG = 1024
 NOBODY = Context()
+NO_METHOD = "The method is not allowed for this resource."
 
 
 class Ended(Exception):
@@ -121,9 +122,21 @@ STATUS: dict[type[Trouble], int] = {
 }
 
 
+class Failure(NamedTuple):
+    """All that is known of what went wrong with a request; `version` is None where it could not be told."""
+
+    status: int
+    said: str
+    code: str
+    request_id: str
+    version: int | None
+
+
 @dataclass(frozen=True)
 class Dialect:
-    """How one API says that something went wrong. `fault(status, said, code)` is the body.
+    """How one API says that something went wrong. `fault(status, said, code)` is the body; `whole` where that is not enough.
+
+    `admit(request)`: looks what else a request must have; raises Ended.
 
     `no_method`: what a path answers to a method that it does not have (the Compute API: 404, others: 405).
     `plain_unknown`: unknown paths are answered by the framework's own text and not by a fault.
@@ -142,6 +155,8 @@ class Dialect:
     media_types: tuple[str, ...] = ("application/json",)
     any_media_type: bool = False
     strip_project: tuple[str, ...] = ()  # prefixes behind which a project id may stand
+    whole: Callable[[Failure], Any] | None = None
+    admit: Callable[[falcon.Request], None] | None = None
 
     def status(self, trouble: Trouble) -> int:
         for kind in type(trouble).__mro__:
@@ -215,6 +230,8 @@ class Service:
             if "\x00" in req.path:
                 raise NotFound("The resource could not be found.")
             version = self._version(req, resp)
+            if self.dialect.admit:
+                self.dialect.admit(req)
             route, given, context = self._choose(req, routes, version)
             if route.gone:
                 raise Ended(410, "This resource is no longer available. No forwarding address is given.")
@@ -240,7 +257,7 @@ class Service:
     def _version(self, req: falcon.Request, resp: falcon.Response) -> int:
         if self.versions is None:
             return 0
-        version = self.versions.asked(req)
+        version = req.context.version = self.versions.asked(req)
         resp.set_headers(self.versions.headers(version))
         return version
 
@@ -260,7 +277,7 @@ class Service:
         if routes[0].action is None:
             fit = next((r for r in routes if version in r.versions), None)
             if fit is None:
-                raise Ended(routes[0].outside, "The resource could not be found.")
+                raise self._outside(routes[0], version)
             return fit, ..., context
         body = self._json(req)
         if not isinstance(body, dict) or len(body) != 1:
@@ -273,6 +290,14 @@ class Service:
         if fit is None:
             raise Ended(named[0].outside, "The resource could not be found.")
         return fit, body[name], context
+
+    def _outside(self, route: Route, version: int) -> Ended:
+        """There is no such thing in this version; or the thing is there, and the method is not."""
+        if route.outside != 405:
+            return Ended(route.outside, "The resource could not be found.")
+        place = self.places[_by_place(route.path)]
+        methods = sorted(m for m, routes in place.items() if any(version in r.versions for r in routes))
+        return Ended(405, NO_METHOD, headers={"Allow": ", ".join(methods)})
 
     def _elsewhere(self, context: Context) -> bool:
         return context.system is not None
@@ -423,7 +448,11 @@ class Service:
         if status == 401:
             resp.set_header("WWW-Authenticate", f'Keystone uri="{self.dialect.keystone_uri}"')
         if whole:
-            body = self.dialect.fault(status, said, code)
+            if self.dialect.whole:
+                version = getattr(req.context, "version", None)
+                body = self.dialect.whole(Failure(status, said, code, req.context.request_id, version))
+            else:
+                body = self.dialect.fault(status, said, code)
             resp.data = body if isinstance(body, bytes) else msgspec.json.encode(body)
             resp.content_type = "text/html; charset=UTF-8" if isinstance(body, bytes) else "application/json"
         else:
@@ -463,9 +492,7 @@ class Service:
         if self.dialect.no_method == 404:
             return self._nowhere(req, resp)
         self._name(req, resp)
-        return self._fault(
-            req, resp, Ended(405, "The method is not allowed for this resource.", headers={"Allow": ", ".join(methods)})
-        )
+        return self._fault(req, resp, Ended(405, NO_METHOD, headers={"Allow": ", ".join(methods)}))
 
 
 class Mount:

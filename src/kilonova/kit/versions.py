@@ -224,8 +224,10 @@ def _lifting(source: type[msgspec.Struct], model: type[msgspec.Struct]) -> Calla
 
 def _lift_in(value: Any, models: dict[str, Any]) -> Any:
     if isinstance(value, msgspec.Struct):
+        said = set(type(value).__struct_fields__)
         model = models.get(type(value).__name__.split("_2_")[0])
-        return lift(value, model or next(iter(models.values())))
+        model = model or next((m for m in models.values() if said <= set(m.__struct_fields__)), None)
+        return value if model is None else lift(value, model)  # None: a type that was, and has no successor
     if isinstance(value, list):
         return [_lift_in(v, models) for v in value]
     if isinstance(value, dict):

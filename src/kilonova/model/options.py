@@ -364,6 +364,25 @@ class Network(Struct, frozen=True):
     quota_security_group_rule: A[int, Meta(description="Rules of all security groups of a project.", ge=-1)] = 100
 
 
+class Placement(Struct, frozen=True):
+    """What there is and who holds it: the Placement API."""
+
+    randomize_candidates: A[
+        bool, Meta(description="Where more candidates are found than were asked for, any of them and not the first.")
+    ] = False
+    candidates_max: A[
+        int, Meta(description="Candidates looked for at most, whatever was asked; -1 is no limit.", ge=-1)
+    ] = 100_000
+    candidates_order: A[
+        Literal["depth-first", "breadth-first"],
+        Meta(description="All candidates of a tree before those of the next, or one of each tree in turn."),
+    ] = "depth-first"
+    unknown_project_id: A[str, Meta(description="Whose allocations are that were written below 1.8.")] = (
+        "00000000-0000-0000-0000-000000000000"
+    )
+    unknown_user_id: A[str, Meta(description="The same for the user.")] = "00000000-0000-0000-0000-000000000000"
+
+
 class Volume(Struct, frozen=True):
     """The block-storage companion, or a real Cinder."""
 
@@ -459,6 +478,7 @@ class Config(Struct, frozen=True):
     identity: Identity = Identity()
     image: Image = Image()
     network: Network = Network()
+    placement: Placement = Placement()
     volume: Volume = Volume()
     console: Console = Console()
     log: Log = Log()

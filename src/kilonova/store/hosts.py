@@ -336,7 +336,8 @@ def _learn_node(tx: Tx, r: Report, facts: HostFacts, disabled: bool, uuid: Calla
         if old.facts != values["facts"] or old.host_ip != r.host_ip:
             tx.execute(sa.update(NODES).where(n.id == old.id).values(values))
     traits = {*facts.traits, *({DISABLED} if disabled else ())}
-    new = placement.offer(tx, id, facts.hypervisor_hostname, r.stocks, traits, now=now)
+    before = set() if old is None else {*_FACTS.decode(old.facts).traits, DISABLED}
+    new = placement.offer(tx, id, facts.hypervisor_hostname, r.stocks, traits, now=now, before=before)
     return new or old is None or _lasting(_FACTS.decode(old.facts)) != _lasting(facts)
 
 

@@ -127,7 +127,7 @@ def claim(
             raise NoCapacity("There is no room left.", why=f"{provider} for {dict(wanted)}")
     who = {"project_id": project_id, "user_id": user_id, "type": type, "changed_at": now}
     if new:
-        tx.execute(CONSUMER_NEW, {"uuid": consumer, "generation": 0, "created_at": now} | who)
+        tx.execute(CONSUMER_NEW, {"uuid": consumer, "generation": 1, "created_at": now} | who)
     known = not new and _known(tx, consumer, who, now)
     if wanted:
         _written(tx, consumer, provider, wanted, known)
@@ -153,7 +153,9 @@ def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -
         gave = True
     if gave:
         left = sa.exists().where(ALLOCATIONS.c.consumer == consumer)
-        tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left))
+        if not tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left)).rowcount:
+            again = sa.update(CONSUMERS).where(CONSUMERS.c.uuid == consumer)
+            tx.execute(again.values(generation=CONSUMERS.c.generation + 1, changed_at=now))
     return gave
 
 
@@ -192,7 +194,7 @@ def _known(tx: Tx, consumer: str, who: dict[str, Any], now: float) -> bool:
     """Write down who the consumer is. False: he was not known before, so he holds nothing."""
     if tx.execute(CONSUMER_AGAIN, {"the_uuid": consumer} | who).rowcount:
         return True
-    tx.execute(CONSUMER_NEW, {"uuid": consumer, "generation": 0, "created_at": now} | who)
+    tx.execute(CONSUMER_NEW, {"uuid": consumer, "generation": 1, "created_at": now} | who)
     return False
 
 
@@ -225,17 +227,27 @@ def _by_provider(rows: Iterable[Any]) -> dict[str, dict[str, int]]:
 # ---- providers
 
 
-def offer(tx: Tx, provider: str, name: str, stocks: Iterable[Stock], traits: Iterable[str], *, now: float) -> bool:
+def offer(
+    tx: Tx,
+    provider: str,
+    name: str,
+    stocks: Iterable[Stock],
+    traits: Iterable[str],
+    *,
+    now: float,
+    before: Iterable[str] = (),
+) -> bool:
     """Make the provider be, with these inventories and traits; what is held of them stays. True: something changed.
 
-    A class that is no longer offered goes when nobody holds any of it, and else has nothing left to give.
+    A class that is no longer offered goes when nobody holds any of it, and else has nothing left to give.  What others
+    wrote on it stays: traits that were not offered (`before` are those of the last time), and operators' own classes.
     """
     there = tx.execute(sa.select(PROVIDERS.c.name).where(PROVIDERS.c.uuid == provider)).scalar()
     if there is None:
         row = {"uuid": provider, "name": name, "generation": 0, "root": provider, "created_at": now, "changed_at": now}
         tx.execute(sa.insert(PROVIDERS), row)
     changed = _stocked(tx, provider, {s.resource_class: s for s in stocks})
-    changed |= _marked(tx, provider, set(traits))
+    changed |= _marked(tx, provider, set(traits), set(before))
     if there is not None and (changed or there != name):
         _moved(tx, provider, now)
         tx.execute(sa.update(PROVIDERS).where(PROVIDERS.c.uuid == provider).values(name=name))
@@ -255,6 +267,8 @@ def _stocked(tx: Tx, provider: str, wanted: dict[str, Stock]) -> bool:
             tx.execute(sa.update(INVENTORIES).where(_i.provider == provider, _i.resource_class == c).values(row))
         changed = True
     for c in old.keys() - wanted.keys():
+        if c.startswith("CUSTOM_"):
+            continue
         here = sa.and_(_i.provider == provider, _i.resource_class == c)
         if not tx.execute(sa.delete(INVENTORIES).where(here, _i.used == 0)).rowcount:
             if old[c].reserved == old[c].total:
@@ -264,10 +278,10 @@ def _stocked(tx: Tx, provider: str, wanted: dict[str, Stock]) -> bool:
     return changed
 
 
-def _marked(tx: Tx, provider: str, wanted: set[str]) -> bool:
+def _marked(tx: Tx, provider: str, wanted: set[str], before: set[str]) -> bool:
     t = PROVIDER_TRAITS.c
     old = set(tx.execute(sa.select(t.trait).where(t.provider == provider)).scalars())
-    if gone := old - wanted:
+    if gone := old & (before - wanted):
         tx.execute(sa.delete(PROVIDER_TRAITS).where(t.provider == provider, t.trait.in_(gone)))
     if new := wanted - old:
         tx.execute(sa.insert(PROVIDER_TRAITS), [{"provider": provider, "trait": name} for name in sorted(new)])
@@ -275,12 +289,14 @@ def _marked(tx: Tx, provider: str, wanted: set[str]) -> bool:
 
 
 def withdraw(tx: Tx, provider: str) -> None:
-    """Remove a provider with all it offers. Raises Conflict while somebody holds something of it."""
-    if tx.execute(sa.select(ALLOCATIONS.c.consumer).where(ALLOCATIONS.c.provider == provider).limit(1)).first():
+    """Remove a host's provider with all it offers, and its children. Raises Conflict while somebody holds something."""
+    p = PROVIDERS.c
+    all = list(tx.execute(sa.select(p.uuid).where((p.uuid == provider) | (p.root == provider))).scalars())
+    if tx.execute(sa.select(ALLOCATIONS.c.consumer).where(ALLOCATIONS.c.provider.in_(all)).limit(1)).first():
         raise Conflict(f"Resource provider {provider} has allocations.", code="placement.resource_provider.inuse")
     for table in (INVENTORIES, PROVIDER_TRAITS, PROVIDER_AGGREGATES):
-        tx.execute(sa.delete(table).where(table.c.provider == provider))
-    tx.execute(sa.delete(PROVIDERS).where(PROVIDERS.c.uuid == provider))
+        tx.execute(sa.delete(table).where(table.c.provider.in_(all)))
+    tx.execute(sa.delete(PROVIDERS).where(p.uuid.in_(all)))
 
 
 # ---- views
