@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from kilonova import placement as placement_api
 from kilonova.api.app import service as compute_service
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World as ApiWorld
@@ -181,8 +182,10 @@ class Cloud:
             self.ended,
         )
         self.api = compute_service(api, gate)
+        inventory = placement_api.World(self.db, self.clock, self.ids)
         whole = {"/compute": self.api, "/network": self.network}
         whole |= {f"/{name}": getattr(self.services, name) for name in ("identity", "image", "volume")}
+        whole |= {"/placement": placement_api.make_service(inventory, gate)}
         self.services.carrier = Inside(Mount(whole, root=self.services.identity), url)
         self.start_hosts()
         self.user = self.services.person("alice", "member")

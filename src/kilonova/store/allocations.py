@@ -57,7 +57,10 @@ def replace(tx: Tx, writes: Sequence[Write], now: float, *, whole: bool = False)
     providers = {p for held in (*before.values(), *wanted.values()) for p in held}
     for provider in sorted(providers):
         if not tx.execute(MOVED, {"at": provider, "now": now}).rowcount:
-            raise Invalid(f"Allocation for resource provider '{provider}' that does not exist.", code=UNKNOWN_PROVIDER)
+            raise Invalid(
+                f"Allocation for resource provider '{provider}' that does not exist.",
+                code=UNKNOWN_PROVIDER if whole else "",
+            )
     held = _held(tx, names, lock=True)
     if not {p for h in held.values() for p in h} <= providers:
         raise Conflict("Allocations were changed in the meantime.", code=RACE)
