@@ -99,6 +99,12 @@ ELSEWHERE = (
 )
 
 
+ASK_HOSTS = {
+    "POST /servers/{id}/action#os-getConsoleOutput",
+    "GET /servers/{server_id}/diagnostics",
+}  # there are none here
+
+
 def others():
     """The routes whose answers no other file looks at."""
     if not tables.FOLDER.exists():
@@ -106,6 +112,7 @@ def others():
     done = {e["route"] for g in ELSEWHERE for e in tables.group(g)}
     done |= {f"POST /servers/{{id}}/action#os-get{k}Console" for k in ("VNC", "SPICE", "Serial", "RDP")}
     done |= {p.values[0] for p in small()} | {"POST /servers/{id}/action#os-getConsoleOutput"}
+    done |= {p.values[0] for p in small()} | ASK_HOSTS
     found = []
     for key, entry, (first, last) in tables.routes():
         method, path, action = re.fullmatch(r"(\S+) ([^#\s]+)(?:#(\S+))?", key).groups()

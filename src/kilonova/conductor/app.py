@@ -16,6 +16,7 @@ from kilonova.conductor import (
     interfaces,
     live_migrate,
     rebuild,
+    rescue,
     resize,
     verbs,
     volumes,
@@ -39,6 +40,7 @@ FLOWS: list[Workflow[Any]] = [
     rebuild.rebuild,
     evacuate.evacuate,
     watch.tidy,
+    rebuild.rebuild, rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from kilonova.kit.bus import Contract
 from kilonova.model.flavor import Flavor
+from kilonova.model.machine import Disk
 from kilonova.model.server import Image, Server, Wanted
 
 jobs = Contract("jobs")
@@ -148,3 +149,45 @@ class Rebuild(msgspec.Struct, frozen=True):
     admin_password: str = ""
     files: list[tuple[str, str]] = []
     reimage: bool = False
+
+
+@jobs
+class Rescue(msgspec.Struct, frozen=True):
+    """ "rescue": let it run another system from this disk (`model.rescue`)."""
+
+    server: Server
+    disk: Disk
+    stable: bool = False
+    admin_password: str = ""
+
+
+@jobs
+class Unrescue(msgspec.Struct, frozen=True):
+    """ "unrescue": its own system again."""
+
+    server: Server
+
+
+@jobs
+class Password(msgspec.Struct, frozen=True):
+    """ "change_password": of its administrator."""
+
+    server: Server
+    password: str
+
+    def __repr__(self) -> str:
+        return f"Password({self.server.id})"
+
+
+@jobs
+class CrashDump(msgspec.Struct, frozen=True):
+    """ "crash_dump": the server is not taken for it."""
+
+    server: Server
+
+
+@jobs
+class Readdress(msgspec.Struct, frozen=True):
+    """ "readdress": ask the network service anew what is shown of its addresses."""
+
+    server: str

@@ -148,6 +148,13 @@ class Compute(Struct, frozen=True):
     reclaim_interval_s: A[
         int, Meta(description="Deleted servers can be restored for so long; 0 deletes at once.", ge=0)
     ] = 0
+    rescue_image: A[
+        str | None,
+        Meta(
+            description="The image that servers are rescued with where none is named; unset, the one that each was made of.",
+            examples=["7d2f9e5c-1b3a-4c8d-9e0f-a1b2c3d4e5f6"],
+        ),
+    ] = None
     allow_resize_to_same_host: A[
         bool, Meta(description="A resize may leave a server where it is; a cold migration never does.")
     ] = False

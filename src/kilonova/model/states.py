@@ -153,6 +153,7 @@ VERBS: dict[str, Verb] = {v.name: v for v in (
     Verb("rebuild",     _vm("active stopped error"),                  Task.rebuilding,     VM.active,    "rebuild", "rebuild", host=True),
     Verb("rescue",      _vm("active stopped error"),                  Task.rescuing,       VM.rescued,   "rescue",  "rescue",  host=True),
     Verb("unrescue",    _vm("rescued"),                               Task.unrescuing,     VM.active,    "unrescue", "unrescue", host=True),
+    Verb("crash_dump",  _vm("active paused rescued resized error"),   None,                None,         "trigger_crash_dump", "trigger_crash_dump", host=True),
     Verb("shelve",      _vm("active stopped paused suspended"),       Task.shelving,       VM.shelved,   "shelve",  "shelve",  host=True),
     Verb("offload",     _vm("shelved"),                               Task.shelving_offloading, VM.shelved_offloaded, "shelveOffload", "shelveOffload", host=True),
     Verb("unshelve",    _vm("shelved shelved_offloaded"),             Task.unshelving,     VM.active,    "unshelve", "unshelve"),

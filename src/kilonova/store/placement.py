@@ -349,6 +349,12 @@ def changes(tx: Tx, since: float | None = None) -> Iterable[Any]:
     return tx.execute(CHANGES if since is None else CHANGES.where(_p.changed_at >= since))
 
 
+def bears(tx: Tx, provider: str, trait: str) -> bool:
+    """Has the provider this trait?"""
+    t = PROVIDER_TRAITS.c
+    return tx.execute(sa.select(t.trait).where(t.provider == provider, t.trait == trait)).first() is not None
+
+
 def traits(tx: Tx) -> dict[str, set[str]]:
     """By provider."""
     found: dict[str, set[str]] = {}
