@@ -184,10 +184,3 @@ class CrashDump(msgspec.Struct, frozen=True):
     """ "crash_dump": the server is not taken for it."""
 
     server: Server
-
-
-@jobs
-class Readdress(msgspec.Struct, frozen=True):
-    """ "readdress": ask the network service anew what is shown of its addresses."""
-
-    server: str
