@@ -139,6 +139,7 @@ class Draft:
                 self._write(chunk)
             if beside:
                 beside.result()
+            self._end(size)
         except Trouble:
             _drain(source)
             raise
@@ -174,9 +175,19 @@ class Draft:
             raise _no_room(e) from None
         self.path, self.kept = place, True
 
+    def _end(self, size: int) -> None:
+        """It may end with a hole."""
+        try:
+            self.file.truncate(size)
+        except OSError as e:
+            raise _no_room(e) from None
+
     def _write(self, chunk: bytes) -> None:
         rest = memoryview(chunk)
         try:
+            if chunk.count(0) == len(chunk):  # a hole: disks of guests are mostly holes
+                self.file.seek(len(chunk), os.SEEK_CUR)
+                return
             while rest:
                 rest = rest[self.file.write(rest) :]
         except OSError as e:

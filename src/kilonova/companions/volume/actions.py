@@ -1,5 +1,6 @@
 """What is done with a volume: extended, uploaded, retyped, marked; and the elder ways to attach one."""
 
+from contextlib import suppress
 from typing import Annotated as A
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from kilonova.companions.volume.volumes import (
 )
 from kilonova.companions.volume.world import World, act, begin, end
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Invalid, NotFound, OverQuota, Unsupported
+from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuota, Unsupported
 from kilonova.kit.routes import Call, Reply
 from kilonova.kit.versions import since
 from kilonova.model.machine import ImageSource
@@ -190,12 +191,13 @@ def _may_upload(v: Volume, force: bool) -> None:
         raise invalid_volume(f"Volume {v.id} status must be available or in-use with force, but it is {v.status}.")
 
 
-def _not_uploaded(tx: Tx, world: World, act: Act) -> tuple[str, str] | None:
-    world.images.delete(act.job["image"])
-    return unchanged(tx, world, act)
+def _not_uploaded(world: World, act: Act) -> None:
+    """An image that somebody protected meanwhile stays, without bytes."""
+    with suppress(Forbidden, Conflict):
+        world.images.delete(act.job["image"])
 
 
-@act(_not_uploaded)
+@act(unchanged, undo=_not_uploaded)
 def copy_volume_to_image(world: World, act: Act) -> None:
     """A crash in the middle leaves the image queued: its bytes are brought again."""
     image = world.images.show(act.job["image"])

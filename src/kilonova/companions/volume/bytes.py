@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -22,8 +23,9 @@ GIB = 1 << 30
 CHUNK_BYTES = 1 << 20
 STRETCH_BYTES = 64 << 20  # copied by the kernel at once
 FICLONE = 0x40049409  # linux/fs.h: share all blocks of another file
-PASSES = 40  # of a copy, until its original holds still
+PASSES = 100  # of a copy, until its original holds still
 CALM_NS = 20_000_000  # kernels write a file's time in steps of up to 10 ms
+TICK = threading.Event()  # nobody sets it
 
 # As the image service calls it: what qemu-img calls it.
 FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vdi": "vdi", "vhd": "vpc", "vhdx": "vhdx"}
@@ -69,7 +71,7 @@ class Bytes:
             )
         with self._part(id) as part:
             if base.format == "raw":
-                copy(self.cache.path(base), part)
+                copy(self.cache.path(base), part, still=True)
             else:
                 convert(self.cache.path(base), base.format, part, "raw")
             os.truncate(part, size_gb * GIB)
@@ -81,7 +83,7 @@ class Bytes:
         if self.path(*target).exists():
             return
         with self._part(target[1]) as part:
-            copy(self._there(*source), part)
+            copy(self._there(*source), part, still=source[0] != "volumes")
             os.truncate(part, max(size_gb * GIB, part.stat().st_size))
             self._settle(part, *target)
 
@@ -89,7 +91,7 @@ class Bytes:
         """The volume has these bytes from now on, and its own size. It is of no server: its file may be another one."""
         size = self.size("volumes", id)
         with self._part(id) as part:
-            copy(self._there(*source), part)
+            copy(self._there(*source), part, still=source[0] != "volumes")
             os.truncate(part, max(size, part.stat().st_size))
             self._settle(part, "volumes", id)
 
@@ -182,8 +184,8 @@ def convert(source: Path, its_format: str, target: Path, target_format: str) -> 
 # ---- copies
 
 
-def copy(source: Path, target: Path) -> None:
-    """`target` becomes what `source` was at one moment, though somebody may be writing it.
+def copy(source: Path, target: Path, *, still: bool = False) -> None:
+    """`target` becomes what `source` was at one moment, though somebody may be writing it (`still`: nobody is).
 
     Where blocks can be shared the kernel does that in one act.  Elsewhere what was copied is compared and mended until
     nothing was written during a whole pass.  Raises Refused where that never happens.
@@ -197,13 +199,21 @@ def copy(source: Path, target: Path) -> None:
         seen = _written(reader)
         for first, last in stretches(reader, size):
             _copied(reader, writer, first, last)
+        if still:
+            return
         for _ in range(PASSES):
-            os.utime(writer.fileno())
-            if _written(reader) == seen and seen[0] < os.fstat(writer.fileno()).st_mtime_ns - CALM_NS:
+            if _written(reader) == seen and _past(seen[0], writer):
                 return
+            TICK.wait(CALM_NS / 1e9)  # for the kernel's clock of files to move, or a write would not show
             seen = _written(reader)
             _mend(reader, writer)
     raise Refused("The volume is being written all the time: there is no moment to copy. Pause or stop its server.")
+
+
+def _past(written_ns: int, writer: BinaryIO) -> bool:
+    """Was that before what a file's time can tell from now?"""
+    os.utime(writer.fileno())
+    return written_ns < os.fstat(writer.fileno()).st_mtime_ns - CALM_NS
 
 
 def _shared(reader: BinaryIO, writer: BinaryIO) -> bool:

@@ -64,26 +64,30 @@ class World:
 # ---- kinds of acts
 
 
+Failed = Callable[[Tx, World, Act], tuple[str, str] | None]
+Do = Callable[[World, Act], None]
+
+
 @dataclass(frozen=True)
 class Kind:
-    """`do` the act, safe to do twice; `failed(tx, world, act)` leaves the thing where it can rest, and gives its
-    project and its word for messages. `quick`: nobody need wait for it."""
+    """`do` the act, safe to do twice. When it cannot be done: `undo` what it did at neighbours, then
+    `failed(tx, world, act)` leaves the thing where it can rest, and gives its project and its word for messages.
+    `quick`: nobody need wait for it."""
 
-    do: Callable[[World, Act], None]
-    failed: Callable[[Tx, World, Act], tuple[str, str] | None]
+    do: Do
+    failed: Failed
+    undo: Do | None
     quick: bool
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def act(
-    failed: Callable[[Tx, World, Act], tuple[str, str] | None], *, quick: bool = False
-) -> Callable[[Callable[[World, Act], None]], Callable[[World, Act], None]]:
+def act(failed: Failed, *, undo: Do | None = None, quick: bool = False) -> Callable[[Do], Do]:
     """Declares a kind of act, named by its function."""
 
-    def keep(do: Callable[[World, Act], None]) -> Callable[[World, Act], None]:
-        KINDS[do.__name__] = Kind(do, failed, quick)
+    def keep(do: Do) -> Do:
+        KINDS[do.__name__] = Kind(do, failed, undo, quick)
         return do
 
     return keep
@@ -92,7 +96,7 @@ def act(
 def begin(
     tx: Tx,
     world: World,
-    do: Callable[[World, Act], None],
+    do: Do,
     subject: str,
     *,
     request: str = "",
@@ -138,8 +142,22 @@ def carry(world: World, id: str) -> None:
             _failed(world, act, e)
 
 
+def _undone(world: World, act: Act) -> bool:
+    """Before the transaction: no neighbour is asked in one. Who does not answer now is asked with the next try."""
+    undo = KINDS[act.kind].undo
+    try:
+        if undo is not None:
+            undo(world, act)
+    except Unavailable as e:
+        logger.info("%s of %s is taken back later (%s)", act.kind, act.subject, e.why)
+        return False
+    return True
+
+
 def _failed(world: World, act: Act, e: Exception) -> None:
     said = e.said if isinstance(e, Trouble) else "An unknown error occurred."
+    if not _undone(world, act):
+        return
     with world.db.tx() as tx:
         if not end(tx, act):
             return
