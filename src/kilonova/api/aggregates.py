@@ -8,13 +8,17 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Meta
 
-from kilonova.api.bodies import HostName, MetaKey, Name
+from kilonova.api import boot_image
+from kilonova.api.bodies import HostName, MetaKey, Name, Uuid, dashed
 from kilonova.api.registry import R, World
+from kilonova.contracts.jobs import Precache
 from kilonova.kit.clock import iso_us
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType
+from kilonova.kit.workflow import start
+from kilonova.model.disks import source_of
 from kilonova.store import hosts, servers
 
 PLACE = "/v2.1/os-aggregates"
@@ -137,6 +141,34 @@ def set_metadata(call: Call, id: str) -> dict[str, Any]:
         return _noted(call, tx, _the(tx, id), call.body.metadata)
 
     return {"aggregate": _view(call, call.world.db.run(record))}
+
+
+class Wanted(msgspec.Struct, forbid_unknown_fields=True):
+    id: Uuid
+
+
+class Cache(msgspec.Struct, forbid_unknown_fields=True):
+    cache: Annotated[list[Wanted], Meta(min_length=1)]
+
+
+@R.post(PLACE + "/{id}/images", versions="2.81-", body=Cache, ok=202, policy="compute:aggregates:images")
+def precache(call: Call, id: str) -> None:
+    """Each host of it that works is to fetch these images; nobody waits for it."""
+    world: World = call.world
+    ids = [dashed(w.id) for w in call.body.cache]
+    if len(set(ids)) < len(ids):
+        raise Invalid("Duplicate images in request")
+    with world.db.read() as tx:
+        _the(tx, id)
+    images = [source_of(boot_image.image_of(boot_image.shown(call, ref))) for ref in ids]
+
+    def record(tx: Tx) -> list[str]:
+        now, able = world.clock.now(), [h for h in _the(tx, id).hosts if world.hosts.speaks(h, "Precache")]
+        jobs = [Precache(host, images) for host in able if world.hosts.up(host)]
+        return [start(tx, "precache", j, id=world.ids.uuid(), subject=world.ids.uuid(), now=now) for j in jobs]
+
+    for run in world.db.run(record):
+        world.wake(run)
 
 
 def _the(tx: Tx, id: str) -> hosts.Aggregate:

@@ -7,6 +7,7 @@ from typing import Any
 from kilonova.api import (
     actions,
     aggregates,
+    audit_log,
     capture,
     catalog,
     consoles,
@@ -15,6 +16,7 @@ from kilonova.api import (
     extensions,
     external_events,
     gone,
+    hosts,
     interfaces,
     keypairs,
     migrations,
@@ -26,6 +28,7 @@ from kilonova.api import (
     rescue,
     server_groups,
     servers,
+    shares,
     usage,
     verbs,
 )
@@ -38,6 +41,7 @@ from kilonova.kit.routes import Context, Route
 GROUPS = (  # importing them fills R
     actions,
     aggregates,
+    audit_log,
     capture,
     catalog,
     consoles,
@@ -46,6 +50,7 @@ GROUPS = (  # importing them fills R
     extensions,
     external_events,
     gone,
+    hosts,
     interfaces,
     keypairs,
     migrations,
@@ -57,6 +62,7 @@ GROUPS = (  # importing them fills R
     rescue,
     server_groups,
     servers,
+    shares,
     usage,
     verbs,
 )

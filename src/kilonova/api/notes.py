@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from kilonova.api.bodies import Metadata, MetaKey, Tag
-from kilonova.api.registry import R, World, link, owner, the_server, unlocked
+from kilonova.api.registry import R, World, known_server, link, the_server, unlocked
 from kilonova.api.views import addresses_of
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound, OverQuota
@@ -124,7 +124,7 @@ class TagsBody(msgspec.Struct, forbid_unknown_fields=True):
 @R.get(TAGS, versions=SINCE, strict=NEVER, policy="os_compute_api:os-server-tags:index", late=True)
 def tags(call: Call, server_id: str) -> dict[str, Any]:
     with call.world.db.read() as tx:
-        return {"tags": _tagged(call, tx, server_id).tags}
+        return {"tags": known_server(call, tx, server_id).tags}
 
 
 @R.put(TAGS, versions=SINCE, body=TagsBody, policy="os_compute_api:os-server-tags:update_all", late=True)
@@ -140,7 +140,7 @@ def delete_tags(call: Call, server_id: str) -> None:
 @R.get(TAGS + "/{id}", versions=SINCE, strict=NEVER, ok=204, policy="os_compute_api:os-server-tags:show", late=True)
 def has_tag(call: Call, server_id: str, id: str) -> None:
     with call.world.db.read() as tx:
-        if id not in _tagged(call, tx, server_id).tags:
+        if id not in known_server(call, tx, server_id).tags:
             raise NotFound(f"Server {server_id} has no tag '{id}'")
 
 
@@ -174,19 +174,10 @@ def delete_tag(call: Call, server_id: str, id: str) -> None:
     _mark(call, server_id, without, "delete tag")
 
 
-def _tagged(call: Call, tx: Tx, id: str) -> Server:
-    """For tags another project's server is forbidden, not absent (errors.md, section 9)."""
-    server = servers.get(tx, id)
-    if server.deleted_at is not None:
-        raise NotFound(f"Instance {id} could not be found.")
-    call.check(owner(server))
-    return server
-
-
 def _mark(call: Call, id: str, change: Any, doing: str) -> list[str]:
     def record(tx: Tx) -> list[str]:
         servers.held(tx, id)
-        server = _tagged(call, tx, id)
+        server = known_server(call, tx, id)
         writable(server, doing)
         wanted = sorted(change(set(server.tags)))
         if wanted != server.tags:

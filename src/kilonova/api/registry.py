@@ -61,6 +61,15 @@ def the_server(call: Call, tx: Tx, id: str, *, dead: bool = False, rule: str | N
     return server
 
 
+def known_server(call: Call, tx: Tx, id: str) -> Server:
+    """For tags and shares another project's server is forbidden, not absent (errors.md, section 9)."""
+    server = servers.get(tx, id)
+    if server.deleted_at is not None:
+        raise NotFound(f"Instance {id} could not be found.")
+    call.check(owner(server))
+    return server
+
+
 def unlocked(call: Call, server: Server) -> None:
     """Raises Conflict where the server is locked, and not for an administrator."""
     if server.locked and not call.context.is_admin:

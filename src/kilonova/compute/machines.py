@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from kilonova.compute import capture, interfaces, live_migrate, rebuild, rescue, resize
+from kilonova.compute import capture, interfaces, live_migrate, precache, rebuild, rescue, resize
 from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, FindConsole, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
@@ -98,16 +98,13 @@ def console_log(host: Host, m: ConsoleLog) -> Text:
 
 
 def find_console(host: Host, m: FindConsole) -> Where:
-    if not isinstance(host.driver, Consoles):
-        raise Unsupported("This host has no consoles.")
-    return host.driver.console(m.server, m.kind)
+    driver: Consoles = capture.able(host, Consoles, "show consoles")  # type: ignore[type-abstract]
+    return driver.console(m.server, m.kind)
 
 
 HANDLERS: list[Callable[[Any, Any], Any]] = [
     spawn, destroy, power, look, abandon, *interfaces.HANDLERS, *resize.HANDLERS, *live_migrate.HANDLERS,
-    *capture.HANDLERS,
-    spawn, destroy, power, look, abandon, *resize.HANDLERS, *live_migrate.HANDLERS, *capture.HANDLERS, *rebuild.HANDLERS,
-    *rescue.HANDLERS,
+    *capture.HANDLERS, *rebuild.HANDLERS, *rescue.HANDLERS, *precache.HANDLERS,
 ]  # fmt: skip
 QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log, find_console, *rescue.QUESTIONS]
 

@@ -15,6 +15,7 @@ from kilonova.conductor import (
     evacuate,
     interfaces,
     live_migrate,
+    precache,
     rebuild,
     rescue,
     resize,
@@ -41,6 +42,7 @@ FLOWS: list[Workflow[Any]] = [
     evacuate.evacuate,
     watch.tidy,
     rebuild.rebuild, rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
+    precache.precache,
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from kilonova.kit.bus import Call, Contract
 from kilonova.model.console import Kind, Where
-from kilonova.model.machine import Disk, Machine, Nic
+from kilonova.model.machine import Disk, ImageSource, Machine, Nic
 
 compute = Contract("compute")
 
@@ -221,6 +221,13 @@ class Text(msgspec.Struct, frozen=True):
     """Bytes a guest wrote, decoded with replacement characters."""
 
     text: str
+
+
+@compute
+class Precache(Call[Done], frozen=True):
+    """Have this image here, so that a server need not wait for it. About no server."""
+
+    image: ImageSource
 
 
 @compute

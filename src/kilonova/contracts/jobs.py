@@ -9,7 +9,7 @@ import msgspec
 
 from kilonova.kit.bus import Contract
 from kilonova.model.flavor import Flavor
-from kilonova.model.machine import Disk
+from kilonova.model.machine import Disk, ImageSource
 from kilonova.model.server import Image, Server, Wanted
 
 jobs = Contract("jobs")
@@ -56,6 +56,14 @@ class DetachInterface(msgspec.Struct, frozen=True):
 
     server: Server
     port_id: str
+
+
+@jobs
+class Precache(msgspec.Struct, frozen=True):
+    """ "precache": a host is to have these images before a server needs them there."""
+
+    host: str
+    images: list[ImageSource]
 
 
 @jobs

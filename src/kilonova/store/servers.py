@@ -123,6 +123,11 @@ def find(tx: Tx, ids: Iterable[str]) -> dict[str, Server]:
     return {s.id: s for s in map(of, tx.execute(SELECT.where(T.c.id.in_(wanted))))}
 
 
+def on_host(tx: Tx, host: str) -> list[Server]:
+    """Those that live there, the oldest first."""
+    return [of(r) for r in tx.execute(SELECT.where(T.c.host == host, T.c.deleted_at.is_(None)).order_by(T.c.number))]
+
+
 def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
     """Claim the server for `verb`: the check and the claim are one statement.
 

@@ -13,7 +13,7 @@ import msgspec
 from kilonova.contracts.compute import Landing, Luggage, Stats
 from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts as HostFacts
-from kilonova.model.machine import Disk, Machine, Nic
+from kilonova.model.machine import Disk, ImageSource, Machine, Nic
 
 Power = Literal["nostate", "running", "paused", "shutdown", "crashed", "suspended"]
 POWER_NUMBERS: dict[str, int] = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
@@ -118,6 +118,15 @@ class Resizes(Protocol):
 
     def drop(self, id: str, epoch: int) -> None:
         """Remove the one of this epoch with all it had. Nothing there: nothing to do."""
+        ...
+
+
+@runtime_checkable
+class Precaches(Protocol):
+    """Images can be here before a machine needs them."""
+
+    def precache(self, image: ImageSource) -> None:
+        """Raises Refused where it is of no use here."""
         ...
 
 

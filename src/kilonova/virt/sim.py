@@ -20,7 +20,7 @@ from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble, Unsupported
 from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts
-from kilonova.model.machine import Disk, Machine, Nic, with_nic, without_nic
+from kilonova.model.machine import Disk, ImageSource, Machine, Nic, with_nic, without_nic
 from kilonova.model.options import Sim
 from kilonova.model.plan import connected_as
 from kilonova.model.rescue import rescued
@@ -90,6 +90,7 @@ class SimState:
         self.machines: dict[str, SimMachine] = {}
         self.kept: dict[str, SimMachine] = {}
         self.captures: dict[tuple[str, str], bytes] = {}  # by server and image
+        self.images: set[str] = set()  # that are here before a machine needs them
         self.deaf: set[str] = set()
         self.broken = False
         self.lock = threading.Lock()
@@ -551,6 +552,10 @@ class SimDriver:
         for server, image_id in list(self.state.captures):
             if server == id:
                 self.drop_capture(id, image_id)
+
+    def precache(self, image: ImageSource) -> None:
+        self._act("fetch an image for")
+        self.state.images.add(image.image_id)
 
     # -- its screen and its serial line (`virt.driver.Consoles`)
 

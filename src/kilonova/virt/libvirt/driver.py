@@ -389,6 +389,9 @@ class LibvirtDriver:
                 raise Refused("The server cannot be resumed: its memory was not kept.")
             self._run(self._known(id))
 
+    def precache(self, image: ImageSource) -> None:
+        self.cache.base(image)
+
     # ---- the console, and news
 
     def console_log(self, id: str) -> bytes:
