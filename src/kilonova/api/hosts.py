@@ -8,6 +8,7 @@ from kilonova.api.registry import R
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Invalid, NotFound, Unsupported
 from kilonova.kit.routes import Call
+from kilonova.kit.versions import UNSET, UnsetType
 from kilonova.store import hosts, servers
 
 PLACE, OLD = "/v2.1/os-hosts", "2.1-2.42"
@@ -20,8 +21,8 @@ class Query(msgspec.Struct):
 
 
 class Change(msgspec.Struct, forbid_unknown_fields=True):
-    status: Word | None = None
-    maintenance_mode: Word | None = None
+    status: Word | UnsetType = UNSET
+    maintenance_mode: Word | UnsetType = UNSET
 
 
 @R.get(PLACE, versions=OLD, query=Query, strict="2.1000000", policy=f"{RULE}:list")
@@ -68,9 +69,9 @@ def _sum(host: str, project: str, sizes: list[tuple[int, int, int]]) -> dict[str
 @R.put(PLACE + "/{id}", versions=OLD, body=Change, policy=f"{RULE}:update")
 def update(call: Call, id: str) -> dict[str, Any]:
     wish: Change = call.body
-    if wish.status is None and wish.maintenance_mode is None:
+    if wish.status is UNSET and wish.maintenance_mode is UNSET:
         raise Invalid("Invalid input for field/attribute host. Give a status or a maintenance_mode.")
-    if wish.maintenance_mode is not None:
+    if wish.maintenance_mode is not UNSET:
         with call.world.db.read() as tx:
             _known(tx, id)
         raise Unsupported("Hosts have no maintenance mode: disable them, and move their servers away.")

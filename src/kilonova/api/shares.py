@@ -9,6 +9,7 @@ from kilonova.api.bodies import Uuid
 from kilonova.api.registry import R, known_server
 from kilonova.kit.errors import Conflict, Forbidden, NotFound
 from kilonova.kit.routes import Call
+from kilonova.kit.versions import UNSET, UnsetType
 from kilonova.model.server import Server
 from kilonova.model.states import VM
 
@@ -17,7 +18,7 @@ PLACE, RULE = "/v2.1/servers/{server_id}/shares", "os_compute_api:os-server-shar
 
 class New(msgspec.Struct, forbid_unknown_fields=True):
     share_id: Uuid
-    tag: Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[a-zA-Z0-9-]*$")] | None = None
+    tag: Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[a-zA-Z0-9-]*$")] | UnsetType = UNSET
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
