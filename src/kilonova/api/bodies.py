@@ -39,7 +39,7 @@ def truth(value: Any) -> bool:
 
 
 def address(value: str, version: int | None, field: str) -> str:
-    """An IP address, checked. Raises Invalid with the field's name."""
+    """An IP address, checked, in its canonical form (RFC 5952). Raises Invalid with the field's name."""
     try:
         ip = ipaddress.ip_address(value)
     except ValueError:
@@ -49,7 +49,7 @@ def address(value: str, version: int | None, field: str) -> str:
         raise Invalid(
             f"Invalid input for field/attribute {field}. Value: {value[:60]!r}. '{value[:60]}' is not a '{kind}'"
         )
-    return value
+    return str(ip)
 
 
 def decoded(value: str, field: str) -> bytes:

@@ -210,10 +210,8 @@ def create(call: Call) -> dict[str, Any]:
 
     def record(tx: Tx) -> None:
         catalog.add_flavor(tx, flavor, call.world.clock.now())
-        if not flavor.is_public and call.context.project_id:
-            catalog.allow_flavor(tx, flavor.id, call.context.project_id)
 
-    call.world.db.run(record)
+    call.world.db.run(record)  # who makes a private flavor may see it as an administrator; nobody has access yet
     return {"flavor": view(call, flavor)}
 
 

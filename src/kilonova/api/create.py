@@ -528,8 +528,8 @@ def _server(
         keypair=found.keypair,
         user_data=wish.user_data,
         config_drive=truth(wish.config_drive),
-        access_ip_v4=wish.access_v4 or "",
-        access_ip_v6=wish.access_v6 or "",
+        access_ip_v4=address(wish.access_v4, 4, "accessIPv4") if wish.access_v4 else "",
+        access_ip_v6=address(wish.access_v6, 6, "accessIPv6") if wish.access_v6 else "",
         disk_config=wish.disk_config
         or ("AUTO" if found.image.properties.get("auto_disk_config", "").lower() == "true" else "MANUAL"),
         launch_index=i,

@@ -3,12 +3,14 @@
 import base64
 import binascii
 import hashlib
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Meta
 
 from kilonova.api.registry import R, next_link, page_limit
@@ -84,7 +86,7 @@ def create(call: Call) -> dict[str, Any]:
     wish: NewKey = call.body.keypair
     user = _whose(call, [wish.user_id] if wish.user_id else [])
     if isinstance(wish.public_key, UnsetType):
-        private, public = _made(wish.type, call.context.user_id)
+        private, public = _made(wish.type, call.context.user_id, call.world.clock.now())
     else:
         private, public = None, wish.public_key
     print_ = fingerprint(public, wish.type)
@@ -119,7 +121,7 @@ def _short(call: Call, k: catalog.Stored) -> dict[str, Any]:
     return shown | {"type": k.type} if call.version >= 2 else shown
 
 
-def _made(kind: str, user: str) -> tuple[str, str]:
+def _made(kind: str, user: str, now: float) -> tuple[str, str]:
     """(private half, public half). RSA, 2048 bits, as clients expect of this call."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pem = serialization.Encoding.PEM
@@ -127,9 +129,31 @@ def _made(kind: str, user: str) -> tuple[str, str]:
         pem, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
     ).decode()
     if kind == "x509":
-        raise Invalid("Key pairs of type x509 must be imported: give public_key.")
+        return private, _certificate(key, user, now)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
     return private, f"{public} Generated-by-Kilonova"
+
+
+def _certificate(key: rsa.RSAPrivateKey, user: str, now: float) -> str:
+    """A certificate that its holder signed himself, for ten years: Windows guests (WinRM) let in who has its key."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, user[:64])])
+    utf8 = b"\x0c" + bytes([len(principal := f"{user[:64]}@localhost".encode())]) + principal  # DER: UTF8String
+    begin = datetime.fromtimestamp(int(now), UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + timedelta(days=3650))
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.OtherName(USER_PRINCIPAL_NAME, utf8)]), critical=False)
+    )
+    return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+
+USER_PRINCIPAL_NAME = x509.ObjectIdentifier("1.3.6.1.4.1.311.20.2.3")
 
 
 def fingerprint(public: str, kind: str) -> str:
