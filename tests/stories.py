@@ -38,14 +38,14 @@ from kilonova.model.server import Server
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import servers
-from kilonova.virt.sim import SimDriver, SimState, copies, copy, plugged
+from kilonova.virt.sim import SimDriver, SimState, copies, copy, plugged, used
 from tests.cloud.embedded import Embedded, Person
 
 # What a host's process may die before or after.
 ACTS = (
     *("spawn", "destroy", "start", "stop", "reboot", "pause", "rebuild", "rescue", "unrescue"),
     *("capture", "captured", "drop_capture"),
-    *("attach_nic", "detach_nic"),
+    *("attach_nic", "detach_nic", "attach_volume", "detach_volume", "swap_volume"),
 )
 
 
@@ -382,13 +382,18 @@ class Cloud:
             self.settle()
         return made
 
+    def handle(self, id: str) -> "Handle":
+        """A server that somebody has asked for."""
+        return Handle(self, id)
+
     # -- judging
 
     def check(self) -> list[str]:
         holds = {name: copy(state) for name, state in self.states.items() if name not in self.dead}
         left = {name: copies(state) for name, state in self.states.items() if name not in self.dead}
         nics = {name: plugged(state) for name, state in self.states.items() if name not in self.dead}
-        return wrong(self.db, holds, copies=left, nics=nics)
+        disks = {name: used(state) for name, state in self.states.items() if name not in self.dead}
+        return wrong(self.db, holds, copies=left, nics=nics, disks=disks)
 
 
 class Handle:

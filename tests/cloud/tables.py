@@ -164,7 +164,7 @@ FORMATS = {
     "az_name": "a",
     "name_with_leading_trailing_spaces": "a",
 }
-TRIES = ("a", "1", "ab", "aa-1", "/24", "true", "", "-1", "A", "é")
+TRIES = ("a", "1", "ab", "/dev/vdb", "aa-1", "/24", "true", "", "-1", "A", "é")
 
 
 def least(node: Node) -> Any:

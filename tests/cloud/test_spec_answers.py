@@ -97,6 +97,8 @@ ELSEWHERE = (
     "os-interface",
     "os-server-external-events",
     "os-server-groups",
+    "os-volume_attachments",
+    "os-volumes_boot",  # servers under an older name
     "remote-consoles",
     "server-shares",
 )

@@ -7,6 +7,7 @@ from typing import Any
 from kilonova.api import (
     actions,
     aggregates,
+    attach,
     audit_log,
     capture,
     catalog,
@@ -31,6 +32,7 @@ from kilonova.api import (
     shares,
     usage,
     verbs,
+    volumes_boot,
 )
 from kilonova.api.policies import RULES
 from kilonova.api.registry import R, World
@@ -41,6 +43,7 @@ from kilonova.kit.routes import Context, Route
 GROUPS = (  # importing them fills R
     actions,
     aggregates,
+    attach,
     audit_log,
     capture,
     catalog,
@@ -66,6 +69,7 @@ GROUPS = (  # importing them fills R
     usage,
     verbs,
 )
+volumes_boot.mirror()
 VERSIONS = Versioned("compute", newest=104, old_header="X-OpenStack-Nova-API-Version")
 DIALECT = Dialect(
     compute_fault,

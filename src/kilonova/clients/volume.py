@@ -60,6 +60,7 @@ class VolumeInfo(msgspec.Struct, frozen=True):
     shared_targets: bool | None = False
     service_id: str | None = msgspec.field(name="service_uuid", default=None)
     replication_status: str | None = None
+    migration: str | None = msgspec.field(name="migration_status", default=None)  # told to administrators
 
     @property
     def can_boot(self) -> bool:
@@ -192,6 +193,11 @@ class Volumes:
     def update(self, id: str, *, token: str | None = None, **wish: Any) -> VolumeInfo:
         """`name=`, `description=`, `metadata=`."""
         return self._json("PUT", f"/volumes/{part(id)}", _OneVolume, body={"volume": wish}, token=token).volume
+
+    def unmark(self, id: str, token: str | None = None) -> None:
+        """Take our mark out of its metadata. Nothing there: done."""
+        with suppress(NotFound):
+            self._tell("DELETE", f"/volumes/{part(id)}/metadata/{part(MADE_FOR)}", token=token)
 
     def begin_detaching(self, id: str, token: str | None = None) -> None:
         """in-use → detaching, so that two do not do it at once. Raises Invalid where it is not in use."""

@@ -11,7 +11,7 @@ from kilonova.virt.driver import Hotplugs
 
 def attach_nic(host: Host, m: AttachNic) -> Done:
     with host.at_work(m.server, "attach_nic"):
-        _hotplugs(host).attach_nic(m.server, m.nic)
+        hotplugs(host).attach_nic(m.server, m.nic)
         return Done(power_of(host, m.server))
 
 
@@ -19,14 +19,15 @@ def detach_nic(host: Host, m: DetachNic) -> Done:
     """Where there is no such machine (any longer) there is nothing to take out."""
     with host.at_work(m.server, "detach_nic"):
         timeout_s = m.timeout_s if m.timeout_s >= 0 else host.options.detach_timeout_s
-        _hotplugs(host).detach_nic(m.server, m.port_id, timeout_s, m.anyway)
+        hotplugs(host).detach_nic(m.server, m.port_id, timeout_s, m.anyway)
         try:
             return Done(power_of(host, m.server))
         except NotFound:
             return Done()
 
 
-def _hotplugs(host: Host) -> Hotplugs:
+def hotplugs(host: Host) -> Hotplugs:
+    """Its driver, if it can. Raises Unsupported."""
     if not isinstance(host.driver, Hotplugs):
         raise Unsupported("The requested functionality is not supported.")
     return host.driver

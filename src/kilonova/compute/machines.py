@@ -4,7 +4,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from kilonova.compute import capture, interfaces, live_migrate, precache, rebuild, rescue, resize
+import msgspec
+
+from kilonova.compute import attach, capture, interfaces, live_migrate, precache, rebuild, rescue, resize
 from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, FindConsole, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
@@ -68,8 +70,8 @@ def look(host: Host, m: Look) -> Seen:
         held = [h for h in host.driver.machines() if h.id == m.server]
         kept = held[0].epoch if len(held) > 1 else None
         copies = [image for h in held for image in h.captures]
-        ports = held[-1].ports if held else None
-        return Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept, copies, ports)
+        seen = Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept, copies)
+        return msgspec.structs.replace(seen, ports=held[-1].ports, volumes=held[-1].volumes) if held else seen
     except NotFound:
         return Seen(False)
 
@@ -104,7 +106,7 @@ def find_console(host: Host, m: FindConsole) -> Where:
 
 HANDLERS: list[Callable[[Any, Any], Any]] = [
     spawn, destroy, power, look, abandon, *interfaces.HANDLERS, *resize.HANDLERS, *live_migrate.HANDLERS,
-    *capture.HANDLERS, *rebuild.HANDLERS, *rescue.HANDLERS, *precache.HANDLERS,
+    *attach.HANDLERS, *capture.HANDLERS, *rebuild.HANDLERS, *rescue.HANDLERS, *precache.HANDLERS,
 ]  # fmt: skip
 QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log, find_console, *rescue.QUESTIONS]
 

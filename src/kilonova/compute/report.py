@@ -2,6 +2,8 @@
 
 from math import ceil
 
+import msgspec
+
 from kilonova.contracts.conductor import HeldHere, Report
 from kilonova.model.host import HostFacts, Stock
 from kilonova.model.options import Compute
@@ -39,10 +41,7 @@ def report(
         host=host,
         at=at,
         born=born,
-        holds=[
-            HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch, m.captures, None if facts is None else m.ports)
-            for m in machines
-        ],
+        holds=[_held(m, whole=facts is not None) for m in machines],
         busy=busy,
         speaks=speaks,
         facts=facts,
@@ -50,3 +49,8 @@ def report(
         version=version,
         host_ip=host_ip,
     )
+
+
+def _held(m: Held, *, whole: bool) -> HeldHere:
+    here = HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch, m.captures)
+    return msgspec.structs.replace(here, ports=m.ports, volumes=m.volumes) if whole else here

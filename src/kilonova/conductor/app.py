@@ -9,6 +9,7 @@ from typing import Any
 from kilonova.clients import Neighbours
 from kilonova.conductor import (
     addresses,
+    attach,
     capture,
     create,
     delete,
@@ -41,8 +42,9 @@ FLOWS: list[Workflow[Any]] = [
     rebuild.rebuild,
     evacuate.evacuate,
     watch.tidy,
-    rebuild.rebuild, rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
+    rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
     precache.precache,
+    attach.attach_volume, attach.detach_volume, attach.swap_volume,
 ]  # fmt: skip
 
 

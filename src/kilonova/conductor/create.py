@@ -1,5 +1,7 @@
 """Build: choose a host and claim it, bind ports there, let it spawn; where a host refuses, try the next."""
 
+from contextlib import suppress
+
 import msgspec
 
 from kilonova.clients.volume import given_back
@@ -80,6 +82,11 @@ def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
         run(spawning, job.server, plugged, run.now)
         done = run(spawn, job, place, claimed, plugged)
     run(built, job.server, place, done.power_state, run.now)
+    for d in job.server.devices:
+        if d.is_volume and d.source != "volume":
+            run.no_return()  # else nobody would know it for ours
+            with suppress(Trouble):
+                run(volumes.hand_over, d.volume_id or "")
 
 
 def no_host(job: Build, tried: list[str], last: Trouble | None) -> Trouble:

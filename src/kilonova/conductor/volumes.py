@@ -127,6 +127,12 @@ def complete(world: World, key: str, attachments: list[str]) -> None:
         world.neighbours.volume.complete(id)
 
 
+@effect(patience_s=3600)
+def hand_over(world: World, key: str, volume: str) -> None:
+    """A volume that was made for a server is like any other from now on: our mark goes."""
+    world.neighbours.volume.unmark(volume)
+
+
 @effect(patience_s=1e9)
 def release(world: World, key: str, server: str) -> None:
     """All its volumes are others' to have."""

@@ -15,7 +15,7 @@ from kilonova.conductor import ports, resize
 from kilonova.conductor.capture import unfinished
 from kilonova.conductor.verbs import STEPS
 from kilonova.conductor.world import World
-from kilonova.contracts.compute import Destroy, DetachNic, Discard, Done, Drop, Look, Power, Seen
+from kilonova.contracts.compute import Destroy, DetachNic, DetachVolume, Discard, Done, Drop, Look, Power, Seen
 from kilonova.contracts.conductor import HeldHere, PowerChanged, Report, Sending
 from kilonova.contracts.jobs import Settle
 from kilonova.kit.bus import To
@@ -130,10 +130,14 @@ def _differs(row: Any, held: HeldHere | None) -> bool:
 
 
 def _overplugged(tx: Tx, held: list[HeldHere]) -> list[str]:
-    """Those with a NIC that is not theirs: it was taken back while the host was not there to hear of it."""
-    told = {h.server: set(h.ports) for h in held if h.ports}
-    known = compare.plugs(tx, told) if told else {}
-    return [id for id, ports in told.items() if ports - known.get(id, ports)]
+    """Those with a NIC or a volume that is not theirs: it was taken back while the host was not there to hear of it."""
+    found: list[str] = []
+    nics = {h.server: set(h.ports) for h in held if h.ports}
+    disks = {h.server: set(h.volumes) for h in held if h.volumes}
+    for told, ask in ((nics, compare.plugs), (disks, compare.volumes)):
+        known = ask(tx, told) if told else {}
+        found += [id for id, parts in told.items() if parts - known.get(id, parts)]
+    return list(dict.fromkeys(found))
 
 
 def _look_into(tx: Tx, world: World, host: str, suspects: list[str], reborn: bool) -> list[str]:
@@ -176,6 +180,7 @@ class Verdict(msgspec.Struct, frozen=True):
     do: Literal["nothing", "orphan", "beside", "lost", "halt", "revive", "unplug"]
     server: Server | None = None  # as it was taken
     ports: list[str] = []  # of NICs that are not its own
+    volumes: list[str] = []  # the same of disks
 
 
 @workflow
@@ -195,6 +200,8 @@ def mend(run: Run, job: Mend) -> None:
     elif verdict.do == "unplug":
         for port_id in verdict.ports:
             run(unplug, job.server, job.host, port_id)
+        for volume_id in verdict.volumes:
+            run(take_out, job.server, job.host, volume_id)
     elif verdict.server is not None:
         take_up(run, job, verdict.do, verdict.server)
 
@@ -245,6 +252,11 @@ def unplug(server: str, host: str, port_id: str) -> To[Done]:
     return To(host, DetachNic(server=server, port_id=port_id, timeout_s=0, anyway=True))
 
 
+@command(patience_s=120)
+def take_out(server: str, host: str, volume_id: str) -> To[Done]:
+    return To(host, DetachVolume(server=server, volume_id=volume_id, timeout_s=0, anyway=True))
+
+
 @command(patience_s=600)
 def halt(server: str, host: str) -> To[Done]:
     return To(host, Power(server=server, to="stop", timeout_s=0))
@@ -263,8 +275,10 @@ def judged(tx: Tx, job: Mend, seen: Seen, me: str, now: float) -> Verdict:
         return Verdict("nothing")
     if not seen.there:
         return Verdict("lost", servers.get(tx, job.server))
-    if loose := set(seen.ports or ()) - compare.plugs(tx, [job.server])[job.server]:
-        return Verdict("unplug", ports=sorted(loose))
+    loose = set(seen.ports or ()) - compare.plugs(tx, [job.server])[job.server]
+    strange = set(seen.volumes or ()) - compare.volumes(tx, [job.server])[job.server]
+    if loose or strange:
+        return Verdict("unplug", ports=sorted(loose), volumes=sorted(strange))
     return _power_judged(tx, job, VM(row.vm_state), PowerState(seen.power_state), row.power_state, me, now)
 
 

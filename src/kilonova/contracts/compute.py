@@ -199,6 +199,33 @@ class DetachNic(Call[Done], frozen=True):
     anyway: bool = False
 
 
+@compute
+class AttachVolume(Call[Done], frozen=True):
+    """One disk more, a volume that this host is connected to: now, if the machine runs, and from now on."""
+
+    server: str
+    disk: Disk
+
+
+@compute
+class DetachVolume(Call[Done], frozen=True):
+    """The disk of this volume goes. Not there: done. `timeout_s` and `anyway` as with `DetachNic`."""
+
+    server: str
+    volume_id: str
+    timeout_s: float = -1
+    anyway: bool = False
+
+
+@compute
+class SwapVolume(Call[Done], frozen=True):
+    """`disk`, another volume, takes the place of the volume: with its bytes, and while the guest goes on."""
+
+    server: str
+    volume_id: str
+    disk: Disk
+
+
 class Seen(msgspec.Struct, frozen=True):
     """What a host has of a server, just now. `kept`: the epoch of an older machine beside it."""
 
@@ -208,6 +235,7 @@ class Seen(msgspec.Struct, frozen=True):
     kept: int | None = None
     captures: list[str] = []  # images that were frozen and neither uploaded nor discarded
     ports: list[str] | None = None  # of its NICs; None: not known
+    volumes: list[str] | None = None  # the same of its disks
 
 
 @compute

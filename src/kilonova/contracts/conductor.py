@@ -11,8 +11,8 @@ conductor = Contract("conductor")
 class HeldHere(msgspec.Struct, frozen=True):
     """A machine on the host: its power in the Compute API's numbers, and the epoch it was made with.
 
-    `captures`: images that were frozen of it and are still here.  `ports`: of its NICs; None where they are not said,
-    which is in most reports.
+    `captures`: images that were frozen of it and are still here.  `ports`: of its NICs, `volumes`: of its disks; None
+    where they are not said, which is in most reports.
     """
 
     server: str
@@ -20,6 +20,7 @@ class HeldHere(msgspec.Struct, frozen=True):
     epoch: int = 0
     captures: list[str] = []
     ports: list[str] | None = None
+    volumes: list[str] | None = None
 
 
 @conductor

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from kilonova.kit.bus import Contract
+from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Disk, ImageSource
 from kilonova.model.server import Image, Server, Wanted
@@ -56,6 +57,33 @@ class DetachInterface(msgspec.Struct, frozen=True):
 
     server: Server
     port_id: str
+
+
+@jobs
+class AttachVolume(msgspec.Struct, frozen=True):
+    """ "attach_volume": the volume is reserved, and the device written; it is connected and plugged in."""
+
+    server: Server
+    device: Device
+
+
+@jobs
+class DetachVolume(msgspec.Struct, frozen=True):
+    """ "detach_volume": the guest lets go of it, then we do."""
+
+    server: Server
+    device: Device
+
+
+@jobs
+class SwapVolume(msgspec.Struct, frozen=True):
+    """ "swap_volume": another volume takes the device's place. `migrating`: the volume service waits to hear of it."""
+
+    server: Server
+    device: Device
+    new_volume_id: str
+    size_gb: int
+    migrating: bool = True
 
 
 @jobs

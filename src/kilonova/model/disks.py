@@ -65,13 +65,18 @@ def named(server: Server) -> list[Device]:
 
 def next_name(server: Server, bus: Bus) -> str:
     """For one more device."""
-    taken = {letter for _, _, letter in _slots(server)}
+    taken = names(server)
     return f"/dev/{PREFIXES[bus]}{next(x for x in _letters() if x not in taken)}"
 
 
 def has_name(server: Server, name: str) -> bool:
     """Is a disk called so, whatever its bus?"""
-    return letters_of(name) in {letter for _, _, letter in _slots(server)}
+    return letters_of(name) in names(server)
+
+
+def names(server: Server) -> list[str]:
+    """The letters of all its disks."""
+    return [letter for _, _, letter in _slots(server)]
 
 
 def root_name(server: Server) -> str:

@@ -163,3 +163,30 @@ def without_nic(machine: Machine, port_id: str) -> Machine:
 def _with_nics(machine: Machine, nics: list[Nic]) -> Machine:
     identity = msgspec.structs.replace(machine.identity, nics=nics)
     return msgspec.structs.replace(machine, nics=nics, identity=identity)
+
+
+def with_volume(machine: Machine, disk: Disk, place: str | None = None) -> Machine:
+    """The same with one disk more; or with this one in the place of the volume `place`, or of what it was before."""
+    assert isinstance(disk.source, VolumeSource)
+    old = place or disk.source.volume_id
+    if old in volumes_of(machine):
+        return _with_disks(machine, [disk if _is_volume(d, old) else d for d in machine.disks])
+    return _with_disks(machine, [*machine.disks, disk])
+
+
+def without_volume(machine: Machine, volume_id: str) -> Machine:
+    return _with_disks(machine, [d for d in machine.disks if not _is_volume(d, volume_id)])
+
+
+def volumes_of(machine: Machine) -> list[str]:
+    """By their ids."""
+    return [d.source.volume_id for d in machine.disks if isinstance(d.source, VolumeSource)]
+
+
+def _is_volume(disk: Disk, volume_id: str) -> bool:
+    return isinstance(disk.source, VolumeSource) and disk.source.volume_id == volume_id
+
+
+def _with_disks(machine: Machine, disks: list[Disk]) -> Machine:
+    identity = msgspec.structs.replace(machine.identity, disks=disks)
+    return msgspec.structs.replace(machine, disks=disks, identity=identity)

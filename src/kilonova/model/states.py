@@ -124,6 +124,8 @@ _REBOOTS = frozenset(
     }
 )
 
+_VOLUMES = "active paused stopped resized soft-delete shelved shelved_offloaded"  # may come and go
+
 # fmt: off
 VERBS: dict[str, Verb] = {v.name: v for v in (
     #    verb           from                                          busy as              ends as
@@ -137,6 +139,9 @@ VERBS: dict[str, Verb] = {v.name: v for v in (
     Verb("resume",      _vm("suspended"),                             Task.resuming,       VM.active,    "resume",  "resume",  host=True, message="resume"),
     Verb("attach_interface", _vm("active paused stopped"),            None,                None,         "attach_interface", "attach_interface", host=True),
     Verb("detach_interface", _vm("active paused stopped"),            None,                None,         "detach_interface", "detach_interface", host=True),
+    Verb("attach_volume",    _vm(_VOLUMES),                           None,                None,         "attach_volume", "attach_volume"),
+    Verb("detach_volume",    _vm(_VOLUMES),                           None,                None,         "detach_volume", "detach_volume"),
+    Verb("swap_volume",      _vm("active paused resized"),            None,                None,         "swap_volume",   "swap_volume", host=True),
     Verb("delete",      frozenset(VM) - {VM.deleted},                 Task.deleting,       VM.deleted,   "delete",  "delete",  over=None, launched=False),
     # moves: `api/moves.py`
     Verb("resize",      _vm("active stopped"),                        Task.resize_prep,    VM.resized,   "resize",  "resize",  host=True),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import sqlalchemy as sa
 
+from kilonova.clients.volume import MADE_FOR
 from kilonova.companions.volume.attachments import follows
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
@@ -16,7 +17,17 @@ from kilonova.model.capture import MARK, SHELVED_IMAGE
 from kilonova.model.server import Server
 from kilonova.model.server_group import admits
 from kilonova.model.states import VM
-from kilonova.store import hosts, images, migrations, networks, placement, server_groups, servers, volumes
+from kilonova.store import (
+    block_devices,
+    hosts,
+    images,
+    migrations,
+    networks,
+    placement,
+    server_groups,
+    servers,
+    volumes,
+)
 from kilonova.store.migrations import OVER, Status
 
 RESTING = {
@@ -41,13 +52,14 @@ def wrong(
     ports: Iterable[tuple[str, str, str]] | None = None,
     copies: Mapping[str, Iterable[tuple[str, str]]] | None = None,
     nics: Mapping[str, Mapping[str, list[str]]] | None = None,
+    disks: Mapping[str, Mapping[str, list[str]]] | None = None,
 ) -> list[str]:
     """What is not as it must be, in words; nothing: all is well.
 
     `holds`: of each host that works, what it has: {server: (power, epoch)}.  `ports`: (id, device, host) of all ports
     that belong to servers; None: they are looked up in our own network service.  `copies`: of each host that works, the
     (server, image) of disks that were copied for images and are still there: there must be none.  `nics`: of each host,
-    the ports that its machines are plugged into.
+    the ports that its machines are plugged into; `disks`: the volumes that are disks of them.
     """
     with db.read() as tx:
         all = [servers.of(r) for r in tx.execute(servers.SELECT)]
@@ -62,6 +74,7 @@ def wrong(
         said += _images(tx, all)
         said += [line for s in all for line in _resting(tx, s)]
         said += _storage(tx)
+        said += _devices(tx, all, disks or {})
     return said + [f"{h} has a copy of {s} for image {i}" for h, c in (copies or {}).items() for s, i in c]
 
 
@@ -261,3 +274,25 @@ def _storage(tx: Tx) -> list[str]:
             said.append(f"volume {v.id} is {v.status}, and its attachments say {wanted}")
     known = {v.id for v in all}
     return said + [f"volume {id} is gone and has attachments" for id in attached if id not in known]
+
+
+def _devices(tx: Tx, all: list[Server], disks: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
+    """Each attachment is a device of a living server, and the other way round; and what machines have are those."""
+    said = [f"volume device {p.device} of {p.server} is promised back, and was not" for p in block_devices.promised(tx)]
+    made = [v.id for v in volumes.find(tx, volumes.Volume) if MADE_FOR in v.metadata]
+    said += [f"volume {id} was made for a device that nobody came to have" for id in made]
+    there: dict[str, dict[str, volumes.Attachment]] = defaultdict(dict)
+    for a in volumes.find(tx, volumes.Attachment):
+        there[a.server_id or ""][a.id] = a
+    for s in all:
+        mine, alive = [d for d in s.devices if d.is_volume], s.deleted_at is None
+        found = {a.volume_id: (a.id, a.status, a.host) for a in there.pop(s.id, {}).values()}
+        status = "attached" if s.host else "reserved"
+        wanted = {d.volume_id: (d.attachment_id, status, s.host) for d in mine if alive and d.attachment_id}
+        if found != wanted:
+            said.append(f"{s.id} ({s.vm_state}) has attachments {found}, written are {wanted}")
+        said += [f"device {d.uuid} of {s.id} is {d.busy}" for d in mine if d.busy]
+        has = disks.get(s.host or "", {}).get(s.id)
+        if has is not None and alive and sorted(has) != sorted(d.volume_id or "" for d in mine):
+            said.append(f"{s.id} ({s.vm_state}) has the volumes {has} on {s.host}, written are {wanted}")
+    return said + [f"{id} is no server and has the attachments {sorted(a)}" for id, a in there.items()]

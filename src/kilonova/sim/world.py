@@ -41,7 +41,7 @@ from kilonova.model.machine import Machine
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import catalog
-from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged
+from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged, used
 
 BEGAN = 1_800_000_000.0
 FLAVOR = Flavor("small", "small", 1, 1024, 10)
@@ -229,7 +229,8 @@ class Sim:
         holds = {h.name: copy(h.state) for h in self.hosts.values() if not h.for_good}
         left = {h.name: copies(h.state) for h in self.hosts.values() if not h.for_good}
         nics = {h.name: plugged(h.state) for h in self.hosts.values() if not h.for_good}
-        return self.wrong + wrong(self.db, holds, copies=left, nics=nics)
+        disks = {h.name: used(h.state) for h in self.hosts.values() if not h.for_good}
+        return self.wrong + wrong(self.db, holds, copies=left, nics=nics, disks=disks)
 
     def twins(self, id: str) -> None:
         """Two hosts that are both well must not run the same server."""

@@ -88,6 +88,13 @@ def plugs(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
     return {id: {p.port_id for p in servers.PLUGS.decode(text)} for id, text in tx.execute(query)}
 
 
+def volumes(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
+    """The same of their volumes, also of those on their way."""
+    query = sa.select(_t.id, _t.devices).where(_t.id.in_(list(ids)), _t.deleted_at.is_(None))
+    found = {id: servers.DEVICES.decode(text or "[]") for id, text in tx.execute(query)}
+    return {id: {d.volume_id for d in devices if d.volume_id} for id, devices in found.items()}
+
+
 HOLD = [str(s) for s in (Status.finished, Status.done)]
 _t, _r, _a, _n, _b = servers.T.c, RUNS.c, placement.ALLOCATIONS.c, hosts.NODES.c, sa.bindparam
 _columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.epoch

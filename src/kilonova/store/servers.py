@@ -284,12 +284,13 @@ def _text(value: Any) -> str | None:
     return None if value is None else msgspec.json.encode(value).decode()
 
 
+DEVICES = msgspec.json.Decoder(list[Device])
 PLUGS = msgspec.json.Decoder(list[Plug])
 _JSON: dict[str, msgspec.json.Decoder[Any]] = {
     "flavor": msgspec.json.Decoder(Flavor),
     "image": msgspec.json.Decoder(Image),
     "plugs": PLUGS,
-    "devices": msgspec.json.Decoder(list[Device]),
+    "devices": DEVICES,
     "metadata": msgspec.json.Decoder(dict[str, str]),
     "system_metadata": msgspec.json.Decoder(dict[str, str]),
     "keypair": msgspec.json.Decoder(Keypair),

@@ -27,6 +27,7 @@ class Held(msgspec.Struct, frozen=True):
     epoch: int = 0
     captures: list[str] = []  # what was copied of it for images, and is still here
     ports: list[str] | None = None  # of its NICs, as its Machine has them; None: not known
+    volumes: list[str] | None = None  # the same of its disks
 
 
 Progress = Callable[[str], None]
@@ -175,6 +176,21 @@ class Hotplugs(Protocol):
 
         `anyway`: what the guest holds on to is gone with its next start, and the rest of it now.
         No such machine, or no such NIC: nothing to do.
+        """
+        ...
+
+    def attach_volume(self, id: str, disk: Disk) -> None:
+        """Raises NotFound where there is no such machine, Refused where it cannot have it. There already: nothing to do."""
+        ...
+
+    def detach_volume(self, id: str, volume_id: str, timeout_s: float, anyway: bool = False) -> None:
+        """As `detach_nic`; and the host lets go of the volume."""
+        ...
+
+    def swap_volume(self, id: str, volume_id: str, disk: Disk) -> None:
+        """Copy what is on it to the new one, under the guest's hands, and go on there. Done already: nothing to do.
+
+        Raises Refused, with nothing changed.
         """
         ...
 

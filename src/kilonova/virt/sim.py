@@ -20,7 +20,7 @@ from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble, Unsupported
 from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts
-from kilonova.model.machine import Disk, ImageSource, Machine, Nic, with_nic, without_nic
+from kilonova.model.machine import Disk, ImageSource, Machine, Nic, volumes_of, with_nic, with_volume, without_nic, without_volume
 from kilonova.model.options import Sim
 from kilonova.model.plan import connected_as
 from kilonova.model.rescue import rescued
@@ -38,6 +38,9 @@ TRAITS = [
     "COMPUTE_NET_ATTACH_INTERFACE_WITH_TAG",
     "COMPUTE_NODE",
     "COMPUTE_RESCUE_BFV",
+    "COMPUTE_VOLUME_ATTACH",
+    "COMPUTE_VOLUME_ATTACH_WITH_TAG",
+    "COMPUTE_VOLUME_MULTI_ATTACH",
     "HW_ARCH_X86_64",
     "OWNER_NOVA",
     *(f"COMPUTE_IMAGE_TYPE_{f}" for f in ("AKI", "AMI", "ARI", "ISO", "QCOW2", "RAW", "VDI", "VHD", "VHDX", "VMDK")),
@@ -201,7 +204,7 @@ class SimDriver:
             older = [Held(id, m.power, m.machine.epoch) for id, m in sorted(self.state.kept.items())]
             here = sorted(self.state.machines.items())
             newest = [
-                Held(id, m.power, m.machine.epoch, copies.pop(id, []), [n.port_id for n in m.machine.nics])
+                Held(id, m.power, m.machine.epoch, copies.pop(id, []), _ports(m.machine), volumes_of(m.machine))
                 for id, m in here
             ]
             return older + newest + [Held(id, "nostate", 0, images) for id, images in copies.items()]
@@ -294,6 +297,31 @@ class SimDriver:
             raise Refused("The guest does not let go of it.")
         self._act("detach_nic", may_fail=not anyway)
         self._become(id, m, without_nic(m.machine, port_id))
+
+    def attach_volume(self, id: str, disk: Disk) -> None:
+        m = self._there(id)
+        if disk not in m.machine.disks:
+            self._act("attach_volume")
+            self._become(id, m, with_volume(m.machine, disk))
+
+    def detach_volume(self, id: str, volume_id: str, timeout_s: float, anyway: bool = False) -> None:
+        m = self.state.machines.get(id)
+        if m is None or volume_id not in volumes_of(m.machine):
+            return
+        if id in self.state.deaf and m.power in ("running", "paused") and not anyway:
+            self.clock.sleep(timeout_s)
+            raise Refused("The guest does not let go of it.")
+        self._act("detach_volume", may_fail=not anyway)
+        self._become(id, m, without_volume(m.machine, volume_id))
+
+    def swap_volume(self, id: str, volume_id: str, disk: Disk) -> None:
+        m = self._there(id)
+        if disk in m.machine.disks:
+            return
+        if volume_id not in volumes_of(m.machine):
+            raise Refused(f"The machine does not have the volume {volume_id}.")
+        self._act("swap_volume")
+        self._become(id, m, with_volume(m.machine, disk, volume_id))
 
     def console_log(self, id: str) -> bytes:
         m = self._there(id)
@@ -646,10 +674,20 @@ def copies(state: SimState) -> list[tuple[str, str]]:
     return sorted(state.captures)
 
 
+def _ports(machine: Machine) -> list[str]:
+    return [n.port_id for n in machine.nics]
+
+
 def plugged(state: SimState) -> dict[str, list[str]]:
     """{server: the ports of its NICs}: the same."""
     with state.lock:
-        return {id: [n.port_id for n in m.machine.nics] for id, m in state.machines.items()}
+        return {id: _ports(m.machine) for id, m in state.machines.items()}
+
+
+def used(state: SimState) -> dict[str, list[str]]:
+    """{server: the volumes that are its disks}: the same."""
+    with state.lock:
+        return {id: volumes_of(m.machine) for id, m in state.machines.items()}
 
 
 def options(**said: object) -> Sim:
