@@ -20,7 +20,17 @@ from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble, Unsupported
 from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts
-from kilonova.model.machine import Disk, ImageSource, Machine, Nic, volumes_of, with_nic, with_volume, without_nic, without_volume
+from kilonova.model.machine import (
+    Disk,
+    ImageSource,
+    Machine,
+    Nic,
+    volumes_of,
+    with_nic,
+    with_volume,
+    without_nic,
+    without_volume,
+)
 from kilonova.model.options import Sim
 from kilonova.model.plan import connected_as
 from kilonova.model.rescue import rescued
