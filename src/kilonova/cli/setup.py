@@ -56,6 +56,11 @@ FEATURES: dict[str, tuple[Need, ...]] = {
     "userns": (
         Need("uidmap",         "newuidmap"),
     ),
+    "fleet": (  # private ones, for tests: an operator's run elsewhere
+        Need("rabbitmq-server", "/usr/lib/rabbitmq/bin/rabbitmq-server"),
+        Need("postgresql",      "/usr/lib/postgresql/*/bin/postgres"),
+        Need("mariadb-server",  "mariadbd"),
+    ),
     "test": (
         Need("openssh-client", "ssh"),
         Need("iputils-ping",   "ping"),

@@ -20,7 +20,7 @@ from kilonova.cli import prepare, setup
 from kilonova.kit.errors import Trouble
 
 FAST = [prepare.ROOT / "tests" / room for room in ("tidy", "pure", "store")]
-FEATURES = ("libvirt", "network", "userns", "guest", "test")
+FEATURES = ("libvirt", "network", "userns", "guest", "fleet", "test")
 
 # fmt: off
 CHECKS = {

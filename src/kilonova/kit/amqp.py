@@ -1,0 +1,312 @@
+"""The bus between machines: letters over RabbitMQ, by kombu. The same two verbs as in one process: `serve` and `send`.
+
+The database is the truth and every letter is sent again until it is answered, so the broker may lose, double and
+delay them: it makes us slow, never wrong.  Hence:
+
+- `send` never waits for the broker: letters lie in a bounded box until the wire takes them; what is too old is dropped.
+- A letter goes to its address's queue and to nobody where there is none; only who serves an address makes its queue.
+- A letter is acknowledged after it was dealt with: one that a process died over is delivered again at once.
+- Letters expire at their `until`: a host that returns does not find last week's commands.
+- Confirms are off: what the broker lost, the run that waits for the answer sends again.
+
+Addresses that last (hosts, conductors) have quorum queues, which survive the loss of a broker; those of askers, and of
+questions, go with who made them.
+"""
+
+import contextlib
+import logging
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import kombu
+from amqp.exceptions import AMQPError
+from kombu.exceptions import KombuError
+
+from kilonova.kit.bus import opened
+from kilonova.kit.clock import Clock
+
+log = logging.getLogger(__name__)
+
+BROKEN = OSError, AMQPError, KombuError  # of the wire; what else is raised is an error of ours
+MOST = 100_000  # letters that wait for the wire; more are lost, and come again
+KEEP_S = 60.0  # a letter that says no other time is not worth more
+IDLE_S = 1.0  # how long the wire is waited for at a time
+LAST_S = 5.0  # … by a letter under work, when its service ends
+AGAIN_S = 0.2  # until a broken wire is tried again; doubled each time, to
+AGAIN_MOST_S = 5.0
+FORGOTTEN_S = 7 * 86400.0  # a lasting queue that nobody serves for so long goes
+
+
+class AmqpBus:
+    """`urls`: brokers, in the order in which they are tried (amqp://user:password@host:port/vhost, amqps:// for TLS).
+
+    `ssl`: what Python's `ssl` is told (ca_certs, certfile, keyfile), None: no TLS.  Threads are begun by the first
+    `serve` or `send`.  A broker that is away is waited for, whoever calls.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        clock: Clock,
+        ssl: Mapping[str, Any] | None = None,
+        heartbeat_s: float = 15.0,
+        prefix: str = "kilonova",
+    ) -> None:
+        self.urls, self.clock, self.ssl, self.heartbeat_s, self.prefix = list(urls), clock, ssl, heartbeat_s, prefix
+        self.over = threading.Event()
+        self.news = threading.Condition()  # of the box
+        self.box: deque[tuple[str, bytes]] = deque()
+        self.sent = self.dropped = 0
+        self.up = False  # did the last look at the wire find a broker?
+        self.sender: threading.Thread | None = None
+        self.guard = threading.Lock()
+        self.services: list[_Service] = []
+
+    def serve(self, address: str, receive: Callable[[bytes], None], threads: int = 1) -> Callable[[], None]:
+        """Let `threads` threads take the letters to `address`. Returned: what ends them again.
+
+        An end waits for letters under work (five seconds); those that were not acknowledged are another's, or come again.
+        """
+        return self.serve_many({address: receive}, threads)
+
+    def serve_many(self, receivers: Mapping[str, Callable[[bytes], None]], threads: int = 1) -> Callable[[], None]:
+        """The same for many addresses, with one connection and one crew."""
+        service = _Service(self, dict(receivers), threads)
+        with self.guard:
+            self.services.append(service)
+        service.start()
+        return service.end
+
+    def send(self, to: str, raw: bytes) -> None:
+        with self.news:
+            if len(self.box) >= MOST:
+                self.dropped += 1
+                return
+            self.box.append((to, raw))
+            if self.sender is None:
+                self.sender = threading.Thread(target=self._send_all, name="amqp-sender", daemon=True)
+                self.sender.start()
+            self.news.notify()
+
+    def close(self) -> None:
+        """What lies in the box has a moment to leave."""
+        with self.guard:
+            services, self.services = self.services, []
+        for s in services:
+            s.end()
+        self.over.set()
+        with self.news:
+            self.news.notify_all()
+        if self.sender is not None:
+            self.sender.join(5)
+
+    def connection(self) -> kombu.Connection:
+        """A new one, not open yet; it knows all brokers."""
+        return kombu.Connection(
+            self.urls,
+            failover_strategy="round-robin",
+            heartbeat=self.heartbeat_s,
+            connect_timeout=5,
+            ssl=dict(self.ssl) if self.ssl is not None else False,
+            transport_options={"read_timeout": 30, "write_timeout": 30, "client_properties": {"product": "kilonova"}},
+        )
+
+    def queue(self, address: str) -> kombu.Queue:
+        """Who serves it says what it is; all who serve it say the same."""
+        name = f"{self.prefix}.{address}"
+        if address.startswith("asker-") or address.endswith(".asked"):
+            return kombu.Queue(name, durable=False, auto_delete=False, queue_arguments={"x-expires": 60_000})
+        kind = {"x-queue-type": "quorum", "x-expires": int(FORGOTTEN_S * 1000)}
+        return kombu.Queue(name, durable=True, queue_arguments=kind)
+
+    # -- out
+
+    def _send_all(self) -> None:
+        """One thread, one connection; a letter leaves the box when the wire has taken it."""
+        wait_s = AGAIN_S
+        while not self.over.is_set():
+            try:
+                with self.connection() as line:
+                    line.ensure_connection(max_retries=1)
+                    producer = kombu.Producer(line)
+                    self.up, wait_s = True, AGAIN_S
+                    self._send_while(line, producer)
+            except BROKEN as e:
+                self.up = False
+                log.warning("the broker cannot be reached; %d letters wait (%s)", len(self.box), type(e).__name__)
+                self.over.wait(wait_s)
+                wait_s = min(wait_s * 2, AGAIN_MOST_S)
+
+    def _send_while(self, line: kombu.Connection, producer: kombu.Producer) -> None:
+        while True:
+            with self.news:
+                if not self.box and not self.over.is_set():
+                    self.news.wait(self.heartbeat_s / 3)
+                if not self.box and self.over.is_set():
+                    return
+                first = self.box[0] if self.box else None
+            if first is None:
+                line.heartbeat_check()  # who only sends must hear as well
+                _look(line)
+                continue
+            self._put(producer, *first)
+            with self.news:
+                self.box.popleft()
+
+    def _put(self, producer: kombu.Producer, to: str, raw: bytes) -> None:
+        m = opened(raw)
+        left_s = m.until - self.clock.now() if m is not None and m.until else KEEP_S
+        if left_s <= 0:
+            self.dropped += 1
+            return
+        producer.publish(
+            raw,
+            exchange="",
+            routing_key=f"{self.prefix}.{to}",
+            content_type="application/msgpack",
+            content_encoding="binary",
+            delivery_mode=2 if not to.startswith("asker-") else 1,
+            expiration=left_s,
+        )
+        self.sent += 1
+
+
+class _Service:
+    """Who serves some addresses: one thread at the wire, a crew at work. Only the one at the wire touches it."""
+
+    def __init__(self, bus: AmqpBus, receivers: dict[str, Callable[[bytes], None]], threads: int) -> None:
+        self.bus, self.receivers, self.threads = bus, receivers, threads
+        self.over = threading.Event()
+        self.news = threading.Condition()  # of the next
+        self.todo: deque[tuple[Callable[[bytes], None], bytes, Any, int]] = deque()
+        self.done: deque[tuple[Any, int]] = deque()
+        self.under_work = 0
+        self.life = 0  # of the connection: what came by another cannot be acknowledged by this one
+        self.beat = bus.clock.now()
+        self.ear, self.mouth = socket.socketpair()  # the crew wakes who waits at the wire
+        self.ear.setblocking(False)
+        self.mouth.setblocking(False)
+        name = next(iter(receivers))
+        self.wire = threading.Thread(target=self._listen, name=f"{name}-wire", daemon=True)
+        self.crew = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(threads)]
+
+    def start(self) -> None:
+        self.wire.start()
+        for t in self.crew:
+            t.start()
+
+    def end(self) -> None:
+        self.over.set()
+        with self.news:
+            self.news.notify_all()
+        with contextlib.suppress(BlockingIOError):
+            self.mouth.send(b".")
+        for t in [*self.crew, self.wire]:
+            if t is not threading.current_thread():
+                t.join(LAST_S + 1)
+
+    # -- the crew
+
+    def _work(self) -> None:
+        while True:
+            with self.news:
+                while not self.todo and not self.over.is_set():
+                    self.news.wait()
+                if self.over.is_set():
+                    return
+                receive, raw, message, life = self.todo.popleft()
+                self.under_work += 1
+            try:
+                receive(raw)
+            except Exception:
+                log.exception("a letter could not be dealt with; it will come again")
+            finally:
+                with self.news:
+                    self.under_work -= 1
+                    self.done.append((message, life))
+                with contextlib.suppress(BlockingIOError):  # he has enough to wake up for
+                    self.mouth.send(b".")
+
+    # -- the wire
+
+    def _listen(self) -> None:
+        wait_s = AGAIN_S
+        while not self.over.is_set():
+            try:
+                with self.bus.connection() as line:
+                    line.ensure_connection(max_retries=1)
+                    self.life += 1
+                    with self.news:
+                        self.todo.clear()  # the broker will deliver them again
+                        self.done.clear()
+                    with kombu.Consumer(
+                        line.channel(),
+                        [],
+                        accept=["application/msgpack"],
+                        prefetch_count=max(2 * self.threads, 4),
+                    ) as consumer:
+                        self._ask_for_all(consumer)
+                        self.bus.up, wait_s = True, AGAIN_S
+                        self._drain(line)
+            except BROKEN as e:
+                self.bus.up = False
+                log.warning("%s: the broker cannot be reached (%s)", next(iter(self.receivers)), type(e).__name__)
+                self.over.wait(wait_s)
+                wait_s = min(wait_s * 2, AGAIN_MOST_S)
+
+    def _ask_for_all(self, consumer: kombu.Consumer) -> None:
+        names = {}
+        for address, receive in self.receivers.items():
+            queue = self.bus.queue(address)
+            names[queue.name] = receive
+            consumer.add_queue(queue)
+
+        def came(message: Any) -> None:
+            receive = names[message.delivery_info["routing_key"]]
+            with self.news:
+                self.todo.append((receive, bytes(message.body), message, self.life))
+                self.news.notify()
+
+        consumer.on_message = came
+        consumer.consume()
+
+    def _drain(self, line: kombu.Connection) -> None:
+        """Until the end, or until the wire breaks. What was dealt with is acknowledged as soon as it was."""
+        while not self.over.is_set():
+            self._wait(line, IDLE_S)
+        until = self.bus.clock.now() + LAST_S
+        while self.under_work and self.bus.clock.now() < until:  # a letter under work has its moment
+            self._wait(line, 0.1)
+        self._acknowledge()
+
+    def _wait(self, line: kombu.Connection, most_s: float) -> None:
+        """For the wire, or for one of the crew; then a look at both."""
+        ready, _, _ = select.select([line.connection.sock, self.ear], [], [], most_s)
+        if self.ear in ready:
+            self.ear.recv(4096)
+        _look(line)
+        self._acknowledge()
+        now = self.bus.clock.now()
+        if now - self.beat > self.bus.heartbeat_s / 3:
+            self.beat = now
+            line.heartbeat_check()
+
+    def _acknowledge(self) -> None:
+        while self.done:
+            message, life = self.done.popleft()
+            if life == self.life:
+                message.ack()
+
+
+def _look(line: kombu.Connection) -> None:
+    """Take what has come; the wire may have read more than it gave."""
+    try:
+        while True:
+            line.drain_events(timeout=0.0005)
+    except TimeoutError:
+        pass
