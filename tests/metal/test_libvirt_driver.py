@@ -37,7 +37,7 @@ from kilonova.model.machine import BlankSource, Disk, Identity, ImageSource, Mac
 from kilonova.model.options import Compute, Console, Libvirt
 from kilonova.model.server import Server
 from kilonova.store import consoles, servers
-from kilonova.virt.driver import Consoles, Driver, Held
+from kilonova.virt.driver import Consoles, Driver, Held, Hotplugs
 from kilonova.virt.libvirt import host
 from kilonova.virt.libvirt.daemon import Private
 from kilonova.virt.libvirt.disks import ImageCache
@@ -195,7 +195,7 @@ def test_a_servers_life(lab: Lab) -> None:
 
     driver.spawn(machine, said.append)
     assert said[0].startswith("fetching image") and said[-2:] == ["making disks", "starting"]
-    assert Held(machine.id, "running", 3) in driver.machines()
+    assert Held(machine.id, "running", 3, ports=[]) in driver.machines()
     at = lab.says(machine, "boot 1 kernel up")
     at = lab.says(machine, "login:", at)
     pid = processes(machine.id)
@@ -297,6 +297,51 @@ def test_a_guest_that_does_not_help_is_turned_off(lab: Lab) -> None:
         assert processes(machine.id) != pid  # made anew
 
 
+def test_nics_come_and_go(lab: Lab) -> None:
+    if not AS_ROOT:
+        pytest.skip("there is no bridge to plug into")
+    driver, space = lab.driver, Path(lab.netns or "").name
+    assert isinstance(driver, Hotplugs)
+    port = "0a1b2c3d-4e5f-4000-8000-000000000007"
+    nic = Nic(port, "n", "fa:16:3e:00:00:08", f"tap{port[:11]}", bridge="br-metal", mtu=1400)
+    with lab.spawned() as machine:
+        at = lab.says(machine, "login:")
+        for _ in range(2):
+            driver.attach_nic(machine.id, nic)
+        assert "master br-metal" in ip("-n", space, "link", "show", nic.device)
+        assert [h.ports for h in driver.machines() if h.id == machine.id] == [[port]]
+        assert driver._known(machine.id).identity.nics == [nic]
+
+        driver.reboot(machine.id, hard=True, timeout_s=0)  # it is part of the machine
+        lab.says(machine, "login:", lab.says(machine, "kernel up", at))
+        assert "master br-metal" in ip("-n", space, "link", "show", nic.device)
+
+        for _ in range(2):
+            driver.detach_nic(machine.id, port, 30)
+        assert nic.device not in ip("-n", space, "link")
+        assert [h.ports for h in driver.machines() if h.id == machine.id] == [[]]
+
+        driver.stop(machine.id, 0)
+        driver.attach_nic(machine.id, nic)  # a machine that is off has it from its next start on
+        driver.start(machine.id)
+        assert "master br-metal" in ip("-n", space, "link", "show", nic.device)
+        driver.pause(machine.id)  # and so it cannot let go
+        with pytest.raises(Refused):
+            driver.detach_nic(machine.id, port, 0.5)
+        assert [h.ports for h in driver.machines() if h.id == machine.id] == [[port]]
+        driver.detach_nic(machine.id, port, 0, anyway=True)
+        assert [h.ports for h in driver.machines() if h.id == machine.id] == [[]]
+        driver.reboot(machine.id, hard=True, timeout_s=0)
+        assert nic.device not in ip("-n", space, "link")
+
+        driver.attach_nic(machine.id, nic)
+        driver._remember(machine)  # as if it had died between the guest and the book
+        driver.detach_nic(machine.id, port, 0, anyway=True)
+    driver.detach_nic(machine.id, port, 0)
+    with pytest.raises(NotFound):
+        driver.attach_nic(machine.id, nic)
+
+
 def test_guests_outlive_libvirtd_and_us(lab: Lab) -> None:
     daemon = lab.driver.daemon
     assert isinstance(daemon, Private)
@@ -318,7 +363,7 @@ def test_guests_outlive_libvirtd_and_us(lab: Lab) -> None:
 
         mine = daemon.pid()
         other = lab.another()
-        assert Held(machine.id, "running", 3) in other.machines()
+        assert Held(machine.id, "running", 3, ports=[]) in other.machines()
         assert isinstance(other.daemon, Private) and other.daemon.pid() == mine  # found, not made again
         news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         other.listen(lambda id, power: news.put((id, power)))
@@ -360,7 +405,7 @@ def test_what_a_crash_leaves_is_found(lab: Lab) -> None:
     driver = lab.driver
     machine = lab.machine()
     lab.directory(machine).mkdir()  # died after the first step of a spawn
-    assert Held(machine.id, "nostate", 0) in driver.machines()
+    assert Held(machine.id, "nostate", 0, ports=[]) in driver.machines()
     assert driver.power(machine.id) == "nostate"
     driver.spawn(machine, lambda said: None)  # asked again
     assert driver.power(machine.id) == "running"

@@ -36,10 +36,10 @@ from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable, Unsupported
 from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts
-from kilonova.model.machine import ImageSource, Machine, VolumeSource
+from kilonova.model.machine import ImageSource, Machine, Nic, VolumeSource, with_nic, without_nic
 from kilonova.model.options import Compute, Libvirt
 from kilonova.virt.driver import Held, Power, Progress
-from kilonova.virt.libvirt import disks, xml
+from kilonova.virt.libvirt import disks, hotplug, xml
 from kilonova.virt.libvirt import host as machine_host
 from kilonova.virt.libvirt.daemon import Link, Private, Running, library
 
@@ -56,7 +56,7 @@ LOOKS = 4  # at a domain that changes while we look
 SSH_PORT = "ssh.port"
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-Told = Literal["stopped", "rebooted", "changed"]
+Told = Literal["stopped", "rebooted", "unplugged", "changed"]
 
 
 class LibvirtDriver:
@@ -105,6 +105,7 @@ class LibvirtDriver:
         self.listeners: list[Callable[[str, Power], None]] = []
         self.known: dict[str, Power] = {}
         self.epochs: dict[str, int] = {}
+        self.ports: dict[str, list[str]] = {}  # that a machine's NICs are plugged into
         self.news: queue.SimpleQueue[tuple[str, Power] | None] = queue.SimpleQueue()
         self.abilities: machine_host.Abilities | None = None
         self.version = 0
@@ -186,10 +187,13 @@ class LibvirtDriver:
         self._sweep()
         directories = self._directories()
         domains = self.link.call(lambda conn: self._domains(conn, directories))
-        held = [Held(id, power, self._epoch(id) if id in directories else epoch) for id, power, epoch in domains]
+        held = [
+            Held(id, power, self._epoch(id), ports=self._ports(id)) if id in directories else Held(id, power, epoch)
+            for id, power, epoch in domains
+        ]
         here = {h.id for h in held}
         bare = sorted(id for id in directories - here if (self.instances / id).is_dir())  # still
-        held += [Held(id, "nostate", self._epoch(id)) for id in bare]
+        held += [Held(id, "nostate", self._epoch(id), ports=self._ports(id)) for id in bare]
         return held
 
     def power(self, id: str) -> Power:
@@ -296,6 +300,7 @@ class LibvirtDriver:
                 shutil.rmtree(gone, ignore_errors=True)
             self.known.pop(id, None)
             self.epochs.pop(id, None)
+            self.ports.pop(id, None)
 
     def remember(self, machine: Machine) -> None:
         """From its next start or hard reboot on it is this. Raises NotFound when it is not here."""
@@ -391,6 +396,51 @@ class LibvirtDriver:
 
     def precache(self, image: ImageSource) -> None:
         self.cache.base(image)
+
+    # ---- devices that come and go
+
+    def attach_nic(self, id: str, nic: Nic) -> None:
+        """First into the guest, then into the machine: what was not plugged in is not part of it."""
+        with self._alone(id):
+            machine = with_nic(self._known(id), nic)
+            if nic.vif_type == "user" and self.power(id) in ("running", "paused"):
+                raise Unsupported("The requested functionality is not supported.", why="QEMU's own network")
+            self._make_taps(msgspec.structs.replace(machine, nics=[nic]))
+            if self._on(id, lambda domain: domain.isActive()):
+                text = xml.nic_xml(nic, self._place(machine))
+                self._on(id, lambda domain: hotplug.plug(self.lib, domain, hotplug.nic(nic.device), text))
+            self._remember(machine)
+            self._define(machine)
+
+    def detach_nic(self, id: str, port_id: str, timeout_s: float, anyway: bool = False) -> None:
+        machine = self._machine(id)
+        nic = next((n for n in machine.nics if n.port_id == port_id), None) if machine else None
+        device = nic.device if nic else f"tap{port_id[:11]}"  # an attach may have come half-way
+        try:
+            gone = self._let_go(id, hotplug.nic(device), timeout_s)
+        except NotFound:
+            gone = True
+        if not gone and not anyway:
+            raise Refused("The guest does not let go of the interface.")
+        with self._alone(id):
+            machine = self._machine(id)
+            if machine is not None and any(n.port_id == port_id for n in machine.nics):
+                machine = without_nic(machine, port_id)
+                self._remember(machine)
+                self._define(machine)
+        if gone and os.geteuid() and _is_link(device):
+            _ip("link", "delete", device)
+
+    def _let_go(self, id: str, find: hotplug.Find, timeout_s: float) -> bool:
+        """Has the guest let go of it in time? Asked again now and then: while it boots it may not have heard."""
+        end = self.clock.now() + timeout_s
+        with self._watch(id) as told:
+            while not self._on(id, lambda domain: hotplug.ask_back(self.lib, domain, find)):
+                left = end - self.clock.now()
+                if left <= 0:
+                    return False
+                self._hear(told, "unplugged", min(left, hotplug.RETRY_S))
+        return True
 
     # ---- the console, and news
 
@@ -574,6 +624,7 @@ class LibvirtDriver:
         kept = msgspec.structs.replace(machine, admin_password="")
         _put(self._directory(machine.id) / "machine.json", msgspec.json.encode(kept), 0o600)
         self.epochs[machine.id] = machine.epoch
+        self.ports[machine.id] = [nic.port_id for nic in machine.nics]
 
     def _machine(self, id: str) -> Machine | None:
         try:
@@ -594,6 +645,12 @@ class LibvirtDriver:
             machine = self._machine(id)
             self.epochs[id] = machine.epoch if machine else 0
         return self.epochs[id]
+
+    def _ports(self, id: str) -> list[str]:
+        if id not in self.ports:
+            machine = self._machine(id)
+            self.ports[id] = [nic.port_id for nic in machine.nics] if machine else []
+        return self.ports[id]
 
     def _place(self, machine: Machine) -> xml.Place:
         directory, options = self._directory(machine.id), self.options
@@ -683,6 +740,7 @@ class LibvirtDriver:
         lib = self.lib
         conn.domainEventRegisterAny(None, lib.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None)
         conn.domainEventRegisterAny(None, lib.VIR_DOMAIN_EVENT_ID_REBOOT, self._reset, None)
+        conn.domainEventRegisterAny(None, lib.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, self._removed, None)
         for id, power, _ in self._domains(conn, self._directories()):
             self._saw(id, power)
         with self.lock:
@@ -713,6 +771,9 @@ class LibvirtDriver:
 
     def _reset(self, conn: Any, domain: Any, opaque: object) -> None:
         self._notify(domain.UUIDString(), "rebooted")
+
+    def _removed(self, conn: Any, domain: Any, device: str, opaque: object) -> None:
+        self._notify(domain.UUIDString(), "unplugged")
 
     def _saw(self, id: str, power: Power) -> None:
         before = self.known.get(id)

@@ -107,6 +107,11 @@ def domain_xml(machine: Machine, at: Place) -> str:
     return ElementTree.tostring(domain, encoding="unicode")
 
 
+def nic_xml(nic: Nic, at: Place) -> str:
+    """One NIC, for a guest that runs. Raises Refused where it could only be said before its start."""
+    return ElementTree.tostring(_nic(nic, at), encoding="unicode")
+
+
 def epoch_of(metadata: str) -> tuple[str, int]:
     """(owner, epoch) out of our metadata element, as libvirt gives it back. Raises ValueError."""
     try:
