@@ -60,6 +60,7 @@ class Node:
     members: dict[str, "Node"] = field(default_factory=dict)
     patterns: dict[str, "Node"] = field(default_factory=dict)  # by regular expression; "" is any other name
     item: "Node | None" = None
+    places: dict[int, "Node"] = field(default_factory=dict)  # of an array whose elements differ
 
     @property
     def required(self) -> bool:
@@ -75,8 +76,9 @@ class Node:
         text = self.told.get("type")
         if text is None:
             return ["enum"] if "enum" in self.told else ["any"]
+        either = re.sub(r"(\w+)\|null\((\w+)\)", r"\1(\2) | null", str(text))  # string|null(ipv4)
         return [
-            t for part in str(text).split(" | ") for t in (part.split("|") if re.fullmatch(r"[\w|]+", part) else [part])
+            t for part in either.split(" | ") for t in (part.split("|") if re.fullmatch(r"[\w|]+", part) else [part])
         ]
 
 
@@ -122,6 +124,8 @@ def _holds(row: dict[str, Any], version: int) -> bool:
 def _below(node: Node, step: str) -> Node:
     if step.startswith("{"):
         return node.patterns.setdefault("" if step == "{*}" else step[2:-2], Node())
+    if step.startswith("[") and step != "[]":
+        return node.places.setdefault(int(step[1:-1]), Node())
     if step.startswith("["):
         node.item = node.item or Node()
         return node.item
@@ -132,7 +136,8 @@ def _prune(node: Node) -> None:
     """What has no row of this version is not there, whatever rows of it stand below."""
     node.members = {k: n for k, n in node.members.items() if n.told}
     node.patterns = {k: n for k, n in node.patterns.items() if n.told}
-    for inner in [*node.members.values(), *node.patterns.values(), *([node.item] if node.item else [])]:
+    inside = [*node.members.values(), *node.patterns.values(), *node.places.values()]
+    for inner in [*inside, *([node.item] if node.item else [])]:
         _prune(inner)
 
 
@@ -354,6 +359,8 @@ def disagreements(node: Node, value: Any, where: str = "") -> list[str]:
     found: list[str] = []
     if not any(_is(node, kind, value) for kind in node.types):
         return [f"{where or 'body'}: {value!r} is no {node.told}"]
+    if node.types == ["array", "array"] and value == [{}]:
+        return []  # the other of two arrays: one empty object, where there is nothing
     if isinstance(value, dict) and (node.members or node.patterns):
         for name, inner in node.members.items():
             if name in value:
@@ -368,9 +375,9 @@ def disagreements(node: Node, value: Any, where: str = "") -> list[str]:
                 found += disagreements(inner, inside, f"{where}.{name}")
             elif node.told.get("extra") != "yes":
                 found.append(f"{where}.{name} is nothing that there is in this version")
-    if isinstance(value, list) and node.item:
-        for n, inside in enumerate(value):
-            found += disagreements(node.item, inside, f"{where}[{n}]")
+    for n, inside in enumerate(value) if isinstance(value, list) else ():
+        if one := node.places.get(n, node.item):
+            found += disagreements(one, inside, f"{where}[{n}]")
     return found
 
 

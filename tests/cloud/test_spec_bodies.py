@@ -134,7 +134,7 @@ def test_queries(api, method, path, action, entry, first, last):
             node = table.members.get(name)
             value = query_value(node) if node else "x"
             answer = ask(api, method, path, v, [(name, value)])
-            if answer.status >= 500:
+            if answer.status >= 500 and answer.status != 501:
                 failed.append(f"2.{v} {name}: {answer.status}")
             elif node is None and table.closed != bool(refusal(answer)):
                 failed.append(f"2.{v} {name}, unknown then: {answer.status}")

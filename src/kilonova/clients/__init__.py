@@ -21,6 +21,7 @@ from kilonova.clients.network import (
     NetworkInfo,
     Port,
     SecurityGroup,
+    SecurityRule,
     Subnet,
     plug,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "Port",
     "RemoteIdentity",
     "SecurityGroup",
+    "SecurityRule",
     "Session",
     "SnapshotInfo",
     "Subnet",

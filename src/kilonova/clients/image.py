@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from kilonova.clients.session import Query, Session, part
+from kilonova.clients.session import Query, Session, decoded, part
 from kilonova.kit.clock import parsed
 from kilonova.kit.errors import NotFound, Unavailable
 
@@ -84,6 +84,13 @@ class Image:
     def create(self, token: str | None = None, **wish: Any) -> ImageInfo:
         """A new image without bytes; `wish` are the API's names (`name=`, `disk_format=`, `owner=`, properties…)."""
         return _image(self.session.json("POST", "/v2/images", dict[str, Any], body=wish, token=token))
+
+    def change(self, id: str, patch: Sequence[dict[str, Any]], token: str | None = None) -> ImageInfo:
+        """`patch` as RFC 6902 has it: `{"op": "add", "path": "/key", "value": …}`. Raises NotFound, Forbidden."""
+        headers = {"Content-Type": "application/openstack-images-v2.1-json-patch"}
+        path, body = f"/v2/images/{part(id)}", msgspec.json.encode(patch)
+        answer = self.session.ask("PATCH", path, body=body, headers=headers, token=token)
+        return _image(decoded(self.session.name, answer.read(), dict[str, Any]))
 
     def upload(self, id: str, chunks: Iterable[bytes], token: str | None = None) -> None:
         headers = {"Content-Type": "application/octet-stream"}

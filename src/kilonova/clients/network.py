@@ -98,11 +98,26 @@ class Subnet(msgspec.Struct, frozen=True):
     ipv6_address_mode: str | None = None
 
 
+class SecurityRule(msgspec.Struct, frozen=True):
+    """What a group lets pass. `port_range_…` None: any; for ICMP they are type and code."""
+
+    id: str
+    security_group_id: str
+    direction: str = "ingress"
+    ethertype: str | None = "IPv4"
+    protocol: str | None = None
+    port_range_min: int | None = None
+    port_range_max: int | None = None
+    remote_ip_prefix: str | None = None
+    remote_group_id: str | None = None
+
+
 class SecurityGroup(msgspec.Struct, frozen=True):
     id: str
     name: str
     project_id: str | None = ""
     description: str | None = ""
+    rules: list[SecurityRule] = msgspec.field(name="security_group_rules", default_factory=list)
 
 
 class FloatingIp(msgspec.Struct, frozen=True):
@@ -256,6 +271,62 @@ class Network:
             return self._several("floatingips", "port_id", several, FloatingIp, filters, token)
         return self._list("floatingips", FloatingIp, filters, token) if filters else []
 
+    # -- what users change through us
+
+    def network(self, id: str, token: str | None = None) -> NetworkInfo:
+        """Raises NotFound."""
+        return self.session.json("GET", f"/v2.0/networks/{part(id)}", _OneNetwork, token=token).network
+
+    def floating_ip(self, id: str, token: str | None = None) -> FloatingIp:
+        """Raises NotFound."""
+        return self.session.json("GET", f"/v2.0/floatingips/{part(id)}", _OneFloating, token=token).floatingip
+
+    def create_floating_ip(self, network_id: str, token: str | None = None) -> FloatingIp:
+        """One of this external network. Raises OverQuota, Conflict (none left), NotFound, Forbidden."""
+        body = {"floatingip": {"floating_network_id": network_id}}
+        return self.session.json("POST", "/v2.0/floatingips", _OneFloating, body=body, token=token).floatingip
+
+    def point_floating_ip(
+        self, id: str, port_id: str | None, fixed: str | None = None, token: str | None = None
+    ) -> FloatingIp:
+        """Let it lead to this address of this port, or nowhere. Raises NotFound, Conflict, Invalid."""
+        body = {"floatingip": {"port_id": port_id} | ({"fixed_ip_address": fixed} if fixed else {})}
+        path = f"/v2.0/floatingips/{part(id)}"
+        return self.session.json("PUT", path, _OneFloating, body=body, token=token).floatingip
+
+    def delete_floating_ip(self, id: str, token: str | None = None) -> None:
+        """Raises NotFound."""
+        self.session.tell("DELETE", f"/v2.0/floatingips/{part(id)}", token=token)
+
+    def security_group(self, id: str, token: str | None = None) -> SecurityGroup:
+        """Raises NotFound."""
+        return self.session.json("GET", f"/v2.0/security-groups/{part(id)}", _OneGroup, token=token).security_group
+
+    def create_security_group(self, name: str, description: str, token: str | None = None) -> SecurityGroup:
+        """Raises OverQuota, Conflict, Invalid."""
+        body = {"security_group": {"name": name, "description": description}}
+        return self.session.json("POST", "/v2.0/security-groups", _OneGroup, body=body, token=token).security_group
+
+    def update_security_group(self, id: str, name: str, description: str, token: str | None = None) -> SecurityGroup:
+        """Raises NotFound, Conflict, Invalid."""
+        body = {"security_group": {"name": name, "description": description}}
+        path = f"/v2.0/security-groups/{part(id)}"
+        return self.session.json("PUT", path, _OneGroup, body=body, token=token).security_group
+
+    def delete_security_group(self, id: str, token: str | None = None) -> None:
+        """Raises NotFound; Conflict where a port has it."""
+        self.session.tell("DELETE", f"/v2.0/security-groups/{part(id)}", token=token)
+
+    def create_security_rule(self, group_id: str, token: str | None = None, **wish: Any) -> SecurityRule:
+        """`direction=`, `ethertype=`, `protocol=`, `port_range_min=`, … Raises NotFound, Conflict, OverQuota, Invalid."""
+        body = {"security_group_rule": {"security_group_id": group_id, **wish}}
+        path = "/v2.0/security-group-rules"
+        return self.session.json("POST", path, _OneRule, body=body, token=token).security_group_rule
+
+    def delete_security_rule(self, id: str, token: str | None = None) -> None:
+        """Raises NotFound."""
+        self.session.tell("DELETE", f"/v2.0/security-group-rules/{part(id)}", token=token)
+
     def auto_network(self, project_id: str) -> str:
         """The id of the project's automatic network, made when it has none. Raises NotFound, Conflict."""
         path = f"/v2.0/auto-allocated-topology/{part(project_id)}"
@@ -298,6 +369,22 @@ class _OneBinding(msgspec.Struct):
 
 class _Bindings(msgspec.Struct):
     bindings: list[Binding]
+
+
+class _OneNetwork(msgspec.Struct):
+    network: NetworkInfo
+
+
+class _OneFloating(msgspec.Struct):
+    floatingip: FloatingIp
+
+
+class _OneGroup(msgspec.Struct):
+    security_group: SecurityGroup
+
+
+class _OneRule(msgspec.Struct):
+    security_group_rule: SecurityRule
 
 
 class _OneTopology(msgspec.Struct):
