@@ -62,7 +62,7 @@ def real(path: str, version: int) -> str:
 
 def refusal(said: Any) -> str:
     """The sentence, if it is a schema's; a server's fault is one in any case."""
-    if said.status >= 500:
+    if said.status >= 500 and said.status != 501:
         return f"{said.status} {said.raw[:200]!r}"
     message = said.json[next(iter(said.json))].get("message", "") if said.status == 400 else ""
     return message if SCHEMA.match(message) else ""
