@@ -65,6 +65,9 @@ class StoryBus:
         self.doors |= receivers
         return lambda: [self.doors.pop(a, None) for a in receivers] and None
 
+    def serves(self, address: str) -> bool:
+        return address in self.doors
+
     def send(self, to: str, raw: bytes) -> None:
         if not self.lose(to, raw):
             self.letters.append((to, raw))

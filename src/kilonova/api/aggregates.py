@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from kilonova.api import boot_image
 from kilonova.api.bodies import HostName, MetaKey, Name, Uuid, dashed
+from kilonova.api.notices import aggregate, told
 from kilonova.api.registry import R, World
 from kilonova.contracts.jobs import Precache
 from kilonova.kit.clock import iso_us
@@ -74,9 +75,13 @@ def create(call: Call) -> dict[str, Any]:
     wish: New = call.body.aggregate
     world: World = call.world
     zone = wish.availability_zone
-    made = world.db.run(
-        hosts.create_aggregate, wish.name, uuid=world.ids.uuid(), now=world.clock.now(), availability_zone=zone
-    )
+
+    def record(tx: Tx) -> hosts.Aggregate:
+        now, uuid = world.clock.now(), world.ids.uuid()
+        made = hosts.create_aggregate(tx, wish.name, uuid=uuid, now=now, availability_zone=zone)
+        return _told(call, tx, "create", made)
+
+    made = world.db.run(record)
     shown = _view(call, made)
     return {"aggregate": {k: v for k, v in shown.items() if k not in ("hosts", "metadata")}}
 
@@ -93,7 +98,7 @@ def update(call: Call, id: str) -> dict[str, Any]:
             hosts.rename_aggregate(tx, a.id, wish.name.strip(), now)
         if not isinstance(wish.availability_zone, UnsetType):
             _noted(call, tx, a, {hosts.ZONE: wish.availability_zone})
-        return hosts.aggregate(tx, a.id)
+        return _told(call, tx, "update_prop", hosts.aggregate(tx, a.id))
 
     return {"aggregate": _view(call, call.world.db.run(record))}
 
@@ -102,7 +107,9 @@ def update(call: Call, id: str) -> dict[str, Any]:
 def delete(call: Call, id: str) -> None:
     def record(tx: Tx) -> None:
         try:
-            hosts.delete_aggregate(tx, _the(tx, id).id)
+            a = _the(tx, id)
+            hosts.delete_aggregate(tx, a.id)
+            _told(call, tx, "delete", a)
         except Conflict as e:
             raise Invalid(e.said) from None
 
@@ -116,7 +123,7 @@ def add_host(call: Call, id: str) -> dict[str, Any]:
         before = hosts.zones(tx)
         after = hosts.add_host(tx, a.id, host, call.world.clock.now())
         _stay(call, tx, before, [host])
-        return after
+        return _told(call, tx, "add_host", after)
 
     return {"aggregate": _view(call, call.world.db.run(record))}
 
@@ -130,7 +137,7 @@ def remove_host(call: Call, id: str) -> dict[str, Any]:
         before = hosts.zones(tx)
         after = hosts.remove_host(tx, a.id, host, call.world.clock.now())
         _stay(call, tx, before, [host])
-        return after
+        return _told(call, tx, "remove_host", after)
 
     return {"aggregate": _view(call, call.world.db.run(record))}
 
@@ -138,7 +145,7 @@ def remove_host(call: Call, id: str) -> dict[str, Any]:
 @R.post(PLACE + "/{id}/action", action="set_metadata", body=Notes, policy="os_compute_api:os-aggregates:set_metadata")
 def set_metadata(call: Call, id: str) -> dict[str, Any]:
     def record(tx: Tx) -> hosts.Aggregate:
-        return _noted(call, tx, _the(tx, id), call.body.metadata)
+        return _told(call, tx, "update_metadata", _noted(call, tx, _the(tx, id), call.body.metadata))
 
     return {"aggregate": _view(call, call.world.db.run(record))}
 
@@ -169,6 +176,11 @@ def precache(call: Call, id: str) -> None:
 
     for run in world.db.run(record):
         world.wake(run)
+
+
+def _told(call: Call, tx: Tx, what: str, a: hosts.Aggregate) -> hosts.Aggregate:
+    told(call, tx, f"aggregate.{what}.start", f"aggregate.{what}.end", of=lambda: aggregate(a))
+    return a
 
 
 def _the(tx: Tx, id: str) -> hosts.Aggregate:

@@ -6,11 +6,13 @@ import msgspec
 from msgspec import Meta, field
 
 from kilonova.api.bodies import Boolish, Digits, Name, truth
+from kilonova.api.notices import told
 from kilonova.api.registry import R, links, next_link, page_limit
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, since, until
+from kilonova.model import notices as words
 from kilonova.model.flavor import Flavor
 from kilonova.store import catalog
 
@@ -210,6 +212,7 @@ def create(call: Call) -> dict[str, Any]:
 
     def record(tx: Tx) -> None:
         catalog.add_flavor(tx, flavor, call.world.clock.now())
+        told(call, tx, "flavor.create", of=lambda: words.flavor(flavor))
 
     call.world.db.run(record)  # who makes a private flavor may see it as an administrator; nobody has access yet
     return {"flavor": view(call, flavor)}
@@ -226,16 +229,23 @@ class DescriptionBody(msgspec.Struct, forbid_unknown_fields=True):
 @R.put("/v2.1/flavors/{id}", versions="2.55-", body=DescriptionBody, policy="os_compute_api:os-flavor-manage:update")
 def update(call: Call, id: str) -> dict[str, Any]:
     text = call.body.flavor.description
-    return {
-        "flavor": view(
-            call, call.world.db.run(lambda tx: catalog.change_flavor(tx, id, call.world.clock.now(), description=text))
-        )
-    }
+    return {"flavor": view(call, call.world.db.run(lambda tx: _changed(call, tx, id, description=text)))}
+
+
+def _changed(call: Call, tx: Tx, id: str, **facts: Any) -> Flavor:
+    flavor = catalog.change_flavor(tx, id, call.world.clock.now(), **facts)
+    told(call, tx, "flavor.update", of=lambda: words.flavor(flavor))
+    return flavor
 
 
 @R.delete("/v2.1/flavors/{id}", ok=202, policy="os_compute_api:os-flavor-manage:delete")
 def delete(call: Call, id: str) -> None:
-    call.world.db.run(catalog.remove_flavor, id)
+    def record(tx: Tx) -> None:
+        flavor = catalog.flavor(tx, id)
+        catalog.remove_flavor(tx, id)
+        told(call, tx, "flavor.delete", of=lambda: words.flavor(flavor))
+
+    call.world.db.run(record)
 
 
 class Tenant(msgspec.Struct, forbid_unknown_fields=True):
@@ -340,7 +350,7 @@ def delete_spec(call: Call, flavor_id: str, id: str) -> None:
         known = dict(catalog.flavor(tx, flavor_id).extra_specs)
         if known.pop(id, None) is None:
             raise NotFound(f"Flavor {flavor_id} has no extra specs with key {id}.")
-        catalog.change_flavor(tx, flavor_id, call.world.clock.now(), extra_specs=known)
+        _changed(call, tx, flavor_id, extra_specs=known)
 
     call.world.db.run(record)
 
@@ -351,8 +361,6 @@ def _write_specs(call: Call, id: str, wanted: dict[str, Any]) -> None:
 
     def record(tx: Tx) -> None:
         known = catalog.flavor(tx, id).extra_specs
-        catalog.change_flavor(
-            tx, id, call.world.clock.now(), extra_specs=known | {k: str(v) for k, v in wanted.items()}
-        )
+        _changed(call, tx, id, extra_specs=known | {k: str(v) for k, v in wanted.items()})
 
     call.world.db.run(record)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, field
 
-from kilonova.api import boot_image
+from kilonova.api import boot_image, notices
 from kilonova.api.bodies import (
     Base64,
     Boolish,
@@ -39,6 +39,7 @@ from kilonova.kit.routes import Call, Reply
 from kilonova.kit.versions import only, required, since, until, was
 from kilonova.kit.workflow import start
 from kilonova.model import disks
+from kilonova.model import notices as words
 from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
@@ -472,6 +473,10 @@ def _record(
     known = servers.find(tx, [s.id for s in made])
     runs = []
     files = [(f.path, f.contents) for f in wish.personality]
+    if (company := found.company) is not None:
+        notices.told(
+            call, tx, "server_group.add_member", of=lambda: words.server_group(server_groups.get(tx, company.id))
+        )
     for s in made:
         job = Build(
             server=known[s.id],

@@ -13,12 +13,14 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Meta
 
+from kilonova.api.notices import told
 from kilonova.api.registry import R, next_link, page_limit
 from kilonova.kit.clock import iso_us
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Invalid, OverQuota
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, required, since, was
+from kilonova.model import notices as words
 from kilonova.store import catalog, quotas
 
 OldName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\s)[_\- a-zA-Z0-9]+(?<!\s)\Z")]
@@ -97,6 +99,9 @@ def create(call: Call) -> dict[str, Any]:
         if 0 <= allowed <= catalog.count_keypairs(tx, user):
             raise OverQuota("Quota exceeded, too many key pairs.")
         catalog.add_keypair(tx, key)
+        family = "create" if private else "import"
+        of = lambda: words.keypair(user, key.name, key.type, key.fingerprint, key.public_key)
+        told(call, tx, f"keypair.{family}.start", f"keypair.{family}.end", of=of)
 
     call.world.db.run(record)
     shown = _short(call, key) | {"user_id": user}
@@ -107,7 +112,14 @@ def create(call: Call) -> dict[str, Any]:
           policy="os_compute_api:os-keypairs:delete", late=True)  # fmt: skip
 def delete(call: Call, id: str) -> None:
     user = _whose(call, call.query.user_id)
-    call.world.db.run(catalog.remove_keypair, user, id)
+
+    def record(tx: Tx) -> None:
+        key = catalog.stored_keypair(tx, user, id)
+        catalog.remove_keypair(tx, user, id)
+        of = lambda: words.keypair(user, key.name, key.type, key.fingerprint, key.public_key)
+        told(call, tx, "keypair.delete.start", "keypair.delete.end", of=of)
+
+    call.world.db.run(record)
 
 
 def _whose(call: Call, said: list[str]) -> str:

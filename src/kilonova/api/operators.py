@@ -7,6 +7,7 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Meta
 
+from kilonova.api import notices
 from kilonova.api.bodies import Boolish, Digits, HostName, truth
 from kilonova.api.registry import R, next_link, page_limit
 from kilonova.kit.clock import iso_us
@@ -97,7 +98,7 @@ def update_by_word(call: Call, id: str) -> dict[str, Any]:
     told: dict[str, Any] = {"host": w.host, "binary": w.binary}
     with call.world.db.tx() as tx:
         s = hosts.service_of(tx, w.host, w.binary)
-        hosts.set_service(tx, s.uuid, call.world.clock.now(), **facts)
+        _told(call, tx, "update", hosts.set_service(tx, s.uuid, call.world.clock.now(), **facts), hosts.zones(tx))
     if word == "force-down":
         return {"service": told | {"forced_down": facts["forced_down"]}}
     told |= {"status": "disabled" if facts["disabled"] else "enabled"}
@@ -125,7 +126,9 @@ def update(call: Call, id: str) -> dict[str, Any]:
         s = hosts.service(tx, id)
         if s.binary != "nova-compute":
             raise Invalid(f"Updating a {s.binary} service is not supported. Only nova-compute services can be updated.")
-        return hosts.set_service(tx, id, call.world.clock.now(), **facts), hosts.zones(tx)
+        after, named = hosts.set_service(tx, id, call.world.clock.now(), **facts), hosts.zones(tx)
+        _told(call, tx, "update", after, named)
+        return after, named
 
     s, named = call.world.db.run(record)
     return {"service": _service(call, s, _zone(call, s, named))}
@@ -144,9 +147,15 @@ def delete(call: Call, id: str) -> None:
             raise Conflict(
                 "Unable to delete compute service that is hosting instances. Migrate or delete the instances first."
             )
+        _told(call, tx, "delete", s, hosts.zones(tx))
         hosts.forget_service(tx, s.uuid)
 
     call.world.db.run(record)
+
+
+def _told(call: Call, tx: Tx, what: str, s: hosts.Service, named: dict[str, str]) -> None:
+    of = lambda: notices.service(s, _zone(call, s, named))
+    notices.told(call, tx, f"service.{what}", of=of, binary=s.binary, host=s.host)
 
 
 def _uuid(id: str) -> None:

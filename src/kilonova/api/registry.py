@@ -16,6 +16,7 @@ from kilonova.kit.workflow import Cause
 from kilonova.model import options
 from kilonova.model.server import Server
 from kilonova.store import servers
+from kilonova.store.notices import Outbox
 
 R = Routes("compute", strict="2.102")
 Answer = TypeVar("Answer")
@@ -36,6 +37,7 @@ class World:
     wake: Callable[[str], None]
     ask: Callable[[str, Question[Any], float], Any]
     ended: Callable[[str, float], bool]
+    outbox: Outbox | None = None
     console_url: str = "http://127.0.0.1:6080"  # of the proxy for consoles
 
 

@@ -6,11 +6,13 @@ import msgspec
 from msgspec import Meta
 
 from kilonova.api.bodies import Digits, Name
+from kilonova.api.notices import told
 from kilonova.api.registry import R, World
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Invalid, NotFound
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, required, since, until, was
+from kilonova.model import notices as words
 from kilonova.model.server_group import Hard, Policy, ServerGroup
 from kilonova.store import server_groups
 
@@ -105,7 +107,12 @@ def create(call: Call) -> One:
         policy=wish.policy if wish.policy is not UNSET else wish.policies[0],
         max_per_host=_most(wish),
     )
-    world.db.run(server_groups.create, world.config.quota, group, world.clock.now())
+
+    def record(tx: Tx) -> None:
+        server_groups.create(tx, world.config.quota, group, world.clock.now())
+        told(call, tx, "server_group.create", of=lambda: words.server_group(group))
+
+    world.db.run(record)
     return One(_view(call, group))
 
 
@@ -127,7 +134,9 @@ def delete(call: Call, id: str) -> None:
     world: World = call.world
 
     def record(tx: Tx) -> None:
-        server_groups.delete(tx, _the(call, tx, id).id)
+        group = _the(call, tx, id)
+        server_groups.delete(tx, group.id)
+        told(call, tx, "server_group.delete", of=lambda: words.server_group(group))
 
     world.db.run(record)
 

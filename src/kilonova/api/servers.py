@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, field
 
-from kilonova.api import views
+from kilonova.api import notices, views
 from kilonova.api.bodies import DiskConfig, Name, Text255, address
 from kilonova.api.create import OneName, ShortName, hostname_of
 from kilonova.api.registry import R, World, cause, next_link, page_limit, the_server, unlocked
@@ -72,6 +72,7 @@ def update(call: Call, id: str) -> ServerBody:
         if facts:
             servers.change(tx, id, call.world.clock.now(), **facts)
         server = servers.get(tx, id)
+        notices.updated(call, tx, before, server)
         return server, about(call, tx, [server])[id]
 
     server, more = call.world.db.run(write)

@@ -42,6 +42,7 @@ from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.scheduler.select import Scheduler
 from kilonova.store import catalog, hosts, servers
+from kilonova.store.notices import Outbox
 from kilonova.virt.driver import Driver
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,9 @@ class Cloud:
         self.clock, self.ids, self.dice = WallClock(), Ids(), random.Random()
         self.name = config.compute.host or socket.gethostname()
         self.metrics, self.bus, self.db = Metrics(), MemoryBus(), open_db(config, state)
+        self.outbox = Outbox(config.notifications, ids=self.ids, me=self.name)
+        if self.outbox.on:
+            self.db.listen(self.outbox.happened)
         self.born = self.clock.now()
         self.failed = ""  # what keeps hosts from coming up, in a sentence
 
@@ -155,6 +159,7 @@ class Cloud:
             self.conductor.wake,
             self.asker.ask,
             self.ends.wait,
+            outbox=self.outbox,
             console_url=self.console_url,
         )
         self._open("compute", compute_api.service(world, self.realm.gate, policy_file=config.policy.file))

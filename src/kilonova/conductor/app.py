@@ -16,6 +16,7 @@ from kilonova.conductor import (
     evacuate,
     interfaces,
     live_migrate,
+    notices,
     precache,
     rebuild,
     rescue,
@@ -72,7 +73,9 @@ class Conductor:
     ) -> None:
         self.bus, self.address = bus, address
         config = config or Config()
-        self.world = World(db, bus.send, neighbours, choose, clock=clock, ids=ids, config=config, me=me, wake=self.wake)
+        self.world = World(
+            db, bus.send, neighbours, choose, clock=clock, ids=ids, config=config, me=me, wake=self.wake, bus=bus
+        )
         self.engine = Engine(
             me,
             db,
@@ -90,7 +93,9 @@ class Conductor:
         self.engine.door.on(Sending, lambda m: watch.sending(self.world, m))
         self.engine.door.on(PowerChanged, lambda m: watch.power_changed(self.world, m))
         self.worker = Worker(self.engine, threads=config.workers.threads, sweep_s=config.workers.sweep_s)
-        self.reconcilers = Reconcilers(self.world, [*watch.RECONCILERS, *volumes.RECONCILERS], clock=clock, dice=dice)
+        self.reconcilers = Reconcilers(
+            self.world, [*watch.RECONCILERS, *volumes.RECONCILERS, notices.notified], clock=clock, dice=dice
+        )
         self.ends: list[Callable[[], None]] = []
 
     def start(self) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,9 +34,11 @@ class World:
         config: Config,
         me: str,
         wake: Callable[[str], None] = lambda run: None,
+        bus: Any = None,
     ) -> None:
         self.db, self.send, self.neighbours, self.ask_scheduler = db, send, neighbours, choose
         self.clock, self.ids, self.config, self.me, self.wake = clock, ids, config, me, wake
+        self.bus = bus  # as `conductor/notices.py` sees it
         self.born = clock.now()
         self.guard = threading.Lock()  # of the next three
         self.beats: dict[str, float] = {}  # when each host was last heard of, and it is not written down yet

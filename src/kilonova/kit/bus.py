@@ -363,6 +363,10 @@ class MemoryBus:
         self.services.append(end)
         return end
 
+    def serves(self, address: str) -> bool:
+        """Is there somebody who would take a letter to this address?"""
+        return address in self.boxes
+
     def send(self, to: str, raw: bytes) -> None:
         box = self.boxes.get(to)
         if box is not None:  # nobody lives there: lost, as on any wire, and sent again when due

@@ -95,6 +95,11 @@ class Db:
         with self.read() as tx:
             return work(tx, *args, **more)
 
+    def listen(self, heard: Callable[[Tx, Any], None]) -> None:
+        """`heard(tx, happened)` is told of runs that begin and end, in the transaction that says so. Before the first."""
+        dialect: Any = self.engine.dialect
+        dialect.heard = heard
+
     def close(self) -> None:
         while self.idle:
             self.idle.pop()[0].close()

@@ -108,6 +108,31 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     fault: Fault | None
 
 
+class Happened(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a run that somebody asked for: it began, it ended well or badly. `args` are JSON.
+
+    Told in the transaction that says so, to who listens at this database (`Db.listen`).
+    """
+
+    phase: Literal["start", "end", "error"]
+    run: str
+    subject: str
+    workflow: str
+    action: str
+    request_id: str
+    user_id: str
+    project_id: str
+    at: float
+    args: str = "null"
+    fault: Fault | None = None
+
+
+def tell(tx: Tx, happened: Happened) -> None:
+    heard = getattr(tx.dialect, "heard", None)
+    if heard is not None:
+        heard(tx, happened)
+
+
 # ---- written from outside
 
 
@@ -136,6 +161,23 @@ def opened(
             "wakes": 0,
         },
     )
+    if cause is not None and getattr(tx.dialect, "heard", None) is not None:
+        for phase in ("start", "end") if done else ("start",):
+            tell(
+                tx,
+                Happened(
+                    phase=phase,
+                    run=id,
+                    subject=subject,
+                    workflow=workflow,
+                    action=cause.action,
+                    request_id=cause.request_id,
+                    user_id=cause.user_id,
+                    project_id=cause.project_id,
+                    at=now,
+                    args=args.decode(),
+                ),
+            )
 
 
 def noted(

@@ -872,11 +872,32 @@ class Run:
         how = END if state == "stuck" else END_WHOLE
         if not self._guarded(how, {"state": state, "fault": text, "finished": now}):
             raise Lost
+        if self.row.action is not None and getattr(self.unit.opened().dialect, "heard", None) is not None:
+            with _ills():
+                self._tell(state, fault, now)
         with _ills():  # who may have waited for the subject to be free; woken after this, for their rows are theirs
             self.others = [r for r in open_runs(self.unit.opened(), self.subject) if r != self.id]
         self._commit(0.0)
         self.engine.ended(self.id)
         return True
+
+    def _tell(self, state: str, fault: Fault | None, now: float) -> None:
+        """To who listens to what becomes of runs, in the transaction of their end."""
+        r = self.row
+        told = journal.Happened(
+            phase="end" if state == "done" else "error",
+            run=r.id,
+            subject=r.subject,
+            workflow=r.workflow,
+            action=r.action,
+            request_id=r.request_id,
+            user_id=r.user_id,
+            project_id=r.project_id,
+            at=now,
+            args=r.args,
+            fault=fault,
+        )
+        journal.tell(self.unit.opened(), told)
 
     # -- one transaction: our hold on the run, what records do, and what the journal has to say of it
 

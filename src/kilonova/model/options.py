@@ -450,6 +450,20 @@ class Console(Struct, frozen=True):
     ] = None
 
 
+class Notifications(Struct, frozen=True):
+    """What other programs are told, over the bus, of what happens here."""
+
+    format: A[
+        Literal["none", "versioned", "unversioned", "both"],
+        Meta(description="In which form; `unversioned` is the older one, of servers only."),
+    ] = "none"
+    versioned_topics: A[tuple[str, ...], Meta(description="Addresses of versioned notifications.")] = (
+        "versioned_notifications",
+    )
+    unversioned_topics: A[tuple[str, ...], Meta(description="Addresses of the older ones.")] = ("notifications",)
+    keep_s: A[float, Meta(description="One that nobody takes is kept so long.", gt=0)] = 86_400.0
+
+
 class Log(Struct, frozen=True):
     """What is said while it works."""
 
@@ -488,5 +502,6 @@ class Config(Struct, frozen=True):
     placement: Placement = Placement()
     volume: Volume = Volume()
     console: Console = Console()
+    notifications: Notifications = Notifications()
     log: Log = Log()
     policy: Policy = Policy()

@@ -1,0 +1,232 @@
+"""What other programs are told: each thing that happens, once at least, in the words that they know; nothing where nobody asked."""
+
+import random
+
+import msgspec
+import pytest
+
+from kilonova.kit.clock import Ids
+from kilonova.model import notices as words
+from kilonova.model import options
+from kilonova.model.flavor import Flavor
+from kilonova.model.options import Config
+from kilonova.model.server import Server
+from kilonova.store import notices
+from kilonova.store.notices import Outbox
+from tests.cloud import tables
+from tests.stories import Cloud, telling
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPYvM5xQfZ0C0HjQ2TDFdGEsVYEg1N3bLrqIKVGFc3Wm me@home"
+
+
+class Listener:
+    """Who reads a topic, as a consumer of oslo.messaging does."""
+
+    def __init__(self, cloud, topic="versioned_notifications"):
+        self.cloud, self.heard, self.topic = cloud, [], topic
+        cloud.bus.serve(topic, self.receive)
+
+    def receive(self, raw):
+        said = msgspec.json.decode(raw)
+        assert said["oslo.version"] == "2.0"
+        self.heard.append(msgspec.json.decode(said["oslo.message"]))
+
+    def types(self):
+        self.cloud.conductor.reconcilers.run_once("notified")
+        self.cloud.tick()
+        found, self.heard[:] = [m["event_type"] for m in self.heard], []
+        return found
+
+    def all(self):
+        self.cloud.conductor.reconcilers.run_once("notified")
+        self.cloud.tick()
+        return self.heard
+
+
+def speaking(cloud):
+    """As `up` does it."""
+    outbox = Outbox(cloud.config.notifications, ids=Ids(random.Random(1)), me="here")
+    cloud.db.listen(outbox.happened)
+    object.__setattr__(cloud.api.world, "outbox", outbox)
+    return cloud
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    with telling(tmp_path, config=Config(notifications=options.Notifications(format="both"))) as c:
+        yield speaking(c)
+
+
+def test_a_servers_life_is_told(cloud):
+    listener = Listener(cloud)
+    s = cloud.boot("one")
+    assert listener.types() == ["instance.create.start", "instance.create.end"]
+    for action, said, told in (("os-stop", None, "power_off"), ("os-start", None, "power_on"), ("pause", None, "pause"),
+                               ("unpause", None, "unpause"), ("reboot", {"type": "HARD"}, "reboot")):  # fmt: skip
+        s.act(action, said)
+        assert listener.types() == [f"instance.{told}.start", f"instance.{told}.end"]
+    s.act("lock")
+    s.act("unlock")
+    assert listener.types() == ["instance.lock", "instance.unlock"]
+    cloud.json("PUT", f"/servers/{s.id}", {"server": {"name": "other"}})
+    (update,) = listener.all()
+    assert update["event_type"] == "instance.update"
+    data = update["payload"]["nova_object.data"]
+    assert (data["old_display_name"], data["display_name"]) == ("one", "other")
+    listener.heard.clear()
+    s.delete()
+    assert listener.types() == [
+        "instance.delete.start", "instance.shutdown.start", "instance.shutdown.end", "instance.delete.end",
+    ]  # fmt: skip
+
+
+def test_what_a_notification_says(cloud):
+    listener = Listener(cloud)
+    s = cloud.boot("one", adminPass="hunter2", tags=["t"])
+    start, end = listener.all()
+    assert start["payload"]["nova_object.data"]["state"] == "building"
+    assert end.keys() >= {"message_id", "publisher_id", "event_type", "priority", "timestamp", "payload"}
+    assert (end["publisher_id"], end["priority"]) == (f"nova-compute:{s.row.host}", "INFO")
+    whole = end["payload"]
+    assert (whole["nova_object.name"], whole["nova_object.version"]) == ("InstanceCreatePayload", "1.13")
+    data = whole["nova_object.data"]
+    assert (data["uuid"], data["state"], data["power_state"], data["tags"]) == (s.id, "active", "running", ["t"])
+    assert data["action_initiator_user"] == cloud.user.id and data["request_id"].startswith("req-")
+    assert data["ip_addresses"][0]["nova_object.data"]["address"] == s.row.plugs[0].addresses[0].address
+    assert data["flavor"]["nova_object.data"]["flavorid"] == "small"
+    assert "hunter2" not in str(listener.heard)
+    assert len({m["message_id"] for m in listener.heard}) == 2
+
+
+def test_what_went_wrong_is_told_as_such(cloud):
+    listener = Listener(cloud)
+    cloud.boot("one", flavor="huge")
+    start, error, task = listener.all()
+    assert [m["event_type"] for m in (start, error, task)] == ["instance.create.start", "instance.create.error", "compute_task.build_instances.error"]  # fmt: skip
+    assert (error["priority"], task["priority"]) == ("ERROR", "ERROR")
+    fault = error["payload"]["nova_object.data"]["fault"]["nova_object.data"]
+    assert fault["exception_message"].startswith("No valid host")
+
+
+def test_the_older_ones_are_flat(cloud):
+    listener = Listener(cloud, "notifications")
+    s = cloud.boot("one")
+    start, end = listener.all()
+    assert (start["event_type"], end["event_type"]) == ("compute.instance.create.start", "compute.instance.create.end")
+    assert (end["publisher_id"], end["payload"]["instance_id"]) == (f"compute.{s.row.host}", s.id)
+    assert end["payload"]["fixed_ips"][0]["address"] == s.row.plugs[0].addresses[0].address
+    cloud.json("POST", "/os-keypairs", {"keypair": {"name": "k", "public_key": KEY, "type": "ssh"}}, ok=201)
+    listener.heard.clear()
+    assert listener.types() == []  # of key pairs there are new ones only
+
+
+def test_other_things_are_told(cloud):
+    listener, admin = Listener(cloud), cloud.admin
+    cloud.json("POST", "/flavors", {"flavor": {"name": "f", "id": "f", "vcpus": 1, "ram": 1, "disk": 1}}, token=admin)
+    cloud.json("POST", "/flavors/f/os-extra_specs", {"extra_specs": {"a:b": "c"}}, token=admin)
+    cloud.json("DELETE", "/flavors/f", token=admin, ok=202)
+    assert listener.types() == ["flavor.create", "flavor.update", "flavor.delete"]
+    cloud.json("POST", "/os-keypairs", {"keypair": {"name": "k", "public_key": KEY, "type": "ssh"}}, ok=201)
+    cloud.json("DELETE", "/os-keypairs/k", ok=204)
+    assert listener.types() == [f"keypair.{e}" for e in ("import.start", "import.end", "delete.start", "delete.end")]
+    group = cloud.json("POST", "/os-server-groups", {"server_group": {"name": "g", "policy": "affinity"}})[
+        "server_group"
+    ]["id"]
+    wish = {"name": "n", "flavorRef": "small", "imageRef": cloud.image_id, "networks": "none"}
+    cloud.json("POST", "/servers", {"server": wish, "os:scheduler_hints": {"group": group}}, ok=202)
+    cloud.settle()
+    cloud.json("DELETE", f"/os-server-groups/{group}", ok=204)
+    told = [t for t in listener.types() if t.startswith("server_group")]
+    assert told == ["server_group.create", "server_group.add_member", "server_group.delete"]
+    a = cloud.json("POST", "/os-aggregates", {"aggregate": {"name": "a"}}, token=admin)["aggregate"]["id"]
+    cloud.json("POST", f"/os-aggregates/{a}/action", {"add_host": {"host": "h0"}}, token=admin)
+    assert listener.types() == ["aggregate.create.start", "aggregate.create.end", "aggregate.add_host.start", "aggregate.add_host.end"]  # fmt: skip
+    (service,) = cloud.json("GET", "/os-services?host=h0", token=admin)["services"]
+    cloud.json("PUT", f"/os-services/{service['id']}", {"status": "disabled"}, token=admin)
+    (told,) = listener.all()
+    assert (told["event_type"], told["publisher_id"]) == ("service.update", "nova-compute:h0")
+    assert told["payload"]["nova_object.data"]["disabled"] is True
+
+
+def test_nothing_is_lost_while_nobody_listens(cloud):
+    s = cloud.boot("one")
+    cloud.conductor.reconcilers.run_once("notified")
+    s.act("os-stop")
+    listener = Listener(cloud)
+    assert listener.types() == [
+        f"instance.{e}" for e in ("create.start", "create.end", "power_off.start", "power_off.end")
+    ]
+    cloud.clock.sleep(cloud.config.notifications.keep_s + 1)
+    cloud.conductor.reconcilers.run_once("notified")
+    with cloud.db.read() as tx:
+        assert notices.oldest(tx) == []  # nobody wanted the older ones
+
+
+def test_what_is_refused_is_not_told(cloud):
+    listener = Listener(cloud)
+    s = cloud.boot("one")
+    listener.types()
+    s.act("os-start", ok=409)
+    cloud.json(
+        "POST", "/flavors", {"flavor": {"name": "small", "vcpus": 1, "ram": 1, "disk": 1}}, token=cloud.admin, ok=409
+    )
+    assert listener.types() == []
+
+
+def test_switched_off_it_costs_nothing(tmp_path):
+    for name in ("on", "off"):
+        (tmp_path / name).mkdir()
+    with telling(tmp_path / "off") as plain:
+        plain.boot("warm")
+        before = plain.db.statements
+        plain.boot("one")
+        cost = plain.db.statements - before
+        with plain.db.read() as tx:
+            assert notices.oldest(tx) == []
+    with telling(tmp_path / "on", config=Config(notifications=options.Notifications(format="versioned"))) as loud:
+        speaking(loud).boot("warm")
+        before = loud.db.statements
+        loud.boot("one")
+        more = loud.db.statements - before
+    assert cost < more <= cost + 10
+
+
+def test_a_crash_at_any_boundary_loses_no_notification(tmp_path):
+    cloud = speaking(Cloud(tmp_path, hosts=2, config=Config(notifications=options.Notifications(format="versioned"))))
+    listener = Listener(cloud)
+    for k in range(1, 60, 3):
+        cloud.edges.count, cloud.edges.crash_at = 0, k
+        s = cloud.boot(f"s{k}")
+        crashed, cloud.edges.crash_at = cloud.edges.count >= k, 0
+        cloud.settle()
+        told = [m["event_type"] for m in listener.all() if m["payload"]["nova_object.data"].get("uuid") == s.id]
+        assert set(told) == {"instance.create.start", "instance.create.end"}, f"after a crash at {k}"
+        s.delete()
+        if not crashed:
+            break
+    assert cloud.check() == []
+    cloud.db.close()
+
+
+@pytest.mark.skipif(not tables.FOLDER.exists(), reason="the specification is not beside this checkout")
+def test_the_words_are_those_of_the_specification():
+    """Event families, and the fields of the payloads, out of the tables of notifications.md."""
+    text = (tables.FOLDER.parent / "notifications.md").read_text()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    events = {r[0] for r in rows if len(r) == 4 and "." in r[0]}
+    fields = {r[0]: set(r[2].split(", ")) for r in rows if len(r) == 3 and r[0].endswith("Payload")}
+    for tells in words.ACTIONS.values():
+        for event in (*tells.start, *tells.end, *tells.error):
+            family = event.removesuffix(".start").removesuffix(".end").removesuffix(".error")
+            assert f"instance.{family}" in events, event
+    instance = fields["InstancePayload"]
+    s = Server("i", "p", "u", "n", "n", Flavor("f", "f", 1, 1, 1))
+    assert set(words.instance(s, words.Who())) == instance
+    for family, (name, _) in words.PAYLOADS.items():
+        data = words.action(family, s, words.Who(), None, {})["nova_object.data"]
+        extra = {f.removeprefix("InstanceActionPayload + ") for f in fields[name]}
+        assert set(data) == instance | {"fault"} | extra, name
+    assert set(words.update(s, words.Who(), s)["nova_object.data"]) == instance | {
+        f.removeprefix("InstancePayload + ") for f in fields["InstanceUpdatePayload"]
+    }
+    assert set(words.flavor(s.flavor)["nova_object.data"]) == fields["FlavorPayload"]
