@@ -57,7 +57,7 @@ def live_migrate(run: Run, job: LiveMigrate) -> None:
             trouble = e
             raise
     assert trouble is not None
-    run(stayed, job, status, run.id, run.now)
+    run.if_undone(stayed, job, status, run.id, run.now)
     raise trouble
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kilonova.conductor import create
-from kilonova.sim.world import CALM, FLAVOR, Api, Faults, Sim
+from kilonova.sim.world import CALM, FLAVOR, LARGE, Api, Faults, Sim
+from kilonova.store import servers
 
 VERBS: list[tuple[str, Any]] = [
     ("os-stop", None),
@@ -21,6 +22,12 @@ VERBS: list[tuple[str, Any]] = [
 ]
 
 
+MOVES: list[tuple[str, Any]] = [
+    ("resize", {"flavorRef": LARGE.id}),
+    ("migrate", None),
+    ("os-migrateLive", {"host": None, "block_migration": "auto"}),
+]
+OPERATORS = {"migrate", "os-migrateLive"}  # acts that users may not ask for
 NOBODY = "00000000-0000-0000-0000-000000000000"
 GROUPS = (None, None, None, "anti-affinity", "affinity", "soft-anti-affinity")
 
@@ -55,7 +62,25 @@ class User:
 
     def act(self, name: str, verb: str, said: Any) -> None:
         if name in self.known:
-            self.api.ask("POST", f"/servers/{self.known[name]}/action", {verb: said})
+            token = "admin" if verb in OPERATORS else "t"
+            self.api.ask("POST", f"/servers/{self.known[name]}/action", {verb: said}, token=token)
+
+    def abort(self, name: str) -> None:
+        """Its live migration, if it is in one."""
+        if name in self.known:
+            path = f"/servers/{self.known[name]}/migrations"
+            status, body = self.api.ask("GET", path, token="admin")
+            for m in body["migrations"] if status == 200 else ():
+                self.api.ask("DELETE", f"{path}/{m['id']}", token="admin")
+
+    def evacuate(self) -> None:
+        """All servers of hosts that are down, as an operator does who looks at the list."""
+        status, body = self.api.ask("GET", "/os-services?binary=nova-compute", token="admin")
+        for host in [s["host"] for s in body["services"] if s["state"] == "down"] if status == 200 else ():
+            status, body = self.api.ask("GET", f"/servers?all_tenants=1&host={host}", token="admin")
+            for s in body["servers"] if status == 200 else ():
+                self.sim.hosts[host].was_gone = True
+                self.api.ask("POST", f"/servers/{s['id']}/action", {"evacuate": {}}, token="admin")
 
     def attach(self, name: str) -> None:
         """One NIC more, on the only network."""
@@ -91,9 +116,25 @@ def storm(sim: Sim, round: int = 0) -> None:
         for _ in range(sim.dice.randrange(3)):
             what = sim.dice.choice([user.attach, user.detach])
             user.later(born + sim.dice.uniform(5, 200), what, name)
+        if sim.dice.random() < 0.5:
+            journey(sim, user, name, born + sim.dice.uniform(20, 100))
         if sim.dice.random() < 0.6:
             user.later(born + sim.dice.choice([sim.dice.uniform(0, 40), sim.dice.uniform(0, 250)]), user.delete, name)
+    for _ in range(4):
+        user.later(sim.dice.uniform(60, 300), user.evacuate)
     sim.run(sim.now + 300)
+
+
+def journey(sim: Sim, user: User, name: str, at: float) -> None:
+    """It is sent somewhere, and soon somebody has something to say to that; perhaps too soon, and not only once."""
+    verb, said = sim.dice.choice(MOVES)
+    user.later(at, user.act, name, verb, said)
+    for _ in range(sim.dice.randrange(1, 4)):
+        at += sim.dice.choice([sim.dice.uniform(0, 8), sim.dice.uniform(0, 60)])
+        if verb == "os-migrateLive":
+            user.later(at, user.abort, name)
+        else:
+            user.later(at, user.act, name, sim.dice.choice(["confirmResize", "revertResize"]), None)
 
 
 def clean(sim: Sim) -> None:
@@ -110,7 +151,7 @@ def clean(sim: Sim) -> None:
     sim.faults = faults
 
 
-SAID = dict(VERBS)  # what is said with an act that stands once in there
+SAID = dict(VERBS + MOVES)  # what is said with an act that stands once in there
 Story = Callable[[Sim], None]
 
 
@@ -129,6 +170,12 @@ def story(*acts: tuple[str, float]) -> Story:
                     user.later(when, user.attach, "s0")
                 case "detach":
                     user.later(when, user.detach, "s0")
+                case "abort":
+                    user.later(when, user.abort, "s0")
+                case "its host is down":
+                    user.later(when, lose_host, sim, user)
+                case "evacuate":
+                    user.later(when, user.evacuate)
                 case "hard reboot":
                     user.later(when, user.act, "s0", "reboot", {"type": "HARD"})
                 case "reboot":
@@ -138,6 +185,14 @@ def story(*acts: tuple[str, float]) -> Story:
         sim.run(sim.now + 250)
 
     return tell
+
+
+def lose_host(sim: Sim, user: User) -> None:
+    """Of s0, for two minutes."""
+    with sim.db.read() as tx:
+        host = servers.get(tx, user.known["s0"]).host if "s0" in user.known else None
+    if host is not None:
+        sim.hosts[host].down(120)
 
 
 STORIES: dict[str, Story] = {
@@ -152,6 +207,15 @@ STORIES: dict[str, Story] = {
     "delete overtakes stop": story(("create", 5), ("os-stop", 100), ("delete", 101)),
     "snapshot": story(("create", 5), ("createImage", 100)),
     "delete overtakes snapshot": story(("create", 5), ("createImage", 100), ("delete", 103)),
+    "resize, confirm": story(("create", 5), ("resize", 60), ("confirmResize", 130)),
+    "resize, revert": story(("create", 5), ("resize", 60), ("revertResize", 130)),
+    "delete overtakes resize": story(("create", 5), ("resize", 60), ("delete", 62)),
+    "delete overtakes revert": story(("create", 5), ("resize", 60), ("revertResize", 130), ("delete", 132)),
+    "live migrate": story(("create", 5), ("os-migrateLive", 60)),
+    "live migrate, abort": story(("create", 5), ("os-migrateLive", 60), ("abort", 65)),
+    "delete overtakes live migrate": story(("create", 5), ("os-migrateLive", 60), ("delete", 64)),
+    "evacuate": story(("create", 5), ("its host is down", 60), ("evacuate", 140)),
+    "delete overtakes evacuate": story(("create", 5), ("its host is down", 60), ("evacuate", 140), ("delete", 145)),
 }
 
 

@@ -45,6 +45,7 @@ from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plu
 
 BEGAN = 1_800_000_000.0
 FLAVOR = Flavor("small", "small", 1, 1024, 10)
+LARGE = Flavor("large", "large", 2, 1536, 10)
 URL = "http://cloud.sim"
 PASSWORD = "of the simulator"
 QUIET = frozenset({"Report", "report", "turn"})  # these would drown the others
@@ -119,7 +120,9 @@ class Sim:
                 | {"roles": frozenset({"member", "reader"})}
             )
             assert catalog.flavor(tx, FLAVOR.id)
+        self.admin = msgspec.structs.replace(self.user, user_id="admin", roles=frozenset({"admin", "member", "reader"}))
         self.image_id = (self.directory / "image").read_text()
+        self.states: dict[str, SimState] = {}  # of all hosts whose hypervisors can be reached
         self.hosts = {f"h{i}": Host(self, f"h{i}") for i in range(hosts)}
         self.conductors = [ConductorProcess(self, f"c{i}") for i in range(conductors)]
         self.run(self.now + 30)  # hosts are met
@@ -460,6 +463,18 @@ class SimHypervisor(SimDriver):
         super()._become(id, m, machine)
         self.process.sim.boundary(self.process, "after it is another machine")
 
+    def _switched(self, id: str, m: SimMachine, there: SimMachine, target: SimState) -> bool:
+        sim = self.process.sim
+        sim.boundary(self.process, "before a guest moves")
+        done = super()._switched(id, m, there, target)
+        sim.twins(id)
+        sim.boundary(self.process, "after a guest moved")
+        return done
+
+    def _newest(self, id: str, machine: Machine, of: SimMachine | None = None) -> None:
+        super()._newest(id, machine, of)
+        self.process.sim.boundary(self.process, "after another machine is meant")
+
 
 class Disk(dict[str, bytes]):
     """A ledger, and a boundary before and after each line that is written."""
@@ -482,6 +497,7 @@ class Host(Process):
 
     def __init__(self, sim: Sim, name: str) -> None:
         self.state, self.ledger = SimState(), Disk(self)
+        sim.states[name] = self.state
         self.was_gone, self.skew_s = False, sim.dice.uniform(-2, 2)
         super().__init__(sim, name)
 
@@ -494,6 +510,7 @@ class Host(Process):
             clock=clock,
             dice=random.Random(sim.dice.getrandbits(64)),
             options=options.Sim(cpus=4, memory_mb=4608, disk_gb=100),
+            peers=sim.states,
         )
         driver.process = self
         compute = msgspec.structs.replace(CONFIG.compute, cpu_allocation_ratio=1.0)
@@ -515,10 +532,16 @@ class Host(Process):
     def _report(self) -> None:
         self.sim.send(self, "conductor", letter(self.host.report()))
 
+    def down(self, seconds: float) -> None:
+        """It works no more for so long; its guests do."""
+        self.life, self.up = self.life + 1, False
+        self.sim.at(seconds, self.start)
+
     def crashed(self) -> None:
         if self.sim.chance("for_good") and sum(not h.for_good for h in self.sim.hosts.values()) > 1:
             self.sim.tell(f"{self.name} will not return")
             self.for_good = True
+            self.sim.states.pop(self.name, None)
         elif self.sim.chance("power_cut"):
             self.sim.tell(f"{self.name} loses its power")
             self.state.power_cut()
@@ -544,7 +567,7 @@ class Api(Process):
             raise Unavailable("Nobody asks hosts here.")
 
         world = ApiWorld(self.db, self.clock, sim.ids, CONFIG, near, book, wake, ask, self._ended)  # type: ignore[arg-type]
-        service = compute_service(world, lambda token: sim.user)
+        service = compute_service(world, lambda token: sim.admin if token == "admin" else sim.user)
         self.inside = Inside(service, f"{URL}/compute")
 
     def _ended(self, run: str, timeout_s: float) -> bool:
@@ -553,9 +576,10 @@ class Api(Process):
             self.sim.pause(1)
         return self.sim.db.look(over, run)
 
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    def ask(self, method: str, path: str, body: Any = None, *, token: str = "t") -> tuple[int, Any]:
+        """`token`: "admin" is an administrator's."""
         self.sim.where = f"api {method}"
-        headers = {"X-Auth-Token": "t", "OpenStack-API-Version": "compute 2.96", "Content-Type": "application/json"}
+        headers = {"X-Auth-Token": token, "OpenStack-API-Version": "compute 2.96", "Content-Type": "application/json"}
         answer = self.inside.send(method, f"/v2.1{path}", headers, None if body is None else msgspec.json.encode(body))
         raw = answer.read()
         self.sim.tell(f"api: {method} {path} → {answer.status}")
@@ -642,6 +666,7 @@ def _template() -> Path:
     network.bootstrap(network.World(db, clock, ids, options.Network()), first.admin_project_id)
     with db.tx() as tx:
         catalog.add_flavor(tx, FLAVOR, BEGAN)
+        catalog.add_flavor(tx, LARGE, BEGAN)
     (directory / "image").write_text(made.id)
     (directory / "user.json").write_bytes(
         msgspec.json.encode({"user_id": "user", "project_id": first.demo_project_id, "user_name": "user"})
