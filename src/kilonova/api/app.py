@@ -32,6 +32,7 @@ from kilonova.api import (
     server_groups,
     servers,
     shares,
+    shelve,
     usage,
     verbs,
     volumes_boot,
@@ -70,6 +71,7 @@ GROUPS = (  # importing them fills R
     server_groups,
     servers,
     shares,
+    shelve,
     usage,
     verbs,
 )

@@ -106,12 +106,13 @@ def new_image(call: Call, server: Server, name: str, **about: Any) -> str:
     return made
 
 
-def begun(call: Call, image_id: str, record: Any) -> None:
+def begun(call: Call, image_id: str | None, record: Any) -> None:
     """The transaction; where it is refused, the image goes again. (Where we die meanwhile, a reconciler finds it.)"""
     try:
         call.world.db.run(record)
     except Exception:
-        call.world.neighbours.image.delete(image_id)
+        if image_id is not None:
+            call.world.neighbours.image.delete(image_id)
         raise
 
 

@@ -8,6 +8,7 @@ from msgspec import Meta, field
 from kilonova.api import boot_image, views
 from kilonova.api.bodies import Base64, Boolish, DiskConfig, Metadata, Name, Text255, Uuid, address, dashed, decoded
 from kilonova.api.create import File, OneName, ShortName, check_files, hostname_of, keypair_of
+from kilonova.api.refusals import without_tpm
 from kilonova.api.registry import R, World, cause, link, owner, the_server, unlocked
 from kilonova.api.servers import about
 from kilonova.contracts.jobs import Rebuild
@@ -67,6 +68,7 @@ def rebuild(call: Call, id: str) -> Reply:
         if not isinstance(wish.key_name, UnsetType):
             keypair = keypair_of(call, tx, wish.key_name)
             facts |= {"keypair": keypair, "key_name": keypair.name if keypair else None}
+    without_tpm(before, "rebuild")
     unlocked(call, before)
     servers.check(before, VERBS["rebuild"])
     _may(call, before, wish)

@@ -7,6 +7,7 @@ from msgspec import field
 
 from kilonova.api import boot_image
 from kilonova.api.bodies import Uuid
+from kilonova.api.refusals import without_tpm
 from kilonova.api.registry import R, World, cause, owner, the_server, unlocked
 from kilonova.contracts.compute import Diagnose, Stats
 from kilonova.contracts.jobs import CrashDump, Password, Readdress, Rescue, Unrescue
@@ -39,6 +40,7 @@ def rescue(call: Call, id: str) -> dict[str, str]:
     with world.db.read() as tx:
         before = the_server(call, tx, id)
         able = before.volume_backed and _bears(tx, before, WITH_VOLUMES)
+    without_tpm(before, "rescue")
     unlocked(call, before)
     servers.check(before, VERBS["rescue"])
     image = _image(call, before, None if isinstance(wish.image_ref, UnsetType) else wish.image_ref)

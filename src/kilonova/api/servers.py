@@ -1,5 +1,6 @@
 """Servers: lists, one, its name and notes, its end; and the acts that need no host."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -10,7 +11,7 @@ from kilonova.api.bodies import DiskConfig, Name, Text255, address
 from kilonova.api.create import OneName, ShortName, hostname_of
 from kilonova.api.registry import R, World, cause, next_link, page_limit, the_server, unlocked
 from kilonova.contracts.compute import ConsoleLog
-from kilonova.contracts.jobs import Delete
+from kilonova.contracts.jobs import Delete, Restore, SoftDelete
 from kilonova.kit.clock import parsed
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound
@@ -18,9 +19,9 @@ from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, since, was
 from kilonova.kit.workflow import faults_of, noted, signal, start
 from kilonova.model.server import Server
-from kilonova.model.states import VERBS, VM, Task, status
+from kilonova.model.states import VERBS, VM, Task, Verb, status
+from kilonova.store import quotas, servers
 from kilonova.store import server_pages as pages
-from kilonova.store import servers
 
 # ---- one
 
@@ -96,16 +97,73 @@ def delete(call: Call, id: str) -> None:
     def record(tx: Tx) -> list[str]:
         server = the_server(call, tx, id)
         unlocked(call, server)
-        if server.task_state == Task.deleting:
-            return []  # asked twice: the first is at it
-        now = world.clock.now()
-        server = servers.begin(tx, id, VERBS["delete"], now)
-        others = signal(tx, id, "abort")
-        run = start(tx, "delete", Delete(server), id=world.ids.uuid(), subject=id, now=now, cause=cause(call, "delete"))
-        return [*others, run]
+        if world.config.compute.reclaim_interval_s and _restorable(server):
+            return soft_deleted(call, tx, server)
+        return deleted(call, tx, server, "delete")
 
     for run in world.db.run(record):
         world.wake(run)
+
+
+def deleted(call: Call, tx: Tx, server: Server, verb: str) -> list[str]:
+    """Begin it. Whom to wake."""
+    if server.task_state == Task.deleting:
+        return []  # asked twice: the first is at it
+    return _overtaken(call, tx, server.id, VERBS[verb], "delete", Delete)
+
+
+def _restorable(server: Server) -> bool:
+    """It has something that could run again: a machine on a host, and nothing about it is undecided."""
+    return server.launched_at is not None and server.host is not None and server.vm_state != VM.resized
+
+
+def soft_deleted(call: Call, tx: Tx, server: Server) -> list[str]:
+    if server.vm_state == VM.soft_deleted or server.task_state in (Task.soft_deleting, Task.deleting):
+        return []  # asked twice
+    return _overtaken(call, tx, server.id, VERBS["soft_delete"], "soft_delete", SoftDelete)
+
+
+def _overtaken(call: Call, tx: Tx, id: str, verb: Verb, flow: str, job: Callable[[Server], Any]) -> list[str]:
+    """Take the server from whoever has it; they are told to stop. Whom to wake."""
+    now = call.world.clock.now()
+    server = servers.begin(tx, id, verb, now)
+    others = signal(tx, id, "abort")
+    told = cause(call, verb.action)
+    return [*others, start(tx, flow, job(server), id=call.world.ids.uuid(), subject=id, now=now, cause=told)]
+
+
+@R.post("/v2.1/servers/{id}/action", action="forceDelete", ok=202, body=Any,
+        policy="os_compute_api:os-deferred-delete:force", late=True)  # fmt: skip
+def force_delete(call: Call, id: str) -> None:
+    """For good, whatever could have been restored."""
+
+    def record(tx: Tx) -> list[str]:
+        server = the_server(call, tx, id)
+        unlocked(call, server)
+        return deleted(call, tx, server, "force_delete")
+
+    for run in call.world.db.run(record):
+        call.world.wake(run)
+
+
+@R.post("/v2.1/servers/{id}/action", action="restore", ok=202, body=Any,
+        policy="os_compute_api:os-deferred-delete:restore", late=True)  # fmt: skip
+def restore(call: Call, id: str) -> None:
+    """What was soft-deleted counts again, so there must be room for it in the quota."""
+    world: World = call.world
+
+    def record(tx: Tx) -> str:
+        before = the_server(call, tx, id)
+        if before.locked and not call.context.is_admin:
+            raise Conflict(f"Instance {id} is in an invalid state for 'restore'")
+        servers.check(before, VERBS["restore"])
+        f = before.flavor
+        quotas.claim(tx, world.config.quota, before.project_id, before.user_id, f.vcpus, f.memory_mb, 1, 1)
+        now = world.clock.now()
+        job = Restore(servers.begin(tx, id, VERBS["restore"], now))
+        return start(tx, "restore", job, id=world.ids.uuid(), subject=id, now=now, cause=cause(call, "restore"))
+
+    world.wake(world.db.run(record))
 
 
 # ---- many

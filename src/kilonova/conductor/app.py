@@ -21,6 +21,7 @@ from kilonova.conductor import (
     rebuild,
     rescue,
     resize,
+    shelve,
     verbs,
     volumes,
     watch,
@@ -40,12 +41,13 @@ FLOWS: list[Workflow[Any]] = [
     create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
     resize.revert, capture.capture, interfaces.attach_interface, interfaces.detach_interface,
     live_migrate.live_migrate,
-    rebuild.rebuild,
     evacuate.evacuate,
     watch.tidy,
     rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
     precache.precache,
     attach.attach_volume, attach.detach_volume, attach.swap_volume,
+    rebuild.rebuild, rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
+    shelve.shelve, shelve.offload, shelve.unshelve, delete.soft_delete, delete.restore,
 ]  # fmt: skip
 
 

@@ -121,6 +121,15 @@ def present(world: World, server: Server) -> Plugged:
     return described(world, server, found, tags, every=True)
 
 
+def unbind(world: World, server: Server, host: str | None = None) -> None:
+    """They are the server's, and on no host; or not on this one: what has gone elsewhere meanwhile stays there."""
+    found, _ = _own(world, server)
+    for p in found:
+        if p.host and host in (None, p.host):
+            with suppress(NotFound):
+                world.neighbours.network.update_port(p.id, **{"binding:host_id": ""})
+
+
 def expect(world: World, server: Server, host: str) -> Plugged:
     """Its ports can come to this host, and this is how they will be there. Raises Conflict."""
     found, tags = _own(world, server)

@@ -120,6 +120,23 @@ def attachments_of(devices: Iterable[Device]) -> list[str]:
     return [d.attachment_id for d in devices if d.is_volume and d.attachment_id]
 
 
+@effect(patience_s=1e9)
+def rest(world: World, key: str, server: Server) -> list[Device]:
+    """No host has them any longer, nor can anybody else: its devices, each with an attachment that leads to no host."""
+    there, devices = _attachments(world, server.id), []
+    for d in server.devices:
+        if d.is_volume:
+            mine = [a for a in there if a.volume_id == d.volume_id]
+            free = next((a for a in mine if a.status == RESERVED), None)
+            free = free or world.neighbours.volume.reserve(d.volume_id or "", server.id)
+            for a in mine:
+                if a.id != free.id:
+                    world.neighbours.volume.release(a.id)
+            d = msgspec.structs.replace(d, attachment_id=free.id)
+        devices.append(d)
+    return devices
+
+
 @effect
 def complete(world: World, key: str, attachments: list[str]) -> None:
     """The guest has them."""

@@ -13,6 +13,8 @@ import msgspec
 import kilonova
 from kilonova.conductor import ports, resize
 from kilonova.conductor.capture import unfinished
+from kilonova.conductor.delete import reclaimed
+from kilonova.conductor.shelve import lying
 from kilonova.conductor.verbs import STEPS
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Destroy, DetachNic, DetachVolume, Discard, Done, Drop, Look, Power, Seen
@@ -35,8 +37,10 @@ DOWN = PowerState.shutdown, PowerState.crashed
 STUCK_S = 60.0  # so long a server may be on its way with nobody at work: no commit takes longer
 KEEP_HIDDEN_S = 3600.0  # journals of what nobody asked for
 
+KEPT_OFF = frozenset({VM.shelved, VM.soft_deleted})  # they are off, and stay what they are
+
 # The verbs of nobody. As `stop`, from wherever a guest can be found off; and the way back after a host was off.
-HALT = replace(VERBS["stop"], start=frozenset({VM.active, VM.stopped, VM.paused}), launched=False)
+HALT = replace(VERBS["stop"], start=frozenset({VM.active, VM.stopped, VM.paused, *KEPT_OFF}), launched=False)
 REVIVE = Verb("revive", frozenset({VM.active}), Task.powering_on, VM.active, "start", "start", host=True)
 
 
@@ -295,6 +299,7 @@ def _power_judged(tx: Tx, job: Mend, vm: VM, power: PowerState, written: int, me
         (vm == VM.active and power in (PowerState.crashed, PowerState.suspended))
         or (vm == VM.stopped and power in (RUNNING, PAUSED, PowerState.suspended))
         or (vm == VM.paused and power in DOWN)
+        or (vm in KEPT_OFF and power in (RUNNING, PAUSED, PowerState.suspended))
     ):
         return Verdict("halt", servers.begin(tx, job.server, HALT, now))
     if power != written:
@@ -304,7 +309,8 @@ def _power_judged(tx: Tx, job: Mend, vm: VM, power: PowerState, written: int, me
 
 @record
 def halted(tx: Tx, server: Server, power_state: int, me: str, now: float) -> None:
-    if servers.finish(tx, server, VM.stopped, now, power_state=power_state):
+    to = server.vm_state if server.vm_state in KEPT_OFF else VM.stopped
+    if servers.finish(tx, server, to, now, power_state=power_state) and to == VM.stopped:
         _noted_stop(tx, server, me, now)
 
 
@@ -517,11 +523,14 @@ def misplaced(world: World) -> list[str]:
         at_work = compare.at_work(tx, known)
     for p in found:
         s = known.get(p.device_id or "")
-        if s is None or s.deleted_at is not None or s.host is None or s.id in at_work:
+        if s is None or s.deleted_at is not None or s.vm_state == VM.building or s.id in at_work:
             continue
         if p.id not in {plug.port_id for plug in s.plugs}:
             continue
-        if p.host != s.host:
+        if s.host is None and p.host:
+            ports.unbind(world, s, p.host)
+            said.append(f"port {p.id} of {s.id} was on {p.host}")
+        elif s.host is not None and p.host != s.host:
             ports.bring(world, p, s, zones.get(s.host, named))
             said.append(f"port {p.id} of {s.id} was on {p.host}")
         elif s.id in lately:
@@ -537,4 +546,17 @@ def journals(world: World) -> list[str]:
     return []
 
 
-RECONCILERS = [beats, present, silent_hosts, stuck, claims, undecided, strays, misplaced, unfinished, journals]
+RECONCILERS = [
+    beats,
+    present,
+    silent_hosts,
+    stuck,
+    claims,
+    undecided,
+    strays,
+    misplaced,
+    unfinished,
+    lying,
+    reclaimed,
+    journals,
+]

@@ -220,3 +220,42 @@ class CrashDump(msgspec.Struct, frozen=True):
     """ "crash_dump": the server is not taken for it."""
 
     server: Server
+
+
+@jobs
+class Shelve(msgspec.Struct, frozen=True):
+    """ "shelve": `image_id` is there already, without bytes; None: its root disk is a volume. `offload`: at once."""
+
+    server: Server
+    image_id: str | None
+    disk_format: Literal["raw", "qcow2"]
+    offload: bool
+
+
+@jobs
+class Offload(msgspec.Struct, frozen=True):
+    """ "offload": a shelved server leaves its host."""
+
+    server: Server
+
+
+@jobs
+class Unshelve(msgspec.Struct, frozen=True):
+    """ "unshelve": `server` with the zone where it shall be; `host`: there or nowhere."""
+
+    server: Server
+    host: str | None = None
+
+
+@jobs
+class SoftDelete(msgspec.Struct, frozen=True):
+    """ "soft_delete": turned off, and deleted later if nobody restores it."""
+
+    server: Server
+
+
+@jobs
+class Restore(msgspec.Struct, frozen=True):
+    """ "restore": what was soft-deleted runs again."""
+
+    server: Server

@@ -7,7 +7,8 @@ from kilonova.model.server import Server
 MARK = (
     "kilonova_run"  # a property: the run that brings the bytes, by which we know an image that nobody is at any longer
 )
-SHELVED_IMAGE = "shelved_image_id"  # in the system metadata of a shelved server
+# In the system metadata of a shelved server.
+SHELVED_IMAGE, SHELVED_AT, SHELVED_HOST = SHELVED = "shelved_image_id", "shelved_at", "shelved_host"
 # Image properties that are true of one image only (extra-specs.md, the last section).
 NOT_INHERITED = frozenset(
     {

@@ -148,6 +148,10 @@ class Compute(Struct, frozen=True):
     reclaim_interval_s: A[
         int, Meta(description="Deleted servers can be restored for so long; 0 deletes at once.", ge=0)
     ] = 0
+    shelved_offload_time_s: A[
+        int,
+        Meta(description="How long a shelved server keeps its place on its host; 0 not at all, -1 for ever.", ge=-1),
+    ] = 0
     rescue_image: A[
         str | None,
         Meta(

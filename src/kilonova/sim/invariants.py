@@ -247,7 +247,7 @@ def _images(tx: Tx, all: list[Server]) -> list[str]:
         elif r is not None and r.workflow == "shelve" and id not in shelved:
             said.append(f"image {id} is of no shelved server")
     for id, s in shelved.items():
-        if known.get(id) != "active" or s.vm_state not in (VM.shelved, VM.shelved_offloaded, VM.error):
+        if known.get(id) != "active" or s.vm_state not in (VM.shelved, VM.shelved_offloaded):
             said.append(f"{s.id} ({s.vm_state}) was shelved as image {id}, which is {known.get(id)}")
     return said
 

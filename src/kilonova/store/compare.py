@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from kilonova.kit.db import Tx
 from kilonova.kit.ready import ready
 from kilonova.kit.workflow import RUNS
+from kilonova.model.server import Server
 from kilonova.model.states import VM
 from kilonova.store import hosts, migrations, placement, servers
 from kilonova.store.migrations import Kind, Migration, Status
@@ -40,6 +41,13 @@ def at_work(tx: Tx, subjects: Iterable[str]) -> set[str]:
     if not wanted:
         return set()
     return set(tx.execute(sa.select(_r.subject).where(_r.subject.in_(wanted), _r.state == "running")).scalars())
+
+
+def resting(tx: Tx, vm: VM, most: int = 100) -> list[Server]:
+    """Living servers in this state that nobody is at work on, those first that have been so the longest."""
+    where = _t.deleted_at.is_(None), _t.vm_state == str(vm), _t.task_state.is_(None)
+    found = tx.execute(servers.SELECT.where(*where).order_by(_t.updated_at).limit(most))
+    return [servers.of(row) for row in found]
 
 
 def running(tx: Tx, runs: Iterable[str]) -> set[str]:

@@ -199,9 +199,9 @@ def settle(tx: Tx, server: Server, host: str, node: str, epoch: int, task: str, 
     tx.execute(SETTLE, where | {"the_id": server.id, "ours": server.generation, "task": task})
 
 
-def unsettle(tx: Tx, id: str, host: str, now: float) -> None:
-    """It is not on this host, and was not to be."""
-    nowhere = {"host": None, "node": None, "plugs": "[]", "updated_at": now}
+def unsettle(tx: Tx, id: str, host: str, now: float, plugs: list[Plug] | None = None) -> None:
+    """It is not on this host, and was not to be. `plugs`: the ports that it has all the same."""
+    nowhere = {"host": None, "node": None, "plugs": _text(plugs or []), "updated_at": now}
     tx.execute(sa.update(T).where(T.c.id == id, T.c.host == host).values(nowhere))
 
 
