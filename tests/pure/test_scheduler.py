@@ -59,10 +59,16 @@ class House:
         self.clock, self.ids = Hand(), Ids(random.Random(1))
         self.scheduler = Scheduler(self.db, clock=self.clock, dice=random.Random(1), options=Options(**options))
 
-    def host(self, name, *, compute=None, **facts):
+    def host(self, name, *, compute=None, host_ip="", **facts):
         said = msgspec.structs.replace(FACTS, hypervisor_hostname=name, **facts)
         r = Report(
-            name, self.clock.now(), 1.0, [], facts=said, stocks=stocks(said, compute or Compute(reserved_memory_mb=0))
+            name,
+            self.clock.now(),
+            1.0,
+            [],
+            facts=said,
+            stocks=stocks(said, compute or Compute(reserved_memory_mb=0)),
+            host_ip=host_ip,
         )
         with self.db.tx() as tx:
             hosts.learn(tx, r, uuid=self.ids.uuid, now=self.clock.now())

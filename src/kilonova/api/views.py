@@ -219,7 +219,7 @@ def _addresses(call: Call, s: Server, whole: bool) -> dict[str, list[dict[str, A
 def _fault(call: Call, more: Shown) -> dict[str, Any]:
     assert more.fault is not None
     return {"code": 500, "created": iso(more.fault_at or 0), "message": more.fault.said[:255]} | (
-        {"details": more.fault.said} if call.context.is_admin else {}
+        {"details": more.fault.detail or more.fault.said} if call.context.is_admin else {}
     )
 
 

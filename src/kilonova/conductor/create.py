@@ -47,12 +47,13 @@ def build(run: Run, job: Build) -> None:
         job = msgspec.structs.replace(job, server=fill(run, job.server))
     tried: list[str] = []
     last: Trouble | None = None
+    chosen = Chosen()
     epoch = job.server.epoch
     for turn in range(CHOICES):
-        places = run(choose, job, tried, turn > 0).places
-        if not places:
+        chosen = run(choose, job, tried, turn > 0)
+        if not chosen.places:
             break
-        for place in places:
+        for place in chosen.places:
             epoch += 1
             with run.attempt():
                 claimed = run(claim, job.server, place, epoch, run.now)
@@ -67,7 +68,7 @@ def build(run: Run, job: Build) -> None:
                     raise
             if isinstance(last, HOPELESS) and last.code != "PortBindingFailed":
                 raise last
-    raise no_host(job, tried, last)
+    raise no_host(job, tried, last, chosen)
 
 
 def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
@@ -89,10 +90,10 @@ def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
                 run(volumes.hand_over, d.volume_id or "")
 
 
-def no_host(job: Build, tried: list[str], last: Trouble | None) -> Trouble:
-    """What the user is told: Nova's own sentences, then the last host's, if one was asked at all."""
+def no_host(job: Build, tried: list[str], last: Trouble | None, chosen: Chosen) -> Trouble:
+    """What the user is told: Nova's own sentences, then the last host's, if one was asked at all; operators, why."""
     if last is None:
-        return NoCapacity(NO_HOST)
+        return NoCapacity(NO_HOST, detail=f"{NO_HOST} {chosen.explained()}")
     if job.forced or len(tried) == 1:
         return last
     return NoCapacity(

@@ -12,7 +12,7 @@ from kilonova.kit.bus import Send
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx
 from kilonova.model.options import Config
-from kilonova.store import hosts, server_groups
+from kilonova.store import hosts, server_groups, servers
 
 T = TypeVar("T")
 KEEP_S = 5.0  # what the network service says of networks and groups is not asked for again within that time
@@ -49,12 +49,19 @@ class World:
         self.groups = Kept[SecurityGroup](self)
 
     def choose(self, m: Choose) -> Chosen:
-        """Places for a server; of one in a group the scheduler is told where the others are. Raises Unsupported."""
-        if m.ask.group_id is not None:
+        """Places for a server; the scheduler is told where others are that it shall be with or not. Raises Unsupported."""
+        ask = m.ask
+        if ask.group_id is not None:
             with self.db.read() as tx:
-                company = server_groups.company(tx, m.server, m.ask.group_id)
-            m = msgspec.structs.replace(m, ask=msgspec.structs.replace(m.ask, company=company))
-        return self.ask_scheduler(m)
+                company = server_groups.company(tx, m.server, ask.group_id)
+            ask = msgspec.structs.replace(ask, company=company)
+        same, other = _named(ask.hints, "same_host"), _named(ask.hints, "different_host")
+        if same or other:
+            with self.db.read() as tx:
+                at = servers.hosts_of(tx, {*same, *other})
+            near = sorted({at[id] for id in same if id in at}) if same else None
+            ask = msgspec.structs.replace(ask, near=near, far=sorted({at[id] for id in other if id in at}))
+        return self.ask_scheduler(m if ask is m.ask else msgspec.structs.replace(m, ask=ask))
 
     def gone(self, tx: Tx, host: str) -> bool:
         """Nobody should wait for it: it is forced down, nobody knows it, or it was silent for too long while we listened."""
@@ -93,3 +100,9 @@ class Kept(dict[str, tuple[float, T]]):
             for id, said in ask(old).items():
                 self[id] = now, said
         return {id: self[id][1] for id in ids if id in self}
+
+
+def _named(hints: dict[str, Any], name: str) -> list[str]:
+    """The servers that a hint names: one, or several."""
+    said = hints.get(name) or []
+    return [said] if isinstance(said, str) else list(said)

@@ -16,6 +16,13 @@ class Chosen(msgspec.Struct, frozen=True):
     why: dict[str, int] = {}
     hosts: int = 0  # how many there are to choose from
 
+    def explained(self) -> str:
+        """For operators: why there was none."""
+        if not self.hosts:
+            return "There are no hosts."
+        told = ", ".join(f"{name} turned away {n}" for name, n in self.why.items())
+        return f"Of {self.hosts} host{'s' * (self.hosts > 1)}: {told or 'nothing turned away any; none had it all'}."
+
 
 @scheduler
 class Choose(Call[Chosen], frozen=True):

@@ -9,14 +9,14 @@ import msgspec
 
 
 class Trouble(Exception):
-    """`said` is for the caller; `why` is for the log and never leaves the process.
+    """`said` is for the caller; `why` is for the log and never leaves the process; `detail` is for operators only.
 
     `code` is a stable name for programs, where a dialect has such names (Neutron's type, Placement's code).
     """
 
-    def __init__(self, said: str, *, why: str = "", code: str = "") -> None:
+    def __init__(self, said: str, *, why: str = "", code: str = "", detail: str = "") -> None:
         super().__init__(said)
-        self.said, self.why, self.code = said, why, code
+        self.said, self.why, self.code, self.detail = said, why, code, detail
 
 
 # ---- what a caller can meet
@@ -83,10 +83,11 @@ class Fault(msgspec.Struct, frozen=True):
     kind: str
     said: str
     code: str = ""
+    detail: str = ""
 
     @classmethod
     def of(cls, trouble: Trouble) -> "Fault":
-        return cls(type(trouble).__name__, trouble.said, trouble.code)
+        return cls(type(trouble).__name__, trouble.said, trouble.code, trouble.detail)
 
     def trouble(self) -> Trouble:
-        return KINDS.get(self.kind, Trouble)(self.said, code=self.code)
+        return KINDS.get(self.kind, Trouble)(self.said, code=self.code, detail=self.detail)

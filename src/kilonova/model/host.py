@@ -5,6 +5,14 @@ from typing import Any
 import msgspec
 
 
+class Cell(msgspec.Struct, frozen=True):
+    """A NUMA node of a host. `pages`: how many huge pages of each size in KiB it has."""
+
+    cpus: int
+    memory_mb: int
+    pages: dict[int, int] = {}
+
+
 class HostFacts(msgspec.Struct, frozen=True):
     """What a host has, before anything is reserved. `cpu_info` as the hypervisors API shows it."""
 
@@ -19,6 +27,8 @@ class HostFacts(msgspec.Struct, frozen=True):
     traits: list[str] = []
     virt_type: str = ""  # kvm, qemu; with the reason in `virt_why`
     virt_why: str = ""
+    cells: list[Cell] = []  # empty: it does not tell
+    metrics: dict[str, float] = {}  # what it measures of itself, by name
     connector: dict[str, Any] = {}  # who it is to a volume service: initiator, nqn …
     uptime: str = ""  # as `uptime` prints it; "": not known
 

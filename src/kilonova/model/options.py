@@ -229,6 +229,46 @@ class Scheduler(Struct, frozen=True):
         dict[str, float], Meta(description="Weights by name (`ram`, `cpu`, `disk`, …); others keep their standard.")
     ] = {}
     attempts: A[int, Meta(description="Hosts tried for one server before it is in error.", ge=1)] = 3
+    driver: A[
+        Literal["filter", "chance", "caching"],
+        Meta(description="`chance` takes any host that fits; `caching` is an old name of `filter`."),
+    ] = "filter"
+    file: A[
+        Path | None,
+        Meta(
+            description="Rules and tastes of your own, as Python: see docs/how/a-rule.md.",
+            examples=["/etc/kilonova/rules.py"],
+        ),
+    ] = None
+    isolated_hosts: A[tuple[str, ...], Meta(description="Hosts for isolated images (rule `isolated`).")] = ()
+    isolated_images: A[tuple[str, ...], Meta(description="Ids of images that only run on isolated hosts.")] = ()
+    restrict_isolated_hosts: A[bool, Meta(description="Isolated hosts take no other images.")] = True
+    max_io_ops_per_host: A[
+        int, Meta(description="Builds and the like that a host is at, at most (rule `io_ops_few`).", ge=0)
+    ] = 8
+    aggregate_image_properties_namespace: A[
+        str, Meta(description="Only keys of aggregates that begin so are held against images (rule `aggregate_image`).")
+    ] = ""
+    aggregate_image_properties_separator: A[str, Meta(description="Ends that beginning.")] = "."
+    limit_tenants_to_aggregates: A[
+        bool, Meta(description="A project with aggregates of its own (`filter_tenant_id…`) uses only their hosts.")
+    ] = False
+    aggregate_required_for_tenants: A[bool, Meta(description="And a project without any uses none.")] = False
+    require_image_type: A[
+        bool, Meta(description="Only hosts that can use an image of that format without changing it.")
+    ] = False
+    image_devices_as_traits: A[bool, Meta(description="Only hosts that have the devices an image asks for.")] = False
+    isolate_aggregates: A[
+        bool, Meta(description="Aggregates with `trait:X = required` take only servers that require X.")
+    ] = False
+    metrics: A[
+        dict[str, float], Meta(description="What hosts measure, and how it weighs (rule and taste `metrics`).")
+    ] = {}
+    metrics_required: A[bool, Meta(description="A host that does not measure them is left out.")] = True
+    metrics_unavailable: A[float, Meta(description="Else what it weighs.")] = -10000.0
+    image_properties_weights: A[
+        dict[str, float], Meta(description="Weights of properties (taste `image_properties`); empty, each weighs 1.")
+    ] = {}
     choices_max: A[int, Meta(description="Hosts that are weighed for one request, at most.", ge=1)] = 1000
     shuffle_best: A[int, Meta(description="Chooses by lot among so many of the best hosts.", ge=1)] = 1
     max_instances_per_host: A[int, Meta(description="Servers on a host, at most; 0 is no limit.", ge=0)] = 0

@@ -5,8 +5,8 @@ changed (`providers.changed_at`, the mark of `store/hosts.py`), so a look costs 
 What was chosen and is not claimed yet is subtracted here, so that a burst does not fall on one host.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from kilonova.kit.db import Tx
 from kilonova.model.host import HostFacts, Place
 from kilonova.store import hosts as book
-from kilonova.store import placement
+from kilonova.store import placement, servers
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -33,8 +33,9 @@ PENDING_S = 10.0  # a choice that was not claimed by then never will be
 class Hosts:
     """The columns. `n` rows; resource classes are columns of the two-dimensional arrays, in the order of `classes`."""
 
-    def __init__(self, default_zone: str = "nova", failures_max: int = 10) -> None:
-        self.default_zone, self.failures_max = default_zone, failures_max
+    def __init__(self, default_zone: str = "nova", failures_max: int = 10, more: Collection[str] = ()) -> None:
+        """`more`: columns that cost something, and are only kept where a rule or taste needs them (`MORE`)."""
+        self.default_zone, self.failures_max, self.more = default_zone, failures_max, frozenset(more)
         self.mark, self.looked, self.watched, self.read_at, self.cursor = -1, -1e18, -1e18, -1e18, 0.0
         self.kinds: list[HostFacts] = []
         self.kind_of: dict[str, int] = {}
@@ -58,6 +59,11 @@ class Hosts:
         self.seen: Floats = np.full(n, -1e18)
         self.failures: Ints = np.zeros(n, np.int64)  # 0 as long as there are not too many
         self.busy: Ints = np.zeros(n, np.int64)  # chosen, and not claimed yet as far as we know
+        self.servers: Ints = np.zeros(n, np.int64)  # `loads`: how many there are,
+        self.ops: Ints = np.zeros(n, np.int64)  # … and at how many of them it is at work
+        self.pictures: list[Counter[tuple[str, str]]] = []  # `pictures`: properties of the images of its servers
+        self.metrics: list[dict[str, float]] = []  # `metrics`
+        self.ips: list[str] = [""] * n
         self.version: Floats = np.zeros(n)
         self.zone: Ints = np.zeros(n, np.int64)
         self.zones: dict[str, int] = {}
@@ -136,6 +142,7 @@ class Hosts:
             return
         if at_once or now - self.looked >= FRESH_S:
             self._forgotten(now)
+            self._more(tx)
             self._stocked(placement.changes(tx, self.cursor - OVERLAP_S), now)
         if now - self.watched >= SEEN_S:
             self._alive(tx, now)
@@ -153,8 +160,12 @@ class Hosts:
             self.failures[i] = r.failures if r.failures >= self.failures_max > 0 else 0
             self.seen[i] = -1e18 if r.last_seen is None else r.last_seen
             self.kind[i] = self._kind(r.facts)
+            self.ips[i] = r.host_ip
             self.version[i] = self.kinds[self.kind[i]].hypervisor_version
             self.zone[i] = self.zones.setdefault(places[i].zone, len(self.zones))
+        if "metrics" in self.more:
+            self.metrics = [msgspec.json.decode(r.facts, type=HostFacts).metrics for r in rows]
+        self._more(tx)
         self._grouped(tx)
         self._traits(placement.traits(tx))
         self._stocked(stocks, now)
@@ -164,7 +175,7 @@ class Hosts:
         """Facts but for names and for what moves: thousands of hosts are of few kinds, and a slow rule asks each once."""
         if text not in self.kind_of:
             facts = msgspec.json.decode(text, type=HostFacts)
-            facts = msgspec.structs.replace(facts, disk_free_gb=0, hypervisor_hostname="", uptime="")
+            facts = msgspec.structs.replace(facts, disk_free_gb=0, hypervisor_hostname="", uptime="", metrics={})
             if facts in self.kinds:
                 self.kind_of[text] = self.kinds.index(facts)
             else:
@@ -215,6 +226,17 @@ class Hosts:
             self.cursor = max(self.cursor, changed_at)
         self.looked = now
 
+    def _more(self, tx: Tx) -> None:
+        if "loads" in self.more:
+            loads = servers.loads(tx)
+            for i, p in enumerate(self.places):
+                self.servers[i], self.ops[i] = loads.get(p.host, (0, 0))
+        if "pictures" in self.more:
+            of: dict[str, Counter[tuple[str, str]]] = {}
+            for host, properties in servers.image_properties(tx):
+                of.setdefault(host, Counter()).update(properties.items())
+            self.pictures = [of.get(p.host, Counter()) for p in self.places]
+
     def _alive(self, tx: Tx, now: float) -> None:
         seen = {r.host: r.last_seen for r in tx.execute(ALIVE)}
         for i, p in enumerate(self.places):
@@ -227,7 +249,16 @@ _n, _s = book.NODES.c, book.SERVICES.c
 # Deleted hosts have no rows.
 ROWS = (
     sa.select(
-        _n.uuid, _n.host, _n.node, _n.facts, _s.disabled, _s.forced_down, _s.last_seen, _s.failures, _s.updated_at
+        _n.uuid,
+        _n.host,
+        _n.node,
+        _n.host_ip,
+        _n.facts,
+        _s.disabled,
+        _s.forced_down,
+        _s.last_seen,
+        _s.failures,
+        _s.updated_at,
     )
     .join(book.SERVICES, sa.and_(_s.host == _n.host, _s.binary == book.COMPUTE))
     .order_by(_n.id)

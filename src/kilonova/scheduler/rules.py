@@ -10,42 +10,50 @@ from types import EllipsisType
 from typing import Any
 
 import numpy as np
+import os_traits
 
-from kilonova.model import fit
+from kilonova.model import fit, wants
 from kilonova.model.ask import Ask
+from kilonova.model.numa import fits, wanted
+from kilonova.model.options import Scheduler as Options
 from kilonova.model.server_group import admits
 from kilonova.scheduler.hosts import Bools, Floats, Hosts
 
 Rule = Callable[[Hosts, Ask, "View"], Bools | EllipsisType]
-Taste = Callable[[Hosts, Ask], Any]
+Taste = Callable[[Hosts, Ask, "View"], Any]
 
 
 class View:
-    """What a rule must know besides: what time it is, and how long a host may be silent."""
+    """What a rule must know besides: what time it is, how long a host may be silent, what the operator chose."""
 
-    def __init__(self, now: float, down_after_s: float) -> None:
-        self.now, self.down_after_s = now, down_after_s
+    def __init__(self, now: float, down_after_s: float, options: Options) -> None:
+        self.now, self.down_after_s, self.options = now, down_after_s, options
 
 
+STANDARD_TRAITS = frozenset(os_traits.get_traits())
 RULES: dict[str, tuple[Rule, bool]] = {}
 TASTES: dict[str, tuple[Taste, float]] = {}
 
 
-def rule(*, standard: bool = True) -> Callable[[Rule], Rule]:
+MORE: dict[str, tuple[str, ...]] = {}  # the columns that a rule or taste needs, and that are kept for nobody else
+
+
+def rule(*, standard: bool = True, needs: tuple[str, ...] = ()) -> Callable[[Rule], Rule]:
     """`standard`: asked where the configuration names no rules."""
 
     def declared(do: Rule) -> Rule:
-        RULES[do.__name__] = do, standard
+        RULES[do.__name__], MORE[do.__name__] = (do, standard), needs
         return do
 
     return declared
 
 
-def taste(weight: float) -> Callable[[Taste], Taste]:
+def taste(weight: float, *, needs: tuple[str, ...] = ()) -> Callable[[Taste], Taste]:
     """`weight`: where the configuration names none."""
 
     def declared(do: Taste) -> Taste:
         TASTES[do.__name__] = do, weight
+        MORE[do.__name__] = (*MORE.get(do.__name__, ()), *needs)
         return do
 
     return declared
@@ -56,7 +64,7 @@ def taste(weight: float) -> Callable[[Taste], Taste]:
 
 @rule()
 def enabled(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
-    return ~hosts.disabled
+    return ~(hosts.disabled | hosts.with_trait("COMPUTE_STATUS_DISABLED"))
 
 
 @rule()
@@ -69,7 +77,7 @@ def named(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     """The host, or the hypervisor, that somebody asked for."""
     if ask.host is None and ask.node is None:
         return ...
-    return _rows(hosts, lambda p: ask.host in (None, p.host) and ask.node in (None, p.node))
+    return rows(hosts, lambda p: ask.host in (None, p.host) and ask.node in (None, p.node))
 
 
 @rule()
@@ -77,7 +85,7 @@ def not_avoided(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     if not ask.avoid:
         return ...
     avoid = set(ask.avoid)
-    return _rows(hosts, lambda p: p.host not in avoid)
+    return rows(hosts, lambda p: p.host not in avoid)
 
 
 @rule()
@@ -114,7 +122,7 @@ def image(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     """Architecture, hypervisor type and the like, as the image wants them."""
     if not any(k in ask.properties for k in IMAGE_WANTS):
         return ...
-    return _kinds(hosts, [fit.runs(facts, ask.properties) for facts in hosts.kinds])
+    return kinds(hosts, [fit.runs(facts, ask.properties) for facts in hosts.kinds])
 
 
 @rule()
@@ -128,23 +136,42 @@ def capabilities(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     if not wanted:
         return ...
     said = [{f: getattr(facts, f) for f in facts.__struct_fields__} | facts.cpu_info for facts in hosts.kinds]
-    return _kinds(hosts, [all(k in s and fit.matches(str(s[k]), v) for k, v in wanted.items()) for s in said])
-
-
-@rule()
-def tenants(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
-    """Aggregates with `filter_tenant_id` admit their own projects only."""
-    if not any(k.startswith("filter_tenant_id") for g in hosts.groups for k in g):
-        return ...
-    return _groups(hosts, [fit.tenant_fits(ask.project_id, g) for g in hosts.groups])
+    return kinds(hosts, [all(k in s and fit.matches(str(s[k]), v) for k, v in wanted.items()) for s in said])
 
 
 @rule(standard=False)
-def aggregate_extra_specs(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
-    """The flavor's extra specs against what the host's aggregates say."""
-    if not ask.extra_specs:
+def numa(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Hosts whose NUMA nodes and huge pages are as the guest's must be; a host that does not tell of any is none."""
+    cells = wanted(ask.extra_specs, ask.properties, ask.vcpus, ask.memory_mb)
+    return ... if cells is None else kinds(hosts, [fits(cells, facts.cells) for facts in hosts.kinds])
+
+
+@rule()
+def image_type(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Hosts that use an image of this format as it is."""
+    if not (view.options.require_image_type and ask.image_format):
         return ...
-    return _groups(hosts, [fit.aggregate_fits(ask.extra_specs, g) for g in hosts.groups])
+    return hosts.with_trait(f"COMPUTE_IMAGE_TYPE_{ask.image_format.upper()}")
+
+
+@rule()
+def image_devices(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Hosts that have the disks' bus, the cards, the screen that the image asks for."""
+    if not view.options.image_devices_as_traits:
+        return ...
+    return hosts.having(wants.of_image(ask.properties, STANDARD_TRAITS))
+
+
+@rule()
+def isolated(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Some hosts are for some images; unless `restrict_isolated_hosts` is off, for no others."""
+    o = view.options
+    if not (o.isolated_hosts or o.isolated_images):
+        return ...
+    ours = rows(hosts, lambda p: p.host in o.isolated_hosts)
+    if ask.image_id in o.isolated_images:
+        return ours
+    return ~ours if o.restrict_isolated_hosts else ...
 
 
 @rule()
@@ -160,7 +187,9 @@ def affinity(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
 
 
 FORCED = frozenset({"named", "not_avoided", "room"})  # all that is asked for a forced host
-IN_PLACE = frozenset({"named", "image"})  # of a server that is rebuilt where it is (scheduler.md, "rebuild")
+IN_PLACE = frozenset(
+    {"named", "image", "isolated", "aggregate_image"}
+)  # of a server that is rebuilt where it is (scheduler.md, "rebuild")
 IMAGE_WANTS = ("hw_architecture", "architecture", "img_hv_type", "hypervisor_type", "hw_vm_mode", "vm_mode")
 
 
@@ -168,44 +197,44 @@ IMAGE_WANTS = ("hw_architecture", "architecture", "img_hv_type", "hypervisor_typ
 
 
 @taste(1.0)
-def ram(hosts: Hosts, ask: Ask) -> Floats:
+def ram(hosts: Hosts, ask: Ask, view: View) -> Floats:
     return hosts.free_of("MEMORY_MB")
 
 
 @taste(1.0)
-def cpu(hosts: Hosts, ask: Ask) -> Floats:
+def cpu(hosts: Hosts, ask: Ask, view: View) -> Floats:
     return hosts.free_of("VCPU")
 
 
 @taste(1.0)
-def disk(hosts: Hosts, ask: Ask) -> Floats:
+def disk(hosts: Hosts, ask: Ask, view: View) -> Floats:
     return hosts.free_of("DISK_GB")
 
 
 @taste(-1.0)
-def io_ops(hosts: Hosts, ask: Ask) -> Any:
-    """Builds under way, as far as this scheduler chose them."""
-    return hosts.busy
+def io_ops(hosts: Hosts, ask: Ask, view: View) -> Any:
+    """Builds under way: as far as this scheduler chose them, and where they are counted, all that is heavy work."""
+    return hosts.busy + hosts.ops
 
 
 @taste(1.0)
-def hypervisor_version(hosts: Hosts, ask: Ask) -> Floats:
+def hypervisor_version(hosts: Hosts, ask: Ask, view: View) -> Floats:
     return hosts.version
 
 
 @taste(-1_000_000.0)
-def build_failures(hosts: Hosts, ask: Ask) -> Any:
+def build_failures(hosts: Hosts, ask: Ask, view: View) -> Any:
     return hosts.failures
 
 
 @taste(10.0)
-def soft_affinity(hosts: Hosts, ask: Ask) -> Any:
+def soft_affinity(hosts: Hosts, ask: Ask, view: View) -> Any:
     """Weighs more than what is true of any server: at 1.0 a burst is spread by `io_ops` against its user's word."""
     return _others(hosts, ask, "soft-affinity")
 
 
 @taste(10.0)
-def soft_anti_affinity(hosts: Hosts, ask: Ask) -> Any:
+def soft_anti_affinity(hosts: Hosts, ask: Ask, view: View) -> Any:
     return -_others(hosts, ask, "soft-anti-affinity")
 
 
@@ -220,7 +249,7 @@ def _company(hosts: Hosts, ask: Ask, policy: str) -> Bools | EllipsisType:
     if (c := ask.company) is None or c.policy != policy:
         return ...
     all = sum(c.at.values())
-    return _rows(hosts, lambda p: admits(policy, c.most, here := c.at.get(p.host, 0), all - here))
+    return rows(hosts, lambda p: admits(policy, c.most, here := c.at.get(p.host, 0), all - here))
 
 
 def _others(hosts: Hosts, ask: Ask, policy: str) -> Floats:
@@ -229,13 +258,13 @@ def _others(hosts: Hosts, ask: Ask, policy: str) -> Floats:
     return np.fromiter((c.at.get(p.host, 0) for p in hosts.places), float, hosts.n)
 
 
-def _rows(hosts: Hosts, lets: Callable[[Any], bool]) -> Bools:
+def rows(hosts: Hosts, lets: Callable[[Any], bool]) -> Bools:
     return np.fromiter((lets(p) for p in hosts.places), bool, hosts.n)
 
 
-def _kinds(hosts: Hosts, lets: list[bool]) -> Bools:
+def kinds(hosts: Hosts, lets: list[bool]) -> Bools:
     return np.asarray(lets, bool)[hosts.kind] if lets else np.zeros(hosts.n, bool)
 
 
-def _groups(hosts: Hosts, lets: list[bool]) -> Bools:
+def groups(hosts: Hosts, lets: list[bool]) -> Bools:
     return np.asarray(lets, bool)[hosts.group]

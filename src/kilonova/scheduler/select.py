@@ -19,11 +19,13 @@ from kilonova.contracts.scheduler import Choose, Chosen, scheduler
 from kilonova.kit.ask import Answerer, Bus, asked
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Invalid, Unsupported
+from kilonova.kit.errors import Unsupported
 from kilonova.model.ask import Ask
 from kilonova.model.options import Scheduler as Options
+from kilonova.scheduler.aggregates import least
+from kilonova.scheduler.choice import NEGATIVE, WEIGHERS, Choice
 from kilonova.scheduler.hosts import Floats, Hosts, Ints
-from kilonova.scheduler.rules import FORCED, IN_PLACE, NEEDED, RULES, TASTES, Rule, Taste, View
+from kilonova.scheduler.rules import FORCED, IN_PLACE, NEEDED, View
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +55,11 @@ class Scheduler:
     ) -> None:
         self.db, self.clock, self.down_after_s = db, clock, down_after_s
         self.options = options or Options()
-        self.rules, self.tastes = _rules(self.options), _tastes(self.options)
-        self.tasted = {do.__name__ for do, _ in self.tastes}
+        choice = Choice(self.options)
+        self.rules, self.tastes = choice.rules, choice.tastes
+        self.tasted = {name for name, _, _ in self.tastes}
         self.dice = np.random.default_rng(dice.getrandbits(64))
-        self.hosts = Hosts(default_zone, build_failures_max)
+        self.hosts = Hosts(default_zone, build_failures_max, choice.more)
         self.guard, self.turn = threading.Lock(), threading.Lock()
         self.waiting: list[_Waiting] = []
 
@@ -141,7 +144,9 @@ class Scheduler:
             if not len(rows):
                 break
             most = max(w.m.most for w in todo)
-            best = self._best(rows, ask, min(len(rows), len(todo) + most - 1))
+            best = self._best(
+                rows, ask, View(now, self.down_after_s, self.options), min(len(rows), len(todo) + most - 1)
+            )
             for j, w in enumerate(todo[: len(best)]):
                 order = [int(best[(j + k) % len(best)]) for k in range(min(w.m.most, len(best)))]
                 self.hosts.take(order[0], amounts, now)
@@ -151,7 +156,7 @@ class Scheduler:
 
     def _candidates(self, ask: Ask, now: float) -> tuple[Ints, dict[str, int]]:
         """The rows that no rule refuses, and how many each rule turned away."""
-        view, fit, why = View(now, self.down_after_s), np.ones(self.hosts.n, bool), dict[str, int]()
+        view, fit, why = View(now, self.down_after_s, self.options), np.ones(self.hosts.n, bool), dict[str, int]()
         for name, lets in self.rules.items():
             if (ask.forced and name not in FORCED) or (ask.in_place and name not in IN_PLACE):
                 continue
@@ -163,12 +168,13 @@ class Scheduler:
             why[name] = before - int(np.count_nonzero(fit))
         return np.flatnonzero(fit), why
 
-    def _best(self, rows: Ints, ask: Ask, k: int) -> Ints:
+    def _best(self, rows: Ints, ask: Ask, view: View, k: int) -> Ints:
         """The k best of these rows, the best first. Equals are told apart by dice: schedulers must not agree."""
         score = self.dice.random(len(rows)) * 1e-6
         if len(rows) > 1:
-            for tells, weight in self.tastes:
-                score += weight * _scaled(np.asarray(tells(self.hosts, ask), float)[rows])
+            for name, tells, weight in self.tastes:
+                scaled = _scaled(np.asarray(tells(self.hosts, ask, view), float)[rows])
+                score += self._weights(name, weight, rows) * scaled
         if k < len(rows):
             part = np.argpartition(-score, k - 1)[:k]
             rows, score = rows[part], score[part]
@@ -176,6 +182,15 @@ class Scheduler:
         if (among := min(self.options.shuffle_best, len(best))) > 1:
             best[:among] = self.dice.permutation(best[:among])
         return np.asarray(best)
+
+    def _weights(self, name: str, weight: float, rows: Ints) -> Floats | float:
+        """A taste's weight; where aggregates say another, one for each row."""
+        key = WEIGHERS.get(name, "")
+        if not any(key in g for g in self.hosts.groups):
+            return weight
+        sign = -1 if name in NEGATIVE else 1
+        of = [sign * least(g, key, sign * weight) for g in self.hosts.groups]
+        return np.asarray(np.asarray(of, float)[self.hosts.group[rows]])
 
     def _amounts(self, ask: Ask) -> Floats | None:
         """As a row of the columns; None: nobody has that class."""
@@ -216,17 +231,3 @@ def _scaled(values: Floats) -> Floats:
     if high == low or high == float(values.min()):
         return np.zeros(len(values))
     return (values - low) / (high - low)
-
-
-def _rules(options: Options) -> dict[str, Rule]:
-    wanted = options.rules if options.rules is not None else [n for n, (_, standard) in RULES.items() if standard]
-    if unknown := [n for n in wanted if n not in RULES]:
-        raise Invalid(f"scheduler.rules: there is no rule {', '.join(unknown)}; there are {', '.join(RULES)}.")
-    return {name: RULES[name][0] for name in wanted}
-
-
-def _tastes(options: Options) -> list[tuple[Taste, float]]:
-    if unknown := [n for n in options.tastes if n not in TASTES]:
-        raise Invalid(f"scheduler.tastes: there is no taste {', '.join(unknown)}; there are {', '.join(TASTES)}.")
-    weighed = [(do, options.tastes.get(name, weight)) for name, (do, weight) in TASTES.items()]
-    return [(do, weight) for do, weight in weighed if weight]

@@ -343,7 +343,7 @@ def _learn_node(tx: Tx, r: Report, facts: HostFacts, disabled: bool, uuid: Calla
 
 def _lasting(facts: HostFacts) -> HostFacts:
     """But for what moves all the time."""
-    return msgspec.structs.replace(facts, disk_free_gb=0, uptime="")
+    return msgspec.structs.replace(facts, disk_free_gb=0, uptime="", metrics={})
 
 
 def _registered(

@@ -23,6 +23,10 @@ from kilonova.model.server import Server
 Amounts = Mapping[str, int]
 """How much of each resource class."""
 
+OURS = frozenset(
+    {"VCPU", "PCPU", "MEMORY_MB", "DISK_GB"}
+)  # what only a host itself can tell; the rest others may write
+
 PROVIDERS = sa.Table(
     "resource_providers",
     meta,
@@ -240,7 +244,7 @@ def offer(
     """Make the provider be, with these inventories and traits; what is held of them stays. True: something changed.
 
     A class that is no longer offered goes when nobody holds any of it, and else has nothing left to give.  What others
-    wrote on it stays: traits that were not offered (`before` are those of the last time), and operators' own classes.
+    wrote on it stays: traits that were not offered (`before` are those of the last time), and classes that no host of ours tells of.
     """
     there = tx.execute(sa.select(PROVIDERS.c.name).where(PROVIDERS.c.uuid == provider)).scalar()
     if there is None:
@@ -267,7 +271,7 @@ def _stocked(tx: Tx, provider: str, wanted: dict[str, Stock]) -> bool:
             tx.execute(sa.update(INVENTORIES).where(_i.provider == provider, _i.resource_class == c).values(row))
         changed = True
     for c in old.keys() - wanted.keys():
-        if c.startswith("CUSTOM_"):
+        if c not in OURS:
             continue
         here = sa.and_(_i.provider == provider, _i.resource_class == c)
         if not tx.execute(sa.delete(INVENTORIES).where(here, _i.used == 0)).rowcount:

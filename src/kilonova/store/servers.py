@@ -17,7 +17,7 @@ from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
 from kilonova.model.server import Image, Plug, Server
-from kilonova.model.states import VM, Verb
+from kilonova.model.states import VM, Task, Verb
 
 T = sa.Table(
     "servers",
@@ -126,6 +126,43 @@ def find(tx: Tx, ids: Iterable[str]) -> dict[str, Server]:
 def on_host(tx: Tx, host: str) -> list[Server]:
     """Those that live there, the oldest first."""
     return [of(r) for r in tx.execute(SELECT.where(T.c.host == host, T.c.deleted_at.is_(None)).order_by(T.c.number))]
+
+
+def hosts_of(tx: Tx, ids: Iterable[str]) -> dict[str, str]:
+    """Where those of these servers are that live and are somewhere."""
+    query = sa.select(T.c.id, T.c.host).where(T.c.id.in_(list(ids)), T.c.host.is_not(None), T.c.deleted_at.is_(None))
+    return {r.id: r.host for r in tx.execute(query)}
+
+
+def loads(tx: Tx) -> dict[str, tuple[int, int]]:
+    """By host: how many servers it has, and at how many of them it is at work that costs it much."""
+    ops = sa.func.sum(sa.case((T.c.vm_state == str(VM.building), 1), (T.c.task_state.in_(HEAVY), 1), else_=0))
+    query = sa.select(T.c.host, sa.func.count(), ops).where(T.c.host.is_not(None), T.c.deleted_at.is_(None))
+    return {host: (int(n), int(busy or 0)) for host, n, busy in tx.execute(query.group_by(T.c.host))}
+
+
+def image_properties(tx: Tx) -> Iterable[tuple[str, dict[str, str]]]:
+    """(host, properties of the image) of each server that is on a host."""
+    query = sa.select(T.c.host, T.c.image).where(T.c.host.is_not(None), T.c.deleted_at.is_(None))
+    for host, text in tx.execute(query):
+        yield host, msgspec.json.decode(text, type=Image).properties
+
+
+HEAVY = [
+    str(t)
+    for t in (
+        Task.rebuilding,
+        Task.rebuild_block_device_mapping,
+        Task.rebuild_spawning,
+        Task.resize_prep,
+        Task.resize_migrating,
+        Task.image_snapshot_pending,
+        Task.image_snapshot,
+        Task.image_backup,
+        Task.rescuing,
+        Task.unshelving,
+    )
+]
 
 
 def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:

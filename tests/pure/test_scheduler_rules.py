@@ -1,0 +1,587 @@
+"""Every filter, weigher, pre-filter and hint of the specification: which hosts it lets through, which it likes better."""
+
+import itertools
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kilonova.kit.errors import Invalid
+from kilonova.model import numa, wants
+from kilonova.model.ask import ask
+from kilonova.model.flavor import Flavor
+from kilonova.model.host import Cell, Stock
+from kilonova.model.options import Compute
+from kilonova.model.server import Image, Server
+from kilonova.scheduler.choice import FILTERS, WEIGHERS
+from kilonova.scheduler.rules import RULES, TASTES
+from kilonova.store import hosts, providers, servers
+from tests.pure.test_scheduler import SMALL, House
+
+SPEC = Path(__file__).parents[2].parent / "shared/spec/scheduler.md"
+ALL = {"a", "b", "c"}
+
+
+def cloud(*names, **options):
+    house = House(**options)
+    for i, name in enumerate(names or "abc"):
+        house.host(name, host_ip=f"192.0.{i}.10")
+    return house
+
+
+def aggregate(house, name, members, **metadata):
+    made = house.tx(hosts.create_aggregate, name, uuid=f"u-{name}", now=1.0)
+    for host in members:
+        house.tx(hosts.add_host, made.id, host, 1.0)
+    house.tx(hosts.set_metadata, made.id, metadata, 1.0)
+
+
+def server(house, id, host, *, task=None, vm="active", properties=None):
+    flavor = Flavor("1", "f", 1, 64, 1)
+    s = Server(
+        id,
+        "p",
+        "u",
+        id,
+        id,
+        flavor,
+        vm_state=vm,
+        task_state=task,
+        host=host,
+        image=Image("i", properties=properties or {}),
+    )
+    house.tx(servers.create, [s])
+
+
+def first(house, **wish):
+    return house.choose(most=1, **wish).places[0].host
+
+
+# ---- names
+
+
+@pytest.mark.skipif(not SPEC.exists(), reason="the specification is not beside this checkout")
+def test_nova_s_names_are_known():
+    text = SPEC.read_text()
+    filters = {
+        line.split("|")[1].strip()
+        for line in text.split("## 3.")[1].split("## 4.")[0].splitlines()
+        if line.startswith("| ")
+    }
+    filters = {f for f in filters if f[:1].isupper()}
+    assert len(filters) == 22 and filters <= FILTERS.keys()
+    options = {
+        w.split(" ")[0].strip("−")
+        for line in text.split("## 8.")[1].split("## 9.")[0].splitlines()
+        if (w := line.split("|")[3].strip() if line.count("|") > 3 else "")
+    }
+    options -= {"multiplier", "---", "cross_cell_move_weight_multiplier", "metrics.weight_multiplier"}
+    assert options <= set(WEIGHERS.values())
+    for mine in {m for ms in FILTERS.values() for m in ms}:
+        assert mine in RULES
+    assert WEIGHERS.keys() <= TASTES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(FILTERS))
+def test_each_of_nova_s_filters_can_be_enabled(name):
+    house = cloud(rules=[name], max_instances_per_host=5)
+    assert house.names() == ALL
+    assert house.names(amounts={"VCPU": 999}) == set()  # Placement sees to room, whatever is enabled
+
+
+def test_computes_that_are_silent_count_when_nobody_asks():
+    house = cloud(rules=["AllHostsFilter"])
+    house.clock.at += 1000
+    assert house.names() == ALL
+    house.tx(hosts.set_service, house.tx(hosts.service_of, "a").uuid, 1.0, disabled=True)
+    assert house.names() == {"b", "c"}
+
+
+def test_names_that_nobody_knows():
+    for options in (
+        {"rules": ["SmellFilter"]},
+        {"tastes": {"smell_weight_multiplier": 1.0}},
+        {"file": "/nowhere/x.py"},
+    ):
+        with pytest.raises(Invalid):
+            House(**options)
+
+
+# ---- hints
+
+
+def test_near_servers_and_far_from_them():
+    house = cloud()
+    assert house.names(near=["a", "c"]) == {"a", "c"}
+    assert house.names(near=[]) == set()
+    assert house.names(far=["a"]) == {"b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("hints", "who"),
+    [
+        ({"build_near_host_ip": "192.0.1.77"}, {"b"}),
+        ({"build_near_host_ip": "192.0.1.77", "cidr": "/16"}, ALL),
+        ({"build_near_host_ip": ["192.0.2.1"], "cidr": ["/24"]}, {"c"}),
+        ({"build_near_host_ip": "junk"}, set()),
+        ({"build_near_host_ip": "192.0.1.77", "cidr": "/99"}, set()),
+        ({"cidr": "/24"}, ALL),
+    ],
+)
+def test_near_an_address(hints, who):
+    assert cloud(rules=["SimpleCIDRAffinityFilter"]).names(hints=hints) == who
+
+
+@pytest.mark.parametrize(
+    ("query", "who"),
+    [
+        ([">=", "$free_ram_mb", 10_000], {"b", "c"}),
+        (["and", [">=", "$free_ram_mb", 10_000], ["=", "$host", "c"]], {"c"}),
+        (["or", ["=", "$host", "a"], ["=", "$host", "c"]], {"a", "c"}),
+        (["not", ["=", "$host", "a"]], {"b", "c"}),
+        (["in", "$host", "a", "b"], {"a", "b"}),
+        (["<", "$vcpus_used", 1], {"b", "c"}),
+        (["=", "$cpu_info.vendor", "AMD"], ALL),
+        (["=", "$hypervisor_type", "QEMU"], ALL),
+        (["=", "$num_instances", 0], ALL),
+        (["<=", "$nothing", 1], set()),
+        (["=", "$host"], set()),
+        (["explode", 1], set()),
+        ([], set()),
+        ({"a": 1}, ALL),
+        (7, ALL),
+        ([">", "$host", 7], set()),
+    ],
+)
+def test_expressions(query, who):
+    house = cloud(rules=["JsonFilter"])
+    house.claim("a", {"MEMORY_MB": 8000, "VCPU": 2}, "x")
+    house.clock.at += 1
+    assert house.names(hints={"query": query}) == who
+    assert house.names(hints={"query": json.dumps(query)}) == who
+
+
+def test_expressions_that_go_too_far():
+    deep = ["="]
+    for _ in range(200):
+        deep = ["not", deep]
+    house = cloud(rules=["JsonFilter"])
+    assert house.names(hints={"query": deep}) in (set(), ALL)
+    assert house.names(hints={"query": "[" * 5000}) == set()
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text(max_size=3)
+        | st.sampled_from(["$host", "$free_ram_mb", "and", "not", "<"]),
+        lambda x: st.lists(x, max_size=4),
+        max_leaves=12,
+    )
+)
+def test_no_expression_is_too_strange(junk):
+    ODD.names(hints={"query": junk})
+
+
+ODD = cloud(rules=["JsonFilter"])
+
+
+# ---- images
+
+
+@pytest.mark.parametrize(
+    ("options", "image", "who"),
+    [
+        ({"isolated_hosts": ["a"], "isolated_images": ["i"]}, "i", {"a"}),
+        ({"isolated_hosts": ["a"], "isolated_images": ["i"]}, "j", {"b", "c"}),
+        ({"isolated_hosts": ["a"], "isolated_images": ["i"], "restrict_isolated_hosts": False}, "i", {"a"}),
+        ({"isolated_hosts": ["a"], "isolated_images": ["i"], "restrict_isolated_hosts": False}, "j", ALL),
+        ({"isolated_hosts": ["a"]}, "j", {"b", "c"}),
+        ({"isolated_hosts": ["a"], "restrict_isolated_hosts": False}, "j", ALL),
+        ({"isolated_images": ["i"]}, "i", set()),
+        ({}, "i", ALL),
+    ],
+)
+def test_isolated_hosts(options, image, who):
+    assert cloud(**options).names(image_id=image) == who
+
+
+def test_traits_of_images():
+    house = House(require_image_type=True, image_devices_as_traits=True)
+    house.host("a", traits=["COMPUTE_IMAGE_TYPE_QCOW2"]).host(
+        "b", traits=["COMPUTE_IMAGE_TYPE_RAW", "COMPUTE_STORAGE_BUS_SCSI"]
+    )
+    assert house.names(image_format="qcow2") == {"a"}
+    assert house.names(image_format="") == {"a", "b"}
+    assert house.names(properties={"hw_disk_bus": "scsi"}) == {"b"}
+    assert house.names(properties={"hw_disk_bus": "scsi", "hw_vif_model": "odd"}) == {
+        "a",
+        "b",
+    }  # one has no trait: all is off
+    assert cloud().names(image_format="qcow2") == ALL
+
+
+def test_a_trait_that_says_disabled():
+    house = House().host("a", traits=["COMPUTE_STATUS_DISABLED"]).host("b")
+    assert house.names() == {"b"}
+
+
+# ---- aggregates
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "wish", "who"),
+    [
+        ("AggregateImagePropertiesIsolation", {"os": "linux"}, {"properties": {"os": "linux"}}, ALL),
+        ("AggregateImagePropertiesIsolation", {"os": "linux"}, {"properties": {"os": "windows"}}, {"b", "c"}),
+        ("AggregateImagePropertiesIsolation", {"os": "linux,bsd"}, {"properties": {"os": "bsd"}}, ALL),
+        ("AggregateImagePropertiesIsolation", {"os": "linux"}, {"properties": {"size": "1"}}, ALL),
+        ("AggregateTypeAffinityFilter", {"instance_type": "m1.big"}, {"flavor": "m1.small"}, {"b", "c"}),
+        ("AggregateTypeAffinityFilter", {"instance_type": "m1.big,m1.small"}, {"flavor": "m1.small"}, ALL),
+        ("AggregateMultiTenancyIsolation", {"filter_tenant_id": "p"}, {"project_id": "q"}, {"b", "c"}),
+        ("AggregateMultiTenancyIsolation", {"filter_tenant_id2": "p,q"}, {"project_id": "q"}, ALL),
+        ("AggregateInstanceExtraSpecsFilter", {"ssd": "true"}, {"extra_specs": {"ssd": "true"}}, {"a"}),
+        (
+            "AggregateInstanceExtraSpecsFilter",
+            {"n": "4"},
+            {"extra_specs": {"aggregate_instance_extra_specs:n": ">= 3"}},
+            {"a"},
+        ),
+        ("AggregateInstanceExtraSpecsFilter", {"n": "4"}, {"extra_specs": {"hw:n": "7"}}, ALL),
+        ("AggregateNumInstancesFilter", {"max_instances_per_host": "1"}, {}, {"b", "c"}),
+        ("AggregateNumInstancesFilter", {"max_instances_per_host": "9,3"}, {}, ALL),
+        ("AggregateNumInstancesFilter", {"max_instances_per_host": "junk"}, {}, ALL),
+        ("AggregateIoOpsFilter", {"max_io_ops_per_host": "1"}, {}, {"b", "c"}),
+    ],
+)
+def test_what_aggregates_say(name, metadata, wish, who):
+    house = cloud(rules=[name])
+    server(house, "s", "a", task="rebuilding")
+    aggregate(house, "one", ["a"], **metadata)
+    assert house.names(**wish) == who
+
+
+def test_only_keys_of_a_namespace():
+    house = cloud(rules=["AggregateImagePropertiesIsolation"], aggregate_image_properties_namespace="iso")
+    aggregate(house, "one", ["a"], os="linux", **{"iso.os": "linux"})
+    assert house.names(properties={"os": "windows"}) == ALL
+    assert house.names(properties={"iso.os": "windows"}) == {"b", "c"}
+
+
+def test_projects_with_hosts_of_their_own():
+    house = cloud(limit_tenants_to_aggregates=True)
+    aggregate(house, "one", ["a"], filter_tenant_id="p")
+    assert (house.names(project_id="p"), house.names(project_id="q")) == ({"a"}, {"b", "c"})
+    strict = cloud(limit_tenants_to_aggregates=True, aggregate_required_for_tenants=True)
+    aggregate(strict, "one", ["a"], filter_tenant_id="p")
+    assert (strict.names(project_id="p"), strict.names(project_id="q")) == ({"a"}, set())
+
+
+def test_aggregates_that_only_take_who_asks_for_them():
+    house = House(isolate_aggregates=True).host("a", traits=["CUSTOM_GPU"]).host("b")
+    aggregate(house, "gpu", ["a"], **{"trait:CUSTOM_GPU": "required"})
+    assert (house.names(), house.names(required=["CUSTOM_GPU"])) == ({"b"}, {"a"})
+
+
+# ---- loads
+
+
+def test_hosts_that_have_enough():
+    house = cloud(rules=["NumInstancesFilter", "IoOpsFilter"], max_instances_per_host=2, max_io_ops_per_host=1)
+    server(house, "s1", "a")
+    server(house, "s2", "a")
+    server(house, "s3", "b", vm="building")
+    assert house.names() == {"c"}
+    server(house, "s4", "c", task="rescuing")
+    assert house.choose(fresh=True).why == {"num_instances": 1, "io_ops_few": 2}
+
+
+ALONE = dict.fromkeys(TASTES, 0.0)
+
+
+def test_metrics():
+    house = House(metrics={"fan": 1.0, "heat": -2.0}, tastes=ALONE | {"metrics": 1.0})
+    house.host("a", metrics={"fan": 9.0, "heat": 1.0}).host("b", metrics={"fan": 9.0, "heat": 4.0}).host(
+        "c", metrics={"fan": 1.0}
+    )
+    assert house.names() == {"a", "b"}
+    assert first(house) == "a"
+    only = ALONE | {"metrics": 1.0}
+    loose = (
+        House(metrics={"heat": -1.0}, metrics_required=False, tastes=only).host("a", metrics={"heat": 1.0}).host("c")
+    )
+    assert loose.names() == {"a", "c"} and first(loose) == "a"
+
+
+# ---- NUMA
+
+
+CELLS = [Cell(4, 4096, {2048: 1024}), Cell(8, 8192, {2048: 512, 1048576: 4})]
+
+
+@pytest.mark.parametrize(
+    ("specs", "size", "who"),
+    [
+        ({}, (16, 32_000), {"a", "b"}),
+        ({"hw:numa_nodes": "1"}, (8, 8192), {"a"}),
+        ({"hw:numa_nodes": "1"}, (9, 1024), set()),
+        ({"hw:numa_nodes": "2"}, (8, 8192), {"a"}),
+        ({"hw:numa_nodes": "2"}, (10, 8192), set()),
+        (
+            {
+                "hw:numa_nodes": "2",
+                "hw:numa_cpus.0": "0-7",
+                "hw:numa_cpus.1": "8,9",
+                "hw:numa_mem.0": "8000",
+                "hw:numa_mem.1": "100",
+            },
+            (10, 8100),
+            {"a"},
+        ),
+        ({"hw:numa_nodes": "3"}, (3, 300), set()),
+        ({"hw:numa_nodes": "junk"}, (1, 1), set()),
+        ({"hw:cpu_policy": "dedicated"}, (8, 1024), {"a"}),
+        ({"hw:cpu_policy": "shared"}, (16, 1024), {"a", "b"}),
+        ({"hw:mem_page_size": "large"}, (1, 4096), {"a"}),
+        ({"hw:mem_page_size": "large"}, (1, 5000), set()),
+        ({"hw:mem_page_size": "1GB"}, (1, 4096), {"a"}),
+        ({"hw:mem_page_size": "2048"}, (5, 1024), {"a"}),
+        ({"hw:mem_page_size": "2048"}, (5, 2048), set()),
+        ({"hw:mem_page_size": "small"}, (1, 1024), {"a"}),
+    ],
+)
+def test_numa_nodes(specs, size, who):
+    house = (
+        House(rules=["NUMATopologyFilter"])
+        .host("a", vcpus=64, memory_mb=64_000, cells=CELLS)
+        .host("b", vcpus=64, memory_mb=64_000)
+    )
+    assert house.names(extra_specs=specs, vcpus=size[0], memory_mb=size[1]) == who
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), max_size=4),
+)
+def test_nodes_are_placed_as_by_trying_all(guest, host):
+    cells = [Cell(*c) for c in host]
+    right = (
+        any(
+            all(g[0] <= h.cpus and g[1] <= h.memory_mb for g, h in zip(guest, some, strict=True))
+            for some in itertools.permutations(cells, len(guest))
+        )
+        if len(guest) <= len(cells)
+        else False
+    )
+    assert numa.fits([Cell(*g) for g in guest], cells) == right
+
+
+# ---- tastes
+
+
+@pytest.mark.parametrize(("taste", "key"), [(t, k) for t, k in WEIGHERS.items() if t in ("ram", "cpu", "disk")])
+def test_free_room_is_liked_and_aggregates_may_dislike_it(taste, key):
+    name = {"ram": "MEMORY_MB", "cpu": "VCPU", "disk": "DISK_GB"}[taste]
+    only = dict.fromkeys(TASTES, 0.0) | {key: 1.0}
+    del only[taste]
+    house = cloud(tastes=only)
+    house.claim("a", {name: 4}, "x")
+    house.claim("b", {name: 2}, "y")
+    house.clock.at += 1
+    assert [p.host for p in house.choose().places] == ["c", "b", "a"]
+    for some in ALL:
+        aggregate(house, f"dislikes-{some}", [some], **{key: "-1.0"})
+    assert [p.host for p in house.choose(fresh=True).places] == ["a", "b", "c"]
+
+
+def test_servers_and_images_there():
+    house = cloud(tastes=dict.fromkeys(TASTES, 0.0) | {"instances": 1.0})
+    server(house, "s1", "b")
+    assert first(house) == "b"
+    alike = cloud(tastes=dict.fromkeys(TASTES, 0.0) | {"image_props_weight_multiplier": 1.0})
+    server(alike, "s1", "b", properties={"os": "linux"})
+    server(alike, "s2", "c", properties={"os": "windows"})
+    assert first(alike, properties={"os": "linux"}) == "b"
+    assert first(alike, properties={"os": "windows"}) == "c"
+    picky = cloud(tastes=dict.fromkeys(TASTES, 0.0) | {"image_properties": 1.0}, image_properties_weights={"a": 1.0})
+    server(picky, "s1", "b", properties={"os": "linux"})
+    server(picky, "s2", "c", properties={"a": "1"})
+    assert first(picky, properties={"os": "linux", "a": "1"}) == "c"
+
+
+def test_devices_are_kept_for_who_asks_for_them():
+    house = cloud(tastes=ALONE | {"pci_weight_multiplier": 1.0})
+    provider = next(n.uuid for n in house.tx(hosts.nodes) if n.host == "a")
+    house.tx(providers.set_stocks, provider, [Stock("VGPU", 4)], keep=True)
+    house.tx(hosts.mark)
+    assert {first(house) for _ in range(6)} == {"b", "c"}
+    assert house.names(amounts=SMALL | {"VGPU": 1}) == {"a"}
+    house.host("a")  # the host reports again: what others said of it stays
+    assert house.names(amounts=SMALL | {"VGPU": 1}) == {"a"}
+
+
+def test_versions_of_hypervisors():
+    house = House(tastes=dict.fromkeys(TASTES, 0.0) | {"hypervisor_version": 1.0})
+    house.host("a", hypervisor_version=7).host("b", hypervisor_version=9)
+    assert first(house) == "b"
+
+
+def test_chance():
+    house = cloud("a", "b", driver="chance", tastes={"ram": 100.0})
+    house.claim("a", {"MEMORY_MB": 8000}, "x")
+    house.clock.at += 1
+    assert {first(house) for _ in range(30)} == {"a", "b"}
+    assert cloud(driver="caching").names() == ALL
+
+
+# ---- an operator's own
+
+
+OWN = """
+from kilonova.scheduler.rules import rows, rule, taste
+
+@rule()
+def night_shift(hosts, ask, view):
+    return rows(hosts, lambda p: p.host == "a") if ask.hints.get("shift") == "night" else ...
+
+@rule(standard=False)
+def never(hosts, ask, view):
+    return rows(hosts, lambda p: False)
+
+@taste(1000.0)
+def last_letters(hosts, ask, view):
+    return [ord(p.host[0]) for p in hosts.places]
+"""
+
+
+def test_rules_of_an_operator_s_own(tmp_path):
+    file = tmp_path / "rules.py"
+    file.write_text(OWN)
+    house = cloud(file=file)
+    assert house.names(hints={"shift": "night"}) == {"a"}
+    assert first(house) == "c"
+    assert cloud(file=file, rules=["ComputeFilter"]).names(hints={"shift": "night"}) == {"a"}
+    assert cloud(file=file, rules=["room", "never"]).names() == set()
+    assert cloud(file=file, tastes={"last_letters": -1.0}).choose().places[0].host == "a"
+    assert "night_shift" not in RULES and "last_letters" not in TASTES
+    with pytest.raises(Invalid, match="no rule never"):
+        House(rules=["never"])
+    file.write_text("1 / 0")
+    with pytest.raises(Invalid, match="ZeroDivisionError"):
+        House(file=file)
+
+
+# ---- what is asked for
+
+
+@pytest.mark.parametrize(
+    ("specs", "expect"),
+    [
+        ({}, {"VCPU": 2, "MEMORY_MB": 64, "DISK_GB": 1}),
+        ({"resources:VCPU": "1", "resources:MEMORY_MB": "0"}, {"VCPU": 1, "DISK_GB": 1}),
+        ({"resources:VGPU": "1", "resources1:VGPU": "2"}, {"VCPU": 2, "MEMORY_MB": 64, "DISK_GB": 1, "VGPU": 3}),
+        ({"resources_X:VCPU": "4"}, {"VCPU": 4, "MEMORY_MB": 64, "DISK_GB": 1}),
+        ({"resources:PCPU": "2"}, {"PCPU": 2, "MEMORY_MB": 64, "DISK_GB": 1}),
+        (
+            {"resources:VGPU": "x", "resources:vgpu": "1", "resources:VGPU2": "-1"},
+            {"VCPU": 2, "MEMORY_MB": 64, "DISK_GB": 1},
+        ),
+        ({"resources:VGPU": "99999999999"}, {"VCPU": 2, "MEMORY_MB": 64, "DISK_GB": 1}),
+        ({"hw:mem_encryption": "true"}, {"VCPU": 2, "MEMORY_MB": 64, "DISK_GB": 1, "MEM_ENCRYPTION_CONTEXT": 1}),
+        ({"hw:pmem": "6GB,6GB"}, {"VCPU": 2, "MEMORY_MB": 64, "DISK_GB": 1, "CUSTOM_PMEM_NAMESPACE_6GB": 2}),
+    ],
+)
+def test_amounts(specs, expect):
+    assert wants.amounts(Flavor("1", "f", 2, 64, 1, extra_specs=specs)) == expect
+
+
+@pytest.mark.parametrize(
+    ("specs", "properties", "required", "forbidden"),
+    [
+        (
+            {"trait:A": "required", "trait1:B": "required", "trait:C": "forbidden"},
+            {"trait:D": "required", "trait:E": "forbidden"},
+            {"A", "B", "D"},
+            {"C"},
+        ),
+        ({"accel:device_profile": "x"}, {}, {"COMPUTE_ACCELERATORS"}, set()),
+        ({"hw:virtio_packed_ring": "true"}, {}, {"COMPUTE_NET_VIRTIO_PACKED"}, set()),
+        ({}, {"hw_virtio_packed_ring": "1"}, {"COMPUTE_NET_VIRTIO_PACKED"}, set()),
+        (
+            {"hw:ephemeral_encryption": "true", "hw:ephemeral_encryption_format": "luks"},
+            {},
+            {"COMPUTE_EPHEMERAL_ENCRYPTION", "COMPUTE_EPHEMERAL_ENCRYPTION_LUKS"},
+            set(),
+        ),
+        ({"hw:sound_model": "virtio"}, {}, {"COMPUTE_SOUND_MODEL_VIRTIO"}, set()),
+        (
+            {"hw:tpm_version": "2.0", "hw:tpm_model": "tpm-crb", "hw:tpm_secret_security": "host"},
+            {},
+            {"COMPUTE_SECURITY_TPM_2_0", "COMPUTE_SECURITY_TPM_CRB", "COMPUTE_SECURITY_TPM_SECRET_SECURITY_HOST"},
+            set(),
+        ),
+        ({}, {"hw_tpm_version": "1.2"}, {"COMPUTE_SECURITY_TPM_1_2", "COMPUTE_SECURITY_TPM_TIS"}, set()),
+        ({"hw:cpu_thread_policy": "isolate"}, {}, set(), {"HW_CPU_HYPERTHREADING"}),
+        ({"hw:cpu_thread_policy": "require"}, {}, {"HW_CPU_HYPERTHREADING"}, set()),
+        ({"os:secure_boot": "required"}, {}, {"COMPUTE_SECURITY_UEFI_SECURE_BOOT"}, set()),
+        ({"hw:pci_numa_affinity_policy": "socket"}, {}, {"COMPUTE_SOCKET_PCI_NUMA_AFFINITY"}, set()),
+        ({"hw:maxphysaddr_mode": "emulate"}, {}, {"COMPUTE_ADDRESS_SPACE_EMULATED"}, set()),
+        ({}, {"hw_firmware_stateless": "true"}, {"COMPUTE_SECURITY_STATELESS_FIRMWARE"}, set()),
+        ({"hw:mem_encryption": "true"}, {}, {"HW_CPU_X86_AMD_SEV"}, set()),
+    ],
+)
+def test_traits_that_follow(specs, properties, required, forbidden):
+    assert wants.required(specs, properties) == required
+    assert wants.forbidden(specs, properties) == forbidden
+
+
+def test_hints_go_along():
+    raw = {"query": msgspec.Raw(b'["=", 1, 2]'), "huge": msgspec.Raw(b"123456789012345678901234567890")}
+    s = Server(
+        "s", "p", "u", "n", "n", Flavor("1", "f", 1, 64, 0), scheduler_hints=raw, image=Image("i", disk_format="qcow2")
+    )
+    asked = ask(s)
+    assert (asked.hints, asked.image_format, asked.vcpus) == ({"query": ["=", 1, 2]}, "qcow2", 1)
+
+
+# ---- against a plain chooser
+
+
+HOSTS = st.lists(
+    st.tuples(st.integers(1, 8), st.booleans(), st.booleans(), st.sampled_from(["", "p", "q"]), st.integers(0, 3)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(HOSTS, st.integers(1, 6), st.booleans(), st.sampled_from(["p", "q"]), st.integers(0, 2))
+def test_several_rules_at_once_as_a_plain_chooser_would(rows, vcpus, fast, project, far):
+    house = House(
+        rules=["ComputeFilter", "DifferentHostFilter", "AggregateMultiTenancyIsolation", "IsolatedHostsFilter"],
+        isolated_hosts=["h1"],
+    )
+    expect = set()
+    for i, (cpus, has, disabled, owner, taken) in enumerate(rows):
+        name = f"h{i}"
+        house.host(name, vcpus=cpus, traits=["CUSTOM_FAST"] if has else [], compute=Compute(cpu_allocation_ratio=1.0))
+        if disabled:
+            house.tx(hosts.set_service, house.tx(hosts.service_of, name).uuid, 1.0, disabled=True)
+        if owner:
+            aggregate(house, f"of-{name}", [name], filter_tenant_id=owner)
+        if held := min(taken, cpus):
+            house.claim(name, {"VCPU": held}, f"x{i}")
+        if not disabled and held + vcpus <= cpus and (has or not fast) and owner in ("", project) and i not in (1, far):
+            expect.add(name)
+    wish = {
+        "amounts": {"VCPU": vcpus},
+        "project_id": project,
+        "far": [f"h{far}"],
+        "required": ["CUSTOM_FAST"] if fast else [],
+    }
+    assert house.names(**wish) == expect
+    house.db.close()
