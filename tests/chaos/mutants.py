@@ -61,12 +61,12 @@ MUTANTS = {
     "letters are not sent again": Mutant([
         ("kit/workflow.py", "elif now >= past.due or news:", "elif not past.stored or news:")], [ENGINE]),
     "parking ignores what came meanwhile": Mutant([
-        ("kit/workflow.py", 'PARK = HOLD.where(_r.wakes == _b("seen"))', 'PARK = HOLD.where(_b("seen") >= 0)')], [ENGINE]),
+        ("kit/workflow.py", 'PARK = ready(HOLD.where(_r.wakes == _b("seen"))', 'PARK = ready(HOLD.where(_b("seen") >= 0)')], [ENGINE]),
     "a late owner may still write": Mutant([
         ("kit/workflow.py", '& (_r.epoch == _b("ours")) & (_r.state', '& (_b("ours") >= 0) & (_r.state')], [ENGINE]),
     "a commit may be done twice": Mutant([
-        ("kit/workflow.py", "HOLD = sa.update(RUNS).where(_ours).values(epoch=_r.epoch + 1)",
-                            "HOLD = sa.update(RUNS).where(_ours).values(epoch=_r.epoch)"),
+        ("kit/workflow.py", "HOLD = ready(sa.update(RUNS).where(_ours).values(epoch=_r.epoch + 1))",
+                            "HOLD = ready(sa.update(RUNS).where(_ours).values(epoch=_r.epoch))"),
         ("kit/workflow.py", "self.epoch += 1", "pass"),
         ("kit/workflow.py", "values(lease=_b(\"till\"), epoch=_r.epoch + 1)", "values(lease=_b(\"till\"), epoch=_r.epoch)")],
         [LATE, ENGINE]),
@@ -110,13 +110,13 @@ MUTANTS = {
                              '"task_state": None, "updated_at": now}\n    if tx.execute(OURS, _told(server, values)).rowcount:\n'
                              "        return True\n    if False:")], [OWNERS, FLOWS], "delete overtakes build"),
     "who no longer owns a server puts it down": Mutant([
-        ("store/servers.py", 'T.c.generation == sa.bindparam("ours"))\n', 'sa.bindparam("ours") >= 0)\n')],
+        ("store/servers.py", 'sa.bindparam("the_id"), T.c.generation == sa.bindparam("ours")))', 'sa.bindparam("the_id")))')],
         [OWNERS, FLOWS], "delete overtakes stop"),
     "a claim does not ask for room": Mutant([
         ("store/placement.py", "        .where(_i.used + n <= (_i.total - _i.reserved) * _i.allocation_ratio)\n", "")], [PLACES]),
     "a quota does not count what there is": Mutant([
-        ("store/quotas.py", "allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)",
-                            "allowed, used = limits(tx, defaults, project_id, who), Usage()")], [OWNERS]),
+        ("store/quotas.py", "allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)\n        fits",
+                            "allowed, used = limits(tx, defaults, project_id, who), Usage()\n        fits")], [OWNERS]),
 }
 # fmt: on
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -149,3 +150,11 @@ def test_tests_lie_in_the_rooms_they_belong_to() -> None:
     rooms = {"pure", "store", "cloud", "chaos", "contracts", "clients", "fleet", "metal", "tidy"}
     stray = [p for p in (ROOT / "tests").rglob("test_*.py") if p.relative_to(ROOT / "tests").parts[0] not in rooms]
     assert not stray
+
+
+def test_every_mutant_can_be_planted() -> None:
+    """`tests/chaos/mutants.py` runs seldom: what it takes out must be there once, or its table says nothing."""
+    mutants = runpy.run_path(str(ROOT / "tests/chaos/mutants.py"))["MUTANTS"]
+    cuts = [(name, *cut) for name, mutant in mutants.items() for cut in mutant.cuts]
+    assert [(name, file) for name, file, old, _ in cuts if (HOUSE / file).read_text("utf-8").count(old) != 1] == []
+    assert [file for m in mutants.values() for file in m.tests if not (ROOT / file.partition("::")[0]).exists()] == []
