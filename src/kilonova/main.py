@@ -47,6 +47,26 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except OSError as e:
+        what = f"{e.strerror or e}: {e.filename}" if e.filename else str(e.strerror or e)
+        print(f"kilonova {words[0]}: {what}. {_kept(e)}", file=sys.stderr)
+        return 1
+    except Exception as e:
+        print(f"kilonova {words[0]}: an error of ours ({type(e).__name__}). {_kept(e)}", file=sys.stderr)
+        return 1
+
+
+def _kept(e: Exception) -> str:
+    """Where those who look for the error find it; a terminal is for sentences."""
+    import tempfile
+    import traceback
+
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="kilonova-error-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(e, file=file)
+    except OSError:
+        return ""
+    return f"The whole story is in {file.name}"
 
 
 def _help() -> None:

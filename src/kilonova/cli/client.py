@@ -1,6 +1,7 @@
 """A few lines of HTTP towards a cloud's public APIs, for the demo and the command line. Nothing that openstacksdk is."""
 
 import http.client
+import re
 import urllib.parse
 from collections.abc import Iterable
 from typing import Any
@@ -77,4 +78,5 @@ def _said(body: Any) -> str:
     if isinstance(body, dict) and body:
         inner = next(iter(body.values()))
         return str(inner.get("message", inner)) if isinstance(inner, dict) else str(inner)
-    return bytes(body).decode(errors="replace")[:300] if isinstance(body, bytes) else str(body)
+    text = bytes(body).decode(errors="replace") if isinstance(body, bytes) else str(body)
+    return " ".join(re.sub(r"<title>.*?</title>|<[^>]*>", " ", text).split())[:300]  # some errors are pages

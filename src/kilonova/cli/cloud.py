@@ -31,6 +31,7 @@ from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.ends import Ends
+from kilonova.kit.errors import Refused
 from kilonova.kit.health import Health, Metrics
 from kilonova.kit.http import Mount, Server, Service, Wsgi
 from kilonova.kit.reconcile import Reconcilers, reconciler
@@ -357,8 +358,29 @@ def open_db(config: options.Config, state: StateDir) -> Db:
     """The database that is configured, or SQLite in the state directory; with its tables."""
     url = config.database.url.reveal() or f"sqlite:///{state.path / 'kilonova.db'}"
     db = Db(url, threads=config.api.threads + config.workers.threads + config.volume.threads + 8)
-    meta.create_all(db.engine)
+    try:
+        meta.create_all(db.engine)
+        strange = misfits(db)
+    except sa.exc.SQLAlchemyError as e:
+        said = str(getattr(e, "orig", e)).splitlines()[0]
+        raise Refused(f"The database cannot be used: {said}.", why=str(e)) from None
+    if strange:
+        raise Refused(
+            f"The database was made by another version of Kilonova: {'; '.join(strange[:3])}. Use that version, or begin "
+            "anew: kilonova down --purge."
+        )
     return db
+
+
+def misfits(db: Db) -> list[str]:
+    """What keeps us from working with a database that is there already: columns that it, or we, do not know."""
+    found = []
+    for (_, name), columns in sa.inspect(db.engine).get_multi_columns().items():
+        if (table := meta.tables.get(name)) is not None:
+            theirs, ours = {c["name"] for c in columns}, {c.name for c in table.columns}
+            found += [f"the table {name} has no {c}" for c in sorted(ours - theirs)]
+            found += [f"the table {name} has a {c}" for c in sorted(theirs - ours)]
+    return found
 
 
 def purge(config: options.Config, state: StateDir) -> None:
@@ -377,8 +399,9 @@ def purge(config: options.Config, state: StateDir) -> None:
             config_drive=lambda _: b"",
             netns=ground.netns_path if ground else None,
         )
-        for held in driver.machines():
-            driver.destroy(held.id)
+        if any(directory.iterdir()):  # else there is nothing to ask a libvirtd for, which may be what does not work
+            for held in driver.machines():
+                driver.destroy(held.id)
         driver.close(stop_daemon=True)
     if ground is not None and ground.wired:
         Wires(

@@ -1,5 +1,6 @@
 """`kilonova demo`: a first server, through the public API alone, shown as it comes to life."""
 
+import contextlib
 import shlex
 import time
 from collections.abc import Callable
@@ -26,8 +27,13 @@ WORDS = {
 }
 
 
-def run(client: Client, state: StateDir, image: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Boots a server of `image` and follows it to its login prompt. Raises Trouble with the reason when it does not come."""
+def run(
+    client: Client, state: StateDir, image: str, say: Callable[[str], None], *, tidy: bool = False
+) -> dict[str, Any]:
+    """Boots a server of `image` and follows it to its login prompt. Raises Trouble with the reason when it does not come.
+
+    `tidy`: then the server is removed.
+    """
     key = _keypair(client, state)
     _let_in(client)
     network = _network(client)
@@ -46,11 +52,17 @@ def run(client: Client, state: StateDir, image: str, say: Callable[[str], None])
         say(f"  {time.monotonic() - began:7.2f} s  {what}")
 
     tell(f"accepted: server {id}")
-    server = _built(client, id, tell)
-    _events(client, id, action, began, say)
-    address = next((a["addr"] for rows in server["addresses"].values() for a in rows if a["version"] == 4), "")
-    tell(f"ACTIVE on {server['OS-EXT-SRV-ATTR:host']}, {address}; its console:")
-    _console(client, id, tell)
+    try:
+        server = _built(client, id, tell)
+        _events(client, id, action, began, say)
+        address = next((a["addr"] for rows in server["addresses"].values() for a in rows if a["version"] == 4), "")
+        tell(f"ACTIVE on {server['OS-EXT-SRV-ATTR:host']}, {address}; its console:")
+        _console(client, id, tell)
+    except Trouble:
+        if tidy:
+            with contextlib.suppress(Trouble):
+                remove(client, id, say)
+        raise
     floating = _floating(client, id)
     return {"id": id, "address": address, "floating": floating, "key": key, "seconds": time.monotonic() - began}
 

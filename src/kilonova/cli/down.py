@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from kilonova.cli.state import StateDir
+from kilonova.cli.state import StateDir, is_home
 from kilonova.companions.wires import userns
 from kilonova.kit.errors import NotFound, Unavailable
 
@@ -17,7 +17,7 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     parser.add_argument("--purge", action="store_true", help="and remove its servers, networks, images: everything")
     parser.add_argument("--config", type=Path, metavar="FILE", help="read this file instead of the usual ones")
     chosen = parser.parse_args(words)
-    if not chosen.state_dir.is_dir():
+    if not is_home(chosen.state_dir):
         raise NotFound(f"No cloud lives in {chosen.state_dir}.")
     state = StateDir(chosen.state_dir)
     now = state.running()

@@ -1,5 +1,6 @@
 """Images for a cloud that has none: a file or URL of the user's, or the guest we build of Debian's packages."""
 
+import contextlib
 import os
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 from kilonova.cli.client import Client
 from kilonova.cli.state import StateDir
-from kilonova.kit.errors import Invalid, Refused, Unavailable
+from kilonova.kit.errors import Invalid, Refused, Trouble, Unavailable
 
 Say = Callable[[str], None]
 CHUNK = 1 << 20
@@ -16,11 +17,25 @@ CHUNK = 1 << 20
 MAGIC = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"<<< ": "vdi", b"vhdx": "vhdx"}
 
 
+def checked(source: str) -> None:
+    """Before anything is begun for it. Raises Invalid where it cannot be an image."""
+    if "://" in source:
+        if not source.startswith(("http://", "https://", "file://")):
+            raise Invalid(f"An image comes from a file, or http and https: {source}")
+        return
+    file = Path(source)
+    try:
+        with file.open("rb") as f:
+            if not f.read(1):
+                raise Invalid(f"The image {source} is empty.")
+    except OSError as e:
+        raise Invalid(f"The image {source} cannot be read: {e.strerror}.") from None
+
+
 def given(client: Client, source: str, state: StateDir, say: Say) -> str:
     """FILE or URL, put into the cloud under its own name; found again by name, size and source when it is there."""
+    checked(source)
     file = _fetched(source, state, say) if "://" in source else Path(source)
-    if not file.is_file():
-        raise Invalid(f"There is no image {source}.")
     with file.open("rb") as f:
         head = f.read(4)
     return put(client, file.name, file, MAGIC.get(head, "raw"), {"kilonova_source": source[:255]}, say)
@@ -69,7 +84,12 @@ def _put(
         **properties,
     }
     image = client.post("/image/v2/images", wish)["id"]
-    client.upload(f"/image/v2/images/{image}/file", chunks, size)
+    try:
+        client.upload(f"/image/v2/images/{image}/file", chunks, size)
+    except Trouble:
+        with contextlib.suppress(Trouble):
+            client.delete(f"/image/v2/images/{image}")
+        raise
     return str(image)
 
 
@@ -81,8 +101,6 @@ def _chunks(file: Path) -> Iterator[bytes]:
 
 def _fetched(url: str, state: StateDir, say: Say) -> Path:
     """Into the state directory, once."""
-    if not url.startswith(("http://", "https://", "file://")):
-        raise Invalid(f"An image comes from a file, or http and https: {url}")
     name = url.rstrip("/").rpartition("/")[2] or "image"
     file = state.path / "downloads" / name
     if file.exists():

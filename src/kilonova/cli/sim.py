@@ -15,6 +15,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--hours", type=float, default=0, metavar="H", help="virtual time of each; at least one storm")
     parser.add_argument("--verbose", "-v", action="store_true", help="tell what happens")
     chosen = parser.parse_args(words)
+    if chosen.seed < 0 or chosen.seeds < 1 or not 0 < chosen.hours < float("inf"):
+        parser.error("seeds are counted from 0, there is at least one, and hours are more than none")
     if os.environ.get("PYTHONHASHSEED") != "0":  # the order in a set must not be the machine's dice
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "kilonova.main", "sim", *words])  # noqa: S606

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from kilonova.kit.clock import Ids
-from kilonova.kit.errors import Conflict, Unavailable
+from kilonova.kit.errors import Conflict, Refused, Unavailable
 
 
 class Secrets(msgspec.Struct, forbid_unknown_fields=False):
@@ -40,14 +40,28 @@ class Running(msgspec.Struct):
     since: float = 0
 
 
+MARK = "kilonova.lock"  # who is at work holds it; a directory that has none is no cloud's
+
+
+def is_home(path: Path) -> bool:
+    """Does a cloud live there? Nothing else is ever removed."""
+    return (path / MARK).is_file()
+
+
 class StateDir:
-    """`path` is made where it is not there."""
+    """`path` is made where it is not there. Raises Unavailable where it cannot be, Conflict where it is something else's."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         try:
+            if self.path.is_dir() and not is_home(self.path) and any(self.path.iterdir()):
+                raise Conflict(f"{self.path} is not empty, and no cloud lives in it: name a directory of its own.")
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.path.chmod(0o700)
+            if not is_home(self.path):
+                (self.path / MARK).touch(0o600)
+        except FileExistsError:
+            raise Unavailable(f"Cannot keep a cloud in {self.path}: it is no directory.") from None
         except OSError as e:
             raise Unavailable(f"Cannot keep a cloud in {self.path}: {e.strerror}.") from None
 
@@ -77,7 +91,10 @@ class StateDir:
         """What was made once; made now where there is nothing yet."""
         file = self.path / "secrets.json"
         if file.exists():
-            known = msgspec.json.decode(file.read_bytes(), type=Secrets)
+            try:
+                known = msgspec.json.decode(file.read_bytes(), type=Secrets)
+            except msgspec.MsgspecError as e:
+                raise Refused(f"{file} cannot be understood: {e}.") from None
         else:
             known = Secrets(admin_password or ids.password(20), ids.password(32), ids.hex(), ids.hex()[:6])
             self.keep(known)
@@ -92,7 +109,7 @@ class StateDir:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Only one cloud at a time in a directory. Raises Conflict, saying who is in it."""
-        with (self.path / "lock").open("a+") as file:
+        with (self.path / MARK).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -132,12 +149,15 @@ class StateDir:
 def private(file: Path, text: bytes | str) -> None:
     """Write a file that only its owner can read; whole or not at all."""
     new = file.with_name(f".{file.name}.new")
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(fd, "wb") as f:
-        f.write(text.encode() if isinstance(text, str) else text)
-        f.flush()
-        os.fsync(f.fileno())
-    new.rename(file)
+    try:
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "wb") as f:
+            f.write(text.encode() if isinstance(text, str) else text)
+            f.flush()
+            os.fsync(f.fileno())
+        new.rename(file)
+    except OSError as e:
+        raise Unavailable(f"Cannot write {file}: {e.strerror}.") from None
 
 
 def started(pid: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from kilonova.cli.state import StateDir
+from kilonova.cli.state import StateDir, is_home
 from kilonova.virt.libvirt.driver import doors
 
 
@@ -16,7 +16,7 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """0: up and ready; 1: up, but not ready; 3: not up (as service scripts say it)."""
     parser.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(words)
-    now = StateDir(chosen.state_dir).running() if chosen.state_dir.is_dir() else None
+    now = StateDir(chosen.state_dir).running() if is_home(chosen.state_dir) else None
     if now is None:
         print('{"up": false}' if chosen.json else "It is not up.")
         return 3

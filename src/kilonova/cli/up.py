@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kilonova.cli import config as configuration
-from kilonova.cli import setup
+from kilonova.cli import images, setup
 from kilonova.cli.state import Running, Secrets, StateDir, private, started, usual
 from kilonova.companions.wires import userns
 from kilonova.companions.wires.forward import Forward
 from kilonova.kit import log as logs
 from kilonova.kit.clock import Ids
-from kilonova.kit.errors import Refused, Trouble, Unavailable, Unsupported
+from kilonova.kit.errors import Invalid, Refused, Trouble, Unavailable, Unsupported
 from kilonova.kit.http import listen
 from kilonova.model import options
 
@@ -36,6 +36,10 @@ OUTSIDE = {False: "do not get out (option network.forward)", True: "get out, and
 def main(words: list[str], *, demo: bool) -> int:
     chosen = _parser(demo).parse_args(words)
     config = _configured(chosen)
+    if chosen.sim_hosts is not None and config.compute.driver != "sim":
+        raise Invalid("--sim-hosts goes with --driver sim.")
+    if chosen.image:
+        images.checked(chosen.image)
     state = StateDir(config.state.directory or usual(dict(os.environ)))
     with state.held():
         _furnish_machine(config, chosen)
@@ -71,7 +75,9 @@ def _parser(demo: bool) -> argparse.ArgumentParser:
     parser.add_argument(
         "--image", metavar="FILE|URL", help="a disk image for servers, instead of one built from Debian's packages"
     )
-    parser.add_argument("--no-image", action="store_true", help="put no image there")
+    parser.set_defaults(no_image=False)
+    if not demo:
+        parser.add_argument("--no-image", action="store_true", help="put no image there")
     parser.add_argument("--yes", "-y", action="store_true", help="install what is missing without asking")
     if demo:
         parser.add_argument(
@@ -162,8 +168,11 @@ def _doors(
     except Unavailable as e:
         if asked:
             raise
+        try:
+            listener = listen(config.api.host, 0)
+        except Unavailable:
+            raise e from None  # it is not the port
         _say(f"{e.said} A free port is taken instead.")
-        listener = listen(config.api.host, 0)
     try:
         consoles = listen(config.api.host, config.console.port)
     except Unavailable:
@@ -205,7 +214,7 @@ def _demo(
     if cloud.driver is not None:
         facts = cloud.driver.host()
         _say(f"Machines run under {facts.virt_type}: {facts.virt_why}")
-    found = demo.run(client, state, image, _say)
+    found = demo.run(client, state, image, _say, tidy=chosen.once)
     where = ""
     if cloud.driver is not None and found["floating"]:
         where = f"kilonova@{found['floating']}"
@@ -248,7 +257,6 @@ def _image(
     url: str, secrets: Secrets, state: StateDir, given: str | None, config: options.Config, say: Callable[[str], None]
 ) -> str:
     """The id of an image that servers can be made of: the given one, or our own guest; put there where it is not yet."""
-    from kilonova.cli import images
     from kilonova.cli.client import Client
 
     client = Client(url, secrets.admin_password)

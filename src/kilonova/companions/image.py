@@ -625,6 +625,7 @@ def _claimed(call: Call, image: Image, status: str) -> Iterator[Draft]:
             yield draft
             done = True
         except BaseException:
+            draft.close(drop=True)  # first: where the disk is full, the database finds room again
             with world.db.tx() as tx:
                 store.step(tx, image.id, world.clock.now(), to=before, over=(status,))
             raise
