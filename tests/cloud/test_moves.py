@@ -7,6 +7,8 @@ from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.model.options import Config
 from kilonova.store import catalog, migrations, placement
+from tests.cloud.test_attach import attach
+from tests.cloud.test_volume_boot import boot, made, of_volume, seen
 from tests.stories import telling
 
 
@@ -685,3 +687,67 @@ def test_ports_on_a_wrong_host_are_brought_back(cloud):
     network.expect_port(network.port(plug.port_id), "h0" if s.row.host == "h1" else "h1")
     assert len(cloud.mend("misplaced")) == 1
     assert cloud.mend("misplaced") == []
+
+
+# ---- volumes come along
+
+
+def at(cloud, volume):
+    """(host of its one attachment, its id)."""
+    (a,) = seen(cloud, volume)["attachments"]
+    return a["host_name"], a["attachment_id"]
+
+
+def moved_by(cloud, s, how):
+    if how in ("confirmResize", "revertResize"):
+        s.act("resize", {"flavorRef": "large"})
+        s.act(how, ok=204 if how == "confirmResize" else 202)
+    elif how == "live":
+        live(cloud, s)
+    else:
+        fail(cloud, s.row.host)
+        evacuate(cloud, s, version="2.94")
+
+
+@pytest.mark.parametrize("how", ["confirmResize", "revertResize", "live", "evacuate"])
+def test_volumes_come_along(cloud, how):
+    root, data = made(cloud, bootable=True), made(cloud)
+    cloud.services.json("POST", f"/volume/v3/volumes/{root}/action", {"os-set_bootable": {"bootable": True}}, token=cloud.admin)  # fmt: skip
+    s = boot(cloud, of_volume(root))
+    attach(cloud, s, data)
+    before, first = s.row.host, at(cloud, data)
+    moved_by(cloud, s, how)
+    assert s.status == "ACTIVE"
+    assert (s.row.host == before) == (how == "revertResize")
+    for v in (root, data):
+        host, attachment = at(cloud, v)
+        assert (host, attachment != first[1], seen(cloud, v)["status"]) == (s.row.host, True, "in-use")
+    assert [d.serial for d in s.state.machines[s.id].machine.disks] == [root, data]
+
+
+def test_volumes_stay_when_nothing_comes_of_it(cloud):
+    data = made(cloud)
+    s = cloud.boot()
+    attach(cloud, s, data)
+    before = at(cloud, data)
+    for name in cloud.states:
+        whole = cloud.driver(name)._act
+        cloud.driver(name)._act = lambda what, may_fail=True, whole=whole: refuse(what, "send" if may_fail else "", whole)  # fmt: skip
+    live(cloud, s)
+    assert at(cloud, data) == before
+    for name in cloud.states:
+        whole = cloud.driver(name)._act
+        cloud.driver(name)._act = lambda what, may_fail=True, whole=whole: refuse(what, "arrive", whole)
+    s.act("resize", {"flavorRef": "large"})
+    assert (s.status, at(cloud, data)) == ("ACTIVE", before)
+
+
+def test_a_volume_that_came_while_it_waited_for_a_word_comes_back_as_well(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    s.act("resize", {"flavorRef": "large"})
+    data = made(cloud)
+    attach(cloud, s, data)
+    assert at(cloud, data)[0] == s.row.host
+    s.act("revertResize")
+    assert (s.status, at(cloud, data)[0]) == ("ACTIVE", source)

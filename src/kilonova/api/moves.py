@@ -61,13 +61,14 @@ def _new_flavor(call: Call, tx: Tx, server: Server, ref: str) -> Flavor:
         raise Invalid(f"Flavor {ref} could not be found.")
     if flavor.id == old.id:
         raise Invalid("When resizing, instances must change flavor!")
-    if not flavor.disk_gb and old.disk_gb:
+    local = not server.volume_backed
+    if local and not flavor.disk_gb and old.disk_gb:
         raise Invalid("Invalid flavor: Resize to zero disk flavor is not allowed.")
-    if flavor.disk_gb < old.disk_gb or flavor.ephemeral_gb < old.ephemeral_gb:
+    if (local and flavor.disk_gb < old.disk_gb) or flavor.ephemeral_gb < old.ephemeral_gb:
         raise Invalid("Flavor's disk is smaller than the disk of the server, which cannot shrink.")
     if image.min_ram_mb > flavor.memory_mb:
         raise Invalid("Flavor's memory is too small for requested image.")
-    if flavor.disk_gb and image.min_disk_gb > flavor.disk_gb:
+    if local and flavor.disk_gb and image.min_disk_gb > flavor.disk_gb:
         raise Invalid(
             "Flavor's disk is smaller than the minimum size specified in image metadata. "
             f"Flavor disk is {flavor.disk_gb * GIB} bytes, minimum size is {image.min_disk_gb * GIB} bytes."

@@ -129,7 +129,7 @@ def journey(sim: Sim, user: User, name: str, at: float) -> None:
     """It is sent somewhere, and soon somebody has something to say to that; perhaps too soon, and not only once."""
     verb, said = sim.dice.choice(MOVES)
     user.later(at, user.act, name, verb, said)
-    for _ in range(sim.dice.randrange(1, 4)):
+    for _ in range(sim.dice.randrange(0, 3) if verb == "os-migrateLive" else 2):
         at += sim.dice.choice([sim.dice.uniform(0, 8), sim.dice.uniform(0, 60)])
         if verb == "os-migrateLive":
             user.later(at, user.abort, name)
