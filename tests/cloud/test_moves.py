@@ -649,6 +649,46 @@ def test_a_host_that_keeps_what_nobody_owns_is_swept_all_the_same_when_the_serve
         assert s.id not in cloud.states[source].machines
 
 
+def service(cloud, host):
+    listed = cloud.json("GET", f"/os-services?host={host}&binary=nova-compute", token=cloud.admin)["services"]
+    return f"/os-services/{listed[0]['id']}"
+
+
+def test_a_host_that_is_said_to_be_down_and_speaks_does_not_run_what_lives_elsewhere(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    path = service(cloud, source)
+    cloud.json("PUT", path, {"forced_down": True}, token=cloud.admin)
+    cloud.clock.sleep(2)
+    evacuate(cloud, s, version="2.94")
+    assert (s.status, s.row.host != source) == ("ACTIVE", True)
+    cloud.json("DELETE", service(cloud, s.row.host), token=cloud.admin, ok=409)
+    if last_move(cloud, s).status == "done":
+        cloud.json("PUT", path, {"forced_down": False}, token=cloud.admin, ok=400)
+    cloud.pass_time(150)
+    assert s.id not in cloud.states[source].machines
+    assert last_move(cloud, s).status == "completed"
+    cloud.json("PUT", path, {"forced_down": False}, token=cloud.admin)
+
+
+def test_a_host_that_never_comes_back_is_struck_off(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    fail(cloud, source)
+    evacuate(cloud, s)
+    cloud.json("PUT", service(cloud, source), {"forced_down": True}, token=cloud.admin)
+    cloud.json("PUT", service(cloud, source), {"forced_down": False}, token=cloud.admin, ok=400)
+    cloud.json("DELETE", service(cloud, source), token=cloud.admin, ok=204)
+    assert (last_move(cloud, s).status, held(cloud, last_move(cloud, s).uuid)) == ("completed", {})
+
+
+def test_a_host_that_keeps_something_is_not_struck_off(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    s.act("resize", {"flavorRef": "large"})
+    cloud.json("DELETE", service(cloud, source), token=cloud.admin, ok=409)
+
+
 # ---- what nobody asked for
 
 

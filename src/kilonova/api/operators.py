@@ -15,7 +15,8 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound, Unsupported
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, since
-from kilonova.store import hosts, servers
+from kilonova.store import hosts, migrations, placement, servers
+from kilonova.store.migrations import Status
 
 # ---- services
 
@@ -98,6 +99,7 @@ def update_by_word(call: Call, id: str) -> dict[str, Any]:
     told: dict[str, Any] = {"host": w.host, "binary": w.binary}
     with call.world.db.tx() as tx:
         s = hosts.service_of(tx, w.host, w.binary)
+        _can_be_up(tx, s, facts)
         _told(call, tx, "update", hosts.set_service(tx, s.uuid, call.world.clock.now(), **facts), hosts.zones(tx))
     if word == "force-down":
         return {"service": told | {"forced_down": facts["forced_down"]}}
@@ -126,12 +128,22 @@ def update(call: Call, id: str) -> dict[str, Any]:
         s = hosts.service(tx, id)
         if s.binary != "nova-compute":
             raise Invalid(f"Updating a {s.binary} service is not supported. Only nova-compute services can be updated.")
+        _can_be_up(tx, s, facts)
         after, named = hosts.set_service(tx, id, call.world.clock.now(), **facts), hosts.zones(tx)
         _told(call, tx, "update", after, named)
         return after, named
 
     s, named = call.world.db.run(record)
     return {"service": _service(call, s, _zone(call, s, named))}
+
+
+def _can_be_up(tx: Tx, s: hosts.Service, facts: dict[str, Any]) -> None:
+    """Not while it may still run what was evacuated from it. It hears of that as soon as it speaks, forced down or not."""
+    if s.forced_down and facts.get("forced_down") is False and migrations.evacuated(tx, s.host):
+        raise Invalid(
+            f"Service '{s.binary}' on host '{s.host}' cannot be forced up: evacuated servers may still be there. "
+            "It can be when the host has reported that they are not."
+        )
 
 
 @R.delete("/v2.1/os-services/{id}", ok=204, policy="os_compute_api:os-services:delete")
@@ -147,6 +159,13 @@ def delete(call: Call, id: str) -> None:
             raise Conflict(
                 "Unable to delete compute service that is hosting instances. Migrate or delete the instances first."
             )
+        if s.binary == "nova-compute" and migrations.in_progress(tx, s.host):
+            raise Conflict(
+                "Unable to delete compute service that has in-progress migrations. Complete the migrations or delete the instances first."
+            )
+        for m in migrations.evacuated(tx, s.host) if s.binary == "nova-compute" else ():
+            placement.release(tx, m.uuid, now=call.world.clock.now())  # it will not come back to hear of it
+            migrations.change(tx, m.uuid, call.world.clock.now(), Status.completed)
         _told(call, tx, "delete", s, hosts.zones(tx))
         hosts.forget_service(tx, s.uuid)
 

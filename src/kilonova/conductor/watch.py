@@ -20,7 +20,7 @@ from kilonova.conductor.world import World
 from kilonova.contracts.compute import Destroy, DetachNic, DetachVolume, Discard, Done, Drop, Look, Power, Seen
 from kilonova.contracts.conductor import HeldHere, PowerChanged, Report, Sending
 from kilonova.contracts.jobs import Settle
-from kilonova.kit.bus import To
+from kilonova.kit.bus import To, letter
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, HostGone, NotFound, Refused, Trouble
 from kilonova.kit.reconcile import reconciler
@@ -52,6 +52,9 @@ def reported(world: World, r: Report) -> None:
     now = world.clock.now()
     with world.guard:
         world.beats[r.host] = max(now, world.beats.get(r.host, 0.0))
+    if r.host in world.forced_down:
+        for server, epoch in world.db.look(_outlived, r):
+            world.send(r.host, letter(Destroy(server=server, epoch=epoch), about=server))
     if r.facts is not None or world.lives.get(r.host) != r.born:
         runs = world.db.run(_met, world, r, now)
         with world.guard:
@@ -96,12 +99,21 @@ def _met(tx: Tx, world: World, r: Report, now: float) -> list[str]:
 
 def _told_of_evacuations(tx: Tx, r: Report, now: float) -> None:
     """It is back, and holds nothing any longer of what left it when it was down: its share is free."""
-    left = migrations.evacuated(tx, r.host)
-    if left and not hosts.service_of(tx, r.host).forced_down:
-        for m in left:
-            if not any(h.server == m.server and h.epoch <= m.source_epoch for h in r.holds) and m.server not in r.busy:
-                placement.release(tx, m.uuid, now=now)
-                migrations.change(tx, m.uuid, now, Status.completed)
+    for m in migrations.evacuated(tx, r.host):
+        there = m.server in r.busy or any(h.server == m.server and h.epoch <= m.source_epoch for h in r.holds)
+        if not there and r.at >= m.created_at:
+            placement.release(tx, m.uuid, now=now)
+            migrations.change(tx, m.uuid, now, Status.completed)
+
+
+def _outlived(tx: Tx, r: Report) -> list[tuple[str, int]]:
+    """What a host that is said to be down, and speaks, has of servers that live elsewhere by now: (server, epoch).
+
+    No run can tell it anything, for nobody waits for a host that is down; and none is needed: it is fenced by the epoch.
+    """
+    held = {h.server: h.epoch for h in r.holds}
+    gone = compare.moved_away(tx, r.host, held) - migrations.kept(tx, r.host).keys() - compare.at_work(tx, held)
+    return [(id, held[id]) for id in sorted(gone)]
 
 
 def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
@@ -459,7 +471,9 @@ def silent_hosts(world: World) -> list[str]:
     """A host that nobody should wait for any longer: let those who wait look at once."""
 
     def look_again(tx: Tx) -> list[str]:
-        gone = [s.host for s in hosts.services(tx, binary=hosts.COMPUTE) if world.gone(tx, s.host)]
+        all = hosts.services(tx, binary=hosts.COMPUTE)
+        world.forced_down = frozenset(s.host for s in all if s.forced_down)
+        gone = [s.host for s in all if world.gone(tx, s.host)]
         return [id for host in gone for id in wake_host(tx, host)]
 
     world.started(world.db.run(look_again))

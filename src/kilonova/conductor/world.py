@@ -44,6 +44,7 @@ class World:
         self.beats: dict[str, float] = {}  # when each host was last heard of, and it is not written down yet
         self.lives: dict[str, float] = {}  # which life of each host we have met
         self.well: dict[str, float] = {}  # when we last made sure that a host is not gone
+        self.forced_down: frozenset[str] = frozenset()  # hosts, as a reconciler saw them last
         self.networks = Kept[NetworkInfo](self)
         self.subnets = Kept[list[Subnet]](self)
         self.groups = Kept[SecurityGroup](self)

@@ -216,6 +216,12 @@ def evacuated(tx: Tx, host: str) -> list[Migration]:
     return [of(r) for r in tx.execute(SELECT.where(*left))]
 
 
+def in_progress(tx: Tx, host: str) -> bool:
+    """Does anything that comes or goes still need this host?"""
+    going = _t.source.in_([host]) | _t.dest.in_([host]), _t.status.not_in([str(s) for s in OVER])
+    return tx.execute(sa.select(_t.id).where(*going).limit(1)).first() is not None
+
+
 def sending(tx: Tx, source: str) -> int:
     """How many live migrations leave this host just now."""
     now = _t.source == source, _t.type == str(Kind.live), _t.status.in_(["preparing", "running", "post-migrating"])
