@@ -88,7 +88,8 @@ MUTANTS = {
 
     # flows
     "delete does not wait for others": Mutant([
-        ("conductor/delete.py", "run.when_alone()", "pass")], [OWNERS, FLOWS], "delete overtakes build"),
+        ("conductor/delete.py", "run.when_alone()\n    found = run(standing, server.id)\n    for", "found = run(standing, server.id)\n    for")],
+        [OWNERS, FLOWS], "delete overtakes build"),
     "delete forgets ports": Mutant([
         ("conductor/delete.py", "run(unplug, server.id)", "pass")], [FLOWS]),
     "the undo of a claim gives nothing back": Mutant([
