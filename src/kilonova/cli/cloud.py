@@ -26,6 +26,7 @@ from kilonova.compute.agent import ComputeHost, Images
 from kilonova.compute.sims import SimHosts
 from kilonova.conductor.app import Conductor
 from kilonova.console.proxy import Proxy
+from kilonova.console.watch import Tail
 from kilonova.kit.ask import Asker
 from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Ids, WallClock
@@ -173,7 +174,11 @@ class Cloud:
         self.servers = [Server(whole, listener, threads=config.api.threads)]
         if inner is not None:
             self.servers.append(Server(whole, inner, threads=2))
-        self.proxy = None if consoles is None else Proxy(self.db, consoles, clock=self.clock, options=config.console)
+        self.proxy = None
+        if consoles is not None:
+            may, most = self.doors["compute"].policy.allows, config.console.connections_max
+            tail = Tail(self.db, self.clock, self.realm.gate, may, most=most)
+            self.proxy = Proxy(self.db, consoles, clock=self.clock, options=config.console, tail=tail)
         self.upkeep = Reconcilers(
             self,
             [rewired, keys_rotated, policies_read, bases_evicted, volumes_resumed],

@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
+from kilonova.console.watch import Tail, door
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Db
 from kilonova.kit.errors import Trouble
@@ -36,10 +37,12 @@ MESSAGE_MAX = 1 << 20
 
 
 class Proxy:
-    """Serves on a socket that somebody bound, from a thread of its own."""
+    """Serves on a socket that somebody bound, from a thread of its own. `tail` is for those who watch (`watch.py`)."""
 
-    def __init__(self, db: Db, listener: socket.socket, *, clock: Clock, options: options.Console) -> None:
-        self.db, self.listener, self.clock, self.options = db, listener, clock, options
+    def __init__(
+        self, db: Db, listener: socket.socket, *, clock: Clock, options: options.Console, tail: Tail | None = None
+    ) -> None:
+        self.db, self.listener, self.clock, self.options, self.tail = db, listener, clock, options, tail
         self.open: set[ServerConnection] = set()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.over: asyncio.Event | None = None
@@ -62,6 +65,7 @@ class Proxy:
             self._splice,
             sock=self.listener,
             process_request=self._asked,
+            create_connection=door(self.tail),
             subprotocols=[Subprotocol("binary")],
             select_subprotocol=_binary,
             compression=None,  # screens are compressed already
@@ -72,6 +76,8 @@ class Proxy:
         ):
             self.ready.set()
             await self.over.wait()
+            if self.tail is not None:
+                await self.tail.close()
 
     # -- who comes
 
