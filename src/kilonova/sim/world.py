@@ -579,11 +579,12 @@ class Api(Process):
     def ask(self, method: str, path: str, body: Any = None, *, token: str = "t") -> tuple[int, Any]:
         """`token`: "admin" is an administrator's."""
         self.sim.where = f"api {method}"
+        calm = self.sim.faults is CALM  # a host that was asked in a storm may well refuse
         headers = {"X-Auth-Token": token, "OpenStack-API-Version": "compute 2.96", "Content-Type": "application/json"}
         answer = self.inside.send(method, f"/v2.1{path}", headers, None if body is None else msgspec.json.encode(body))
         raw = answer.read()
         self.sim.tell(f"api: {method} {path} → {answer.status}")
-        if answer.status >= 500 and answer.status != 503 and self.sim.faults is CALM:
+        if answer.status >= 500 and answer.status != 503 and calm:
             self.sim.wrong.append(f"{method} {path} was answered with {answer.status}: {raw[:200]!r}")
         return answer.status, msgspec.json.decode(raw) if raw else None
 
