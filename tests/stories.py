@@ -19,7 +19,7 @@ from kilonova import placement as placement_api
 from kilonova.api.app import service as compute_service
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World as ApiWorld
-from kilonova.clients import Inside, Login, Neighbours, neighbours
+from kilonova.clients import Compute, Inside, Login, Neighbours, Session, neighbours
 from kilonova.companions import network
 from kilonova.companions.identity import SERVICE_USER
 from kilonova.compute.agent import Images
@@ -185,6 +185,10 @@ class Cloud:
             self.ended,
         )
         self.api = compute_service(api, gate)
+        about = Session(
+            "compute", Inside(self.api, url + "/compute"), self.clock, self.neighbours.volume.session.account
+        )
+        self.services.volumes.grown = Compute(about).extended
         inventory = placement_api.World(self.db, self.clock, self.ids)
         whole = {"/compute": self.api, "/network": self.network}
         whole |= {f"/{name}": getattr(self.services, name) for name in ("identity", "image", "volume")}

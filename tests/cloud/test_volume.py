@@ -20,6 +20,7 @@ from kilonova.kit.errors import Refused, Unavailable
 from kilonova.model import options
 from kilonova.store import volumes as store
 from tests.cloud.embedded import NASTY_IDS, Embedded, driven_with_junk
+from tests.stories import telling
 
 GIB = 1 << 30
 NEWEST = "3.71"
@@ -536,6 +537,30 @@ def test_the_status_follows_from_the_attachments():
         )
 
     assert of() == "available" and of("reserved", "attached") == "in-use" and of("reserved", "attaching") == "attaching"
+
+
+def test_a_server_is_told_that_its_volume_grew(tmp_path):
+    """Through both services: attached by the one, extended by the other, in the server's history of the first."""
+    with telling(tmp_path) as story:
+        server = story.boot()
+        joe = story.user
+        made = story.services.json("POST", "/volume/v3/volumes", {"volume": {"size": 1}}, joe.token, ok=202)["volume"][
+            "id"
+        ]
+        wish = {"volumeAttachment": {"volumeId": made}}
+        story.json("POST", f"/servers/{server.id}/os-volume_attachments", wish)
+        story.settle()
+        asked = {"OpenStack_API_Version": "volume 3.42"}
+        path = f"/volume/v3/volumes/{made}/action"
+        story.services.ask("POST", path, {"os-extend": {"new_size": 2}}, joe.token, **asked).read()
+        volume = story.services.json("GET", f"/volume/v3/volumes/{made}", token=joe.token)["volume"]
+        assert (volume["status"], volume["size"]) == ("in-use", 2)
+        assert volume["attachments"][0]["server_id"] == server.id
+        assert ("compute_extend_volume", "Success") in server.events()
+        server.delete()
+        assert (
+            story.services.json("GET", f"/volume/v3/volumes/{made}", token=joe.token)["volume"]["status"] == "available"
+        )
 
 
 # ---- shares, types, the service

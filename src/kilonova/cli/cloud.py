@@ -18,7 +18,7 @@ from kilonova.api import app as compute_api
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World
 from kilonova.cli.state import Secrets, StateDir
-from kilonova.clients import Account, Carrier, Image, Inside, Login, Session, neighbours
+from kilonova.clients import Account, Carrier, Compute, Image, Inside, Login, Session, neighbours
 from kilonova.companions import identity, image, network, volume
 from kilonova.companions.wires import Wires, guestfwd
 from kilonova.companions.wires.ground import Ground
@@ -165,6 +165,14 @@ class Cloud:
             console_url=self.console_url,
         )
         self._open("compute", compute_api.service(world, self.realm.gate, policy_file=config.policy.file))
+
+        told = Session(
+            "compute",
+            Inside(self.doors["compute"], f"{url}/compute"),
+            self.clock,
+            Account(inside["identity"], login, self.clock),
+        )
+        self.volumes.grown = Compute(told).extended
 
         self.health = Health(
             self.metrics, alive={"database": self._database}, ready={"database": self._database, "hosts": self._hosts}

@@ -5,12 +5,13 @@ answer.  What carries it is either `Inside`, a WSGI application of this very pro
 no mock: it is asked as a stranger would ask it), or `Outside`, real HTTP.  Frozen Structs come out.
 
 Where `token` is None a neighbour is asked in our own name (`Account`), else in the user's.
-A file is a neighbour; `carriers` and `session` are what all have in common.
+`Compute` is for the other way round.  A file is a neighbour; `carriers` and `session` are what all have in common.
 """
 
 from dataclasses import dataclass
 
 from kilonova.clients.carriers import Absent, Answer, Carrier, Chunks, Inside, Outside
+from kilonova.clients.compute import Compute
 from kilonova.clients.identity import Identity, RemoteIdentity
 from kilonova.clients.image import Image, ImageInfo
 from kilonova.clients.network import (
@@ -66,6 +67,7 @@ __all__ = [
     "Attachment",
     "Carrier",
     "Chunks",
+    "Compute",
     "FloatingIp",
     "HostRoute",
     "Identity",

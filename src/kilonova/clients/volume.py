@@ -16,7 +16,6 @@ from kilonova.clients.carriers import Absent
 from kilonova.clients.session import Query, Session, decoded, part
 from kilonova.kit.clock import parsed
 from kilonova.kit.errors import Invalid, NotFound, Unavailable
-from kilonova.model.machine import VolumeSource
 
 T = TypeVar("T")
 
@@ -110,14 +109,6 @@ class Attachment(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Attachment({self.id} of {self.volume_id} to {self.server_id}, {self.status})"
-
-    def source(self) -> VolumeSource:
-        """As a host's disk. Raises Unavailable where no host was named yet."""
-        if self.connection_info is None:
-            raise Unavailable(f"Volume {self.volume_id} is not connected to a host.", why=repr(self))
-        return VolumeSource(
-            self.volume_id, {k: msgspec.Raw(msgspec.json.encode(v)) for k, v in self.connection_info.items()}
-        )
 
 
 class Volumes:

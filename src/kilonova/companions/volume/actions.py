@@ -1,5 +1,6 @@
 """What is done with a volume: extended, uploaded, retyped, marked; and the elder ways to attach one."""
 
+import logging
 from contextlib import suppress
 from typing import Annotated as A
 from typing import Any, Literal
@@ -23,12 +24,14 @@ from kilonova.companions.volume.volumes import (
 )
 from kilonova.companions.volume.world import World, act, begin, end
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuota, Unsupported
+from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuota, Trouble, Unsupported
 from kilonova.kit.routes import Call, Reply
 from kilonova.kit.versions import since
 from kilonova.model.machine import ImageSource
 from kilonova.store import volumes as store
 from kilonova.store.volumes import Act, Attachment, Snapshot, Volume
+
+logger = logging.getLogger(__name__)
 
 PATH = "/v3/volumes/{id}/action"
 ACTIONS = "volume_extension:volume_actions"
@@ -105,7 +108,10 @@ def extend_volume(world: World, act: Act) -> None:
         users = store.attachments_of(tx, [act.subject]).get(act.subject, [])
     servers = [a.server_id for a in users if a.server_id and a.status == "attached"]
     if servers and world.grown is not None:
-        world.grown(act.subject, servers)
+        try:
+            world.grown(act.subject, servers)
+        except Trouble as e:  # it is larger all the same; a server sees it when it starts
+            logger.warning("servers of volume %s do not know that it grew: %s", act.subject, e.why or e.said)
 
 
 class Error(msgspec.Struct):

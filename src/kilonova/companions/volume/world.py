@@ -43,7 +43,7 @@ class World:
     images: Image
     host: str
     authenticate: Callable[[str], Context]
-    grown: Callable[[str, list[str]], None] | None = None
+    grown: Callable[[str, list[str]], object] | None = None
     crew: "Crew | None" = None
     held: bool = False  # nothing is carried: a test looks at what is under way
 
