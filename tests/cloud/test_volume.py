@@ -16,10 +16,11 @@ from kilonova.companions import volume
 from kilonova.companions.volume import bytes as kept
 from kilonova.companions.volume.attachments import follows
 from kilonova.companions.volume.world import carry, left
+from kilonova.kit.clock import WallClock
 from kilonova.kit.errors import Refused, Unavailable
 from kilonova.model import options
 from kilonova.store import volumes as store
-from tests.cloud.embedded import NASTY_IDS, Embedded, driven_with_junk
+from tests.cloud.embedded import ADMIN, NASTY_IDS, Embedded, driven_with_junk
 from tests.stories import telling
 
 GIB = 1 << 30
@@ -875,6 +876,69 @@ def test_a_crew_does_what_takes_long(tmp_path):
     assert [cloud.read(i, 4) for i in ids] == [b"boot"] * 6
     crew.close()
     assert not any(t.is_alive() for t in crew.threads)
+    cloud.db.close()
+
+
+# ---- clients
+
+
+@pytest.mark.clients
+def test_the_sdk_has_its_way(tmp_path):
+    openstack = pytest.importorskip("openstack")
+    cloud = Storage(tmp_path, clock=WallClock())
+    with cloud.served() as url:
+        sdk = openstack.connect(
+            auth_url=f"{url}/identity",
+            username="admin",
+            password=ADMIN,
+            project_name="admin",
+            user_domain_name="Default",
+            project_domain_name="Default",
+            region_name="RegionOne",
+        )
+        storage = sdk.block_storage
+        try:
+            v = storage.wait_for_status(storage.create_volume(size=1, name="v", metadata={"a": "b"}), "available")
+            assert (v.is_bootable, v.metadata, v.volume_type) == (False, {"a": "b"}, "__DEFAULT__")
+            storage.extend_volume(v, 2)
+            storage.set_volume_metadata(v, c="d")
+            storage.delete_volume_metadata(v.id, ["a"])
+            storage.set_volume_bootable_status(v, True)
+            storage.set_volume_readonly(v, True)
+            v = storage.find_volume("v", ignore_missing=False)
+            assert (v.size, v.metadata, v.is_bootable) == (2, {"c": "d", "readonly": "True"}, True)
+            s = storage.create_snapshot(volume_id=v.id, name="s", force=True)
+            s = storage.wait_for_status(s, "available")
+            b = storage.wait_for_status(storage.create_backup(volume_id=v.id, name="b"), "available")
+            clone = storage.wait_for_status(storage.create_volume(name="c", snapshot_id=s.id), "available")
+            a = storage.create_attachment(clone.id, instance="server-1", connector={"host": "h1"}, mode="ro")
+            assert a.connection_info["driver_volume_type"] == "local" and a.status == "attaching"
+            storage.complete_attachment(a)
+            assert storage.get_volume(clone).attachments[0]["server_id"] == "server-1"
+            storage.delete_attachment(a)
+            storage.restore_backup(b, volume_id=clone.id)
+            assert storage.wait_for_status(storage.get_volume(clone), "available").size == 2
+            storage.upload_volume_to_image(clone, "out", disk_format="qcow2", visibility="private")
+            assert next(sdk.image.images(name="out")).status == "active"
+            assert {x.name for x in storage.volumes()} == {"v", "c"} and [x.id for x in storage.snapshots()] == [s.id]
+            t = storage.create_type(name="t", extra_specs={"a": "b"})
+            storage.update_type_extra_specs(t, c="d")
+            assert storage.find_type("t").extra_specs == {"a": "b", "c": "d"}
+            storage.delete_type(t)
+            storage.update_quota_set(sdk.current_project_id, volumes=3)
+            assert storage.get_quota_set(sdk.current_project_id, usage=True).usage["volumes"] == 2
+            assert storage.get_limits().absolute.max_total_volumes == 3
+            assert {x.state for x in storage.services()} == {"up"}
+            assert storage.summary(False).total_size == 4
+            storage.reset_volume_status(clone, status="error")
+            storage.delete_volume(clone, force=True)
+            storage.delete_backup(b)
+            storage.delete_snapshot(s)
+            storage.delete_volume(v)
+            assert not [*storage.volumes(), *storage.snapshots(), *storage.backups()]
+        finally:
+            sdk.close()
+    assert left(cloud.volumes) == [] and cloud.orphans() == []
     cloud.db.close()
 
 
