@@ -380,10 +380,12 @@ class Cloud:
         settle: bool = True,
         networks: Any = "auto",
         ok: int = 202,
+        hints: dict[str, Any] | None = None,
         **more: Any,
     ) -> "Handle":
         wish = {"name": name, "flavorRef": flavor, "imageRef": self.image_id, "networks": networks, **more}
-        said = self.json("POST", "/servers", {"server": wish}, ok=ok, token=self.admin if "host" in more else "")
+        body = {"server": wish} | ({"os:scheduler_hints": hints} if hints else {})
+        said = self.json("POST", "/servers", body, ok=ok, token=self.admin if "host" in more else "")
         made = Handle(self, said["server"]["id"])
         if settle:
             self.settle()

@@ -73,6 +73,17 @@ def next_host(cloud, name):
     return s
 
 
+def two_apart(cloud, name):
+    """Members of a strict group, placed at the same time on as many hosts as there are."""
+    known = cloud.json("GET", "/os-server-groups")["server_groups"]
+    wish = {"server_group": {"name": "apart", "policy": "anti-affinity"}}
+    group = (known or [cloud.json("POST", "/os-server-groups", wish)["server_group"]])[0]["id"]
+    one, two = (cloud.boot(f"{name}{i}", settle=False, hints={"group": group}) for i in "ab")
+    cloud.settle()
+    one.delete()
+    return two
+
+
 ENDS = {
     build: "active",
     build_delete: "deleted",
@@ -83,6 +94,7 @@ ENDS = {
     attach_detach: "active",
     a_guest_ends: "stopped",
     next_host: "active",
+    two_apart: "active",
 }
 
 
