@@ -17,9 +17,10 @@ class Prepared:
     """`names`: what stands for a part of a path, by group or by the part's own name. Alice owns the server."""
 
     def __init__(self, directory: Path) -> None:
-        self.cloud = c = Cloud(directory, hosts=3)
+        self.cloud = c = Cloud(directory, hosts=4)
         self.alice, self.admin = c.user.token, c.admin
-        self.reader = c.services.person("rita", "reader", project_name="of-alice").token
+        self.rita = c.services.person("rita", "reader", project_name="of-alice")
+        self.reader = self.rita.token
         self.bob = c.services.person("bob", "member").token
         self.aggregate = self.made(
             "/os-aggregates", {"aggregate": {"name": "rack", "availability_zone": "z1"}}, who=c.admin
@@ -157,7 +158,7 @@ class Prepared:
         """A server on its way to another host, which will not answer."""
         c = self.cloud
         here = self.row().host
-        made = [c.boot(f"moving{n}", networks="none") for n in range(len(c.states))]
+        made = [c.boot(f"moving{n}", networks="none") for n in range(2)]
         id = next(s.id for s in made if s.row.host != here)
         migrate = {"os-migrateLive": {"host": None, "block_migration": "auto"}}
         c.json("POST", f"/servers/{id}/action", migrate, ok=202, token=c.admin)
