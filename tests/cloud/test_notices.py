@@ -74,10 +74,49 @@ def test_a_servers_life_is_told(cloud):
     data = update["payload"]["nova_object.data"]
     assert (data["old_display_name"], data["display_name"]) == ("one", "other")
     listener.heard.clear()
+    cloud.json("PUT", f"/servers/{s.id}/metadata/a", {"meta": {"a": "b"}})
+    cloud.json("PUT", f"/servers/{s.id}/tags/t", ok=201)
+    meta, tags = (m["payload"]["nova_object.data"] for m in listener.all())
+    assert (meta["metadata"], tags["tags"]) == ({"a": "b"}, ["t"])
+    listener.heard.clear()
     s.delete()
     assert listener.types() == [
         "instance.delete.start", "instance.shutdown.start", "instance.shutdown.end", "instance.delete.end",
     ]  # fmt: skip
+
+
+def test_a_deletion_that_can_be_taken_back_is_called_otherwise(tmp_path):
+    config = Config(
+        notifications=options.Notifications(format="versioned"), compute=options.Compute(reclaim_interval_s=600)
+    )
+    with telling(tmp_path, config=config) as cloud:
+        listener = Listener(speaking(cloud))
+        s = cloud.boot("one")
+        listener.types()
+        s.delete()
+        assert listener.types() == ["instance.soft_delete.start", "instance.soft_delete.end"]
+        s.act("restore")
+        assert listener.types() == ["instance.restore.start", "instance.restore.end"]
+
+
+def test_moves_and_images_are_told(cloud):
+    listener = Listener(cloud)
+    s = cloud.boot("one")
+    listener.types()
+    s.act("resize", {"flavorRef": "large"})
+    prep, *_ = told = listener.all()
+    assert prep["payload"]["nova_object.data"]["new_flavor"]["nova_object.data"]["flavorid"] == "large"
+    assert [m["event_type"] for m in told] == [
+        f"instance.{e}" for e in (*words.ACTIONS["resize"].start, *words.ACTIONS["resize"].end)
+    ]
+    listener.heard.clear()
+    s.act("confirmResize", ok=204)
+    assert listener.types() == ["instance.resize_confirm.start", "instance.resize_confirm.end"]
+    cloud.json("POST", f"/servers/{s.id}/action", {"createImage": {"name": "i"}}, ok=202, version="2.45")
+    cloud.settle()
+    start, end = listener.all()
+    assert (start["event_type"], end["event_type"]) == ("instance.snapshot.start", "instance.snapshot.end")
+    assert end["payload"]["nova_object.data"]["snapshot_image_id"]
 
 
 def test_what_a_notification_says(cloud):

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from kilonova.api.bodies import Metadata, MetaKey, Tag
+from kilonova.api.notices import updated
 from kilonova.api.registry import R, World, known_server, link, the_server, unlocked
 from kilonova.api.views import addresses_of
 from kilonova.kit.db import Tx
@@ -106,6 +107,7 @@ def _write(call: Call, id: str, change: Any, doing: str = "update metadata") -> 
         if len(items) > most >= 0 and len(items) > len(server.metadata):
             raise OverQuota(f"Maximum number of metadata items exceeds {most}")
         servers.change(tx, id, world.clock.now(), metadata=items)
+        updated(call, tx, server, msgspec.structs.replace(server, metadata=items))
         return items
 
     return world.db.run(record)
@@ -182,6 +184,7 @@ def _mark(call: Call, id: str, change: Any, doing: str) -> list[str]:
         wanted = sorted(change(set(server.tags)))
         if wanted != server.tags:
             servers.change(tx, id, None, tags=wanted)
+            updated(call, tx, server, msgspec.structs.replace(server, tags=wanted))
         return wanted
 
     found: list[str] = call.world.db.run(record)

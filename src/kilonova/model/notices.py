@@ -142,9 +142,9 @@ def action(family: str, s: Server, who: Who, fault: Fault | None, args: dict[str
     if name == "InstanceActionSnapshotPayload":
         data["snapshot_image_id"] = args.get("image_id")
     if name == "InstanceActionVolumePayload":
-        data["volume_id"] = args.get("volume_id")
+        data["volume_id"] = _within(args, "device", "volume_id")
     if name == "InstanceActionVolumeSwapPayload":
-        data |= {"old_volume_id": args.get("old_volume_id"), "new_volume_id": args.get("new_volume_id")}
+        data |= {"old_volume_id": _within(args, "device", "volume_id"), "new_volume_id": args.get("new_volume_id")}
     return wrapped(name, version, data)
 
 

@@ -40,7 +40,7 @@ class Outbox:
 
     def happened(self, tx: Tx, h: Happened) -> None:
         """A run about a server began or ended: what others call that. What no server is about is nobody's business."""
-        tells = words.ACTIONS.get(h.action)
+        tells = words.ACTIONS.get("softDelete" if h.workflow == "soft_delete" else h.action)
         types = getattr(tells, h.phase) if tells else ()
         if not types:
             return
