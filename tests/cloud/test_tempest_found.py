@@ -33,3 +33,18 @@ def test_nobody_has_access_to_a_new_private_flavor(cloud):
 def test_addresses_are_shown_in_one_form(cloud):
     s = cloud.boot("addressed", accessIPv6="0000:0000:0000:0000:0000:babe:220.12.22.2")
     assert s.show()["accessIPv6"] == "::babe:dc0c:1602"
+
+
+def test_a_slash_behind_a_path_is_another_path(cloud):
+    cloud.json("GET", "/", ok=200)
+    cloud.json("GET", "/os-simple-tenant-usage", ok=200, token=cloud.admin)
+    for path in ("/os-simple-tenant-usage/", "/servers/", "/flavors/small/"):
+        told = {"OpenStack-API-Version": "compute 2.96"}
+        answer = cloud.services.ask("GET", f"/compute/v2.1{path}", None, cloud.admin, **told)
+        assert answer.status == 404
+
+
+def test_a_simulated_hypervisor_says_how_long_it_is_up(cloud):
+    one = cloud.json("GET", "/os-hypervisors", token=cloud.admin, version="2.1")["hypervisors"][0]["id"]
+    shown = cloud.json("GET", f"/os-hypervisors/{one}/uptime", token=cloud.admin, version="2.1")["hypervisor"]
+    assert "load average" in shown["uptime"]

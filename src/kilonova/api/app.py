@@ -83,6 +83,7 @@ DIALECT = Dialect(
     compute_fault,
     no_method=404,
     plain_unknown=True,
+    exact=True,
     strip_project=("/v2.1",),
     request_id_headers=("x-openstack-request-id", "x-compute-request-id"),
     media_types=("application/json", "application/vnd.openstack.compute+json"),

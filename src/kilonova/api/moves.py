@@ -93,8 +93,6 @@ class MigrateWish(msgspec.Struct, forbid_unknown_fields=True):
     late=True,
 )
 def migrate(call: Call, id: str) -> None:
-    if call.version < 56 and call.body is not None:
-        raise Invalid("Invalid input for field/attribute migrate. Nothing can be said there before 2.56.")
     host = call.body.host if isinstance(call.body, MigrateWish) else None
     rule = "os_compute_api:os-migrate-server:migrate" + (":host" if host else "")
 

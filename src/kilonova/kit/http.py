@@ -154,6 +154,7 @@ class Dialect:
     unexpected: str = "Unexpected API Error. The server has met an error and logged it under this request's id."
     media_types: tuple[str, ...] = ("application/json",)
     any_media_type: bool = False
+    exact: bool = False  # a slash behind a path is another path, which nobody has; but behind a version's root
     strip_project: tuple[str, ...] = ()  # prefixes behind which a project id may stand
     whole: Callable[[Failure], Any] | None = None
     admit: Callable[[falcon.Request], None] | None = None
@@ -215,9 +216,13 @@ class Service:
     # -- one request
 
     def serve(self, req: falcon.Request, resp: falcon.Response, routes: list[Route], names: dict[str, str]) -> None:
-        """Reads take turns, where `turns` is a lock: each SQL statement gives the interpreter away, and threads that
+        """A request that found its place.
+
+        Reads take turns, where `turns` is a lock: each SQL statement gives the interpreter away, and threads that
         are all busy would only take it from each other (8 of them showed a third as many servers as one)."""
-        if self.turns is not None and req.method == "GET" and not routes[0].raw:
+        if self.dialect.exact and (path := req.env["PATH_INFO"]).endswith("/") and path.count("/") > 2:
+            self._nowhere(req, resp)
+        elif self.turns is not None and req.method == "GET" and not routes[0].raw:
             with self.turns:
                 self._serve(req, resp, routes, names)
         else:

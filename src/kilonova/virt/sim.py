@@ -162,6 +162,12 @@ def _write(file: Path, data: bytes) -> None:
     new.rename(file)
 
 
+def _uptime(up_s: float) -> str:
+    """As `uptime` says it, of a host that nobody troubles."""
+    days, minutes = int(up_s // 86400), int(up_s // 60)
+    return f"up {days} days, {minutes // 60 % 24:2d}:{minutes % 60:02d},  0 users,  load average: 0.00, 0.00, 0.00"
+
+
 class SimDriver:
     """See `virt.driver`: all that a hypervisor can do. `name` is the hypervisor's; `peers` are those that its guests can be sent to."""
 
@@ -175,7 +181,7 @@ class SimDriver:
         options: Sim | None = None,
         peers: Mapping[str, SimState] | None = None,
     ) -> None:
-        self.name, self.clock, self.dice = name, clock, dice
+        self.name, self.clock, self.dice, self.born = name, clock, dice, clock.now()
         self.state = state or SimState()
         self.options = options or Sim()
         self.peers = peers if peers is not None else {}
@@ -195,6 +201,7 @@ class SimDriver:
             hypervisor_type="fake",
             hypervisor_version=1000,
             hypervisor_hostname=self.name,
+            uptime=_uptime(self.clock.now() - self.born),
             cpu_info={
                 "arch": "x86_64",
                 "model": "sim",
