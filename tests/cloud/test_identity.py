@@ -98,6 +98,18 @@ def test_nobody_learns_from_the_time_it_takes_who_exists(tmp_path):
     assert 0.5 < known / unknown < 2
 
 
+@pytest.mark.parametrize("user", ["admin", "nobody"])
+def test_a_pause_tells_nobody_who_exists(cloud, user):
+    """Somebody has one count, however he is named; were it another for nobody, a quick refusal would tell."""
+    domains = [{"id": "default"}, {"name": "Default"}]
+    for n in range(options.Identity().lockout_failures):
+        who = {"name": user, "domain": domains[n % 2], "password": "guess"}
+        body = {"auth": {"identity": {"methods": ["password"], "password": {"user": who}}}}
+        cloud.refused(401, "POST", f"{V3}/auth/tokens", body)
+    ((who, _),) = cloud.realm.door.guesses.failed.items()
+    assert cloud.realm.door.guesses.locked(who)
+
+
 def test_guessing_is_made_slow(cloud):
     for _ in range(options.Identity().lockout_failures):
         cloud.log_in("admin", "guess", ok=401)

@@ -170,7 +170,7 @@ def _by_password(door: Door, owner: Owner) -> User:
     with door.db.read() as tx:
         user = _user(tx, owner)
         domain = store.look(tx, Project, user.domain_id) if user else None
-    who = user.id if user else repr((owner.id, owner.name, owner.domain))
+        who = _counted(tx, owner, user)
     if door.guesses.locked(who):
         raise Unknown(REFUSED, why=f"user {who}: too many wrong passwords")
     if not door.passwords.right(owner.password, user.secret if user else None) or user is None or domain is None:
@@ -193,16 +193,18 @@ def _by_token(door: Door, text: str) -> Proven:
 
 def _by_credential(door: Door, proof: CredentialProof) -> Proven:
     with door.db.read() as tx:
-        credential = None
+        credential, of = None, ""
         if proof.id is not None:
             credential = store.look(tx, ApplicationCredential, proof.id)
-        elif proof.name is not None and proof.user and (owner := _user(tx, proof.user)):
-            found = store.find(tx, ApplicationCredential, user_id=owner.id, name=proof.name)
+        elif proof.name is not None and proof.user:
+            owner = _user(tx, proof.user)
+            of = _counted(tx, proof.user, owner)
+            found = store.find(tx, ApplicationCredential, user_id=owner.id, name=proof.name) if owner else []
             credential = found[0] if found else None
-        elif proof.name is None or not proof.user:
+        else:
             raise Invalid("An application credential is named by id, or by name and user.")
         user = store.look(tx, User, credential.user_id) if credential else None
-    who = f"application credential {credential.id if credential else (proof.id, proof.name)}"
+    who = f"application credential {credential.id if credential else (proof.id, of, proof.name)}"
     if door.guesses.locked(who):
         raise Unknown(REFUSED, why=f"{who}: too many wrong secrets")
     if not door.passwords.right(proof.secret, credential.secret if credential else None) or not credential or not user:
@@ -220,6 +222,15 @@ def _user(tx: Tx, owner: Owner) -> User | None:
     domain_id = _domain_id(tx, owner.domain)
     found = store.find(tx, User, name=owner.name, domain_id=domain_id) if domain_id else []
     return found[0] if found else None
+
+
+def _counted(tx: Tx, owner: Owner, user: User | None) -> str:
+    """Whose wrong tries these are. However he is named, one count: also for nobody, or a pause would tell who exists."""
+    if user is not None:
+        return user.id
+    if owner.id is not None or owner.domain is None:
+        return repr(owner.id)
+    return repr((owner.name, _domain_id(tx, owner.domain)))
 
 
 def _domain_id(tx: Tx, said: ByName) -> str | None:

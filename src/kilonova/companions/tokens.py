@@ -267,7 +267,8 @@ def _unb64(text: str) -> bytes:
 class Guesses:
     """Failed tries by whom: after `most` in a row, further ones are refused unheard for `pause_s`.
 
-    In memory and per process: it shall make guessing slow, not be a record.  Who does not exist is counted as
+    In memory and per process: it shall make guessing slow, not be a record, and a restart forgets no more than the
+    seconds of one pause.  Who does not exist is counted as
     who does, so that a refusal tells nothing.
     """
 
