@@ -46,7 +46,7 @@ def test_a_password_gives_a_token_with_roles_and_a_catalog_at_the_address_that_w
     assert token["methods"] == ["password"] and token["issued_at"].endswith("Z")
     urls = {s["type"]: s["endpoints"][0]["url"] for s in token["catalog"]}
     assert urls["compute"] == "http://cloud.test/compute/v2.1" and urls["image"] == "http://cloud.test/image"
-    assert "block-storage" not in urls and "volumev3" not in urls
+    assert urls["block-storage"] == urls["volumev3"] == "http://cloud.test/volume/v3"
     assert "catalog" not in cloud.json("POST", f"{V3}/auth/tokens?nocatalog", body, ok=201)["token"]
 
 
