@@ -99,6 +99,9 @@ def test_a_restart_forgets_neither_machines_nor_answers(house):
         "power_state": 4,
         "epoch": 1,
         "kept": None,
+        "captures": [],
+        "ports": [],
+        "volumes": [],
     }
     house.host.close()
 
