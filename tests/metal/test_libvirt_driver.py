@@ -33,7 +33,7 @@ from kilonova.kit.db import Db, meta
 from kilonova.kit.errors import NotFound, Refused, Unavailable, Unsupported
 from kilonova.kit.http import listen
 from kilonova.model.flavor import Flavor
-from kilonova.model.machine import BlankSource, Disk, Identity, ImageSource, Machine, Nic
+from kilonova.model.machine import BlankSource, Disk, Identity, ImageSource, Machine, Nic, VolumeSource
 from kilonova.model.options import Compute, Console, Libvirt
 from kilonova.model.server import Server
 from kilonova.store import consoles, servers
@@ -340,6 +340,92 @@ def test_nics_come_and_go(lab: Lab) -> None:
     driver.detach_nic(machine.id, port, 0)
     with pytest.raises(NotFound):
         driver.attach_nic(machine.id, nic)
+
+
+def volume(path: Path, content: bytes | Path, size_mb: int) -> VolumeSource:
+    """As the volume service says it of one of its files."""
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    else:
+        path.write_bytes(content)
+    os.truncate(path, size_mb * MIB)
+    id = f"0a1b2c3d-4e5f-4000-9000-{next(NUMBERS):012x}"
+    data = {"device_path": str(path), "format": "raw", "access_mode": "rw"}
+    return VolumeSource(id, {"driver_volume_type": "local", "data": data})
+
+
+def test_volumes_come_and_go(lab: Lab, guest: Path, tmp_path: Path) -> None:
+    """A server that boots from one; another is put in, changed for a third under the guest's hands, and taken out."""
+    driver = lab.driver
+
+    def held(machine: Machine) -> list[str] | None:
+        return next(h.volumes for h in driver.machines() if h.id == machine.id)
+
+    root = volume(tmp_path / "root", guest, 256)
+    one, two = volume(tmp_path / "one", b"mine", 64), volume(tmp_path / "two", b"", 64)
+    disks = [Disk("vda", root, boot_index=0, serial=root.volume_id)]
+    data = Disk("vdb", one, serial=one.volume_id)
+    with lab.spawned(disks=disks) as machine:
+        at = lab.says(machine, "login:")
+        assert held(machine) == [root.volume_id]
+        for _ in range(2):
+            driver.attach_volume(machine.id, data)
+        assert held(machine) == [root.volume_id, one.volume_id]
+        for _ in range(2):
+            driver.swap_volume(machine.id, one.volume_id, Disk("vdc", two, serial=two.volume_id))
+        assert held(machine) == [root.volume_id, two.volume_id] and (tmp_path / "two").read_bytes()[:4] == b"mine"
+        description = driver._on(machine.id, lambda domain: domain.XMLDesc(0))
+        assert str(tmp_path / "two") in description and str(tmp_path / "one") not in description
+        assert "<mirror" not in description
+
+        driver.reboot(machine.id, hard=True, timeout_s=0)  # it is part of the machine
+        lab.says(machine, "login:", lab.says(machine, "kernel up", at))
+        for _ in range(2):
+            driver.detach_volume(machine.id, two.volume_id, 30)
+        assert held(machine) == [root.volume_id]
+        assert str(tmp_path / "two") not in driver._on(machine.id, lambda domain: domain.XMLDesc(0))
+
+        driver.stop(machine.id, 0)
+        (tmp_path / "one").write_bytes(b"anew" + bytes(64 * MIB - 4))
+        driver.attach_volume(machine.id, data)
+        driver.swap_volume(machine.id, one.volume_id, Disk("vdb", two, serial=two.volume_id))
+        assert (tmp_path / "two").read_bytes()[:4] == b"anew"
+        driver.start(machine.id)
+        driver.pause(machine.id)  # and so it cannot let go
+        with pytest.raises(Refused):
+            driver.detach_volume(machine.id, two.volume_id, 0.5)
+        driver.detach_volume(machine.id, two.volume_id, 0, anyway=True)
+        assert held(machine) == [root.volume_id]
+        driver.stop(machine.id, 0)
+
+        driver.attach_volume(machine.id, data)
+        driver._remember(machine)  # as if it had died between the guest and the book
+        driver.start(machine.id)
+        driver.detach_volume(machine.id, one.volume_id, 0, anyway=True)
+    for name in ("root", "one", "two"):
+        assert (tmp_path / name).exists(), "a volume is not the host's to remove"
+    driver.detach_volume(machine.id, one.volume_id, 0)
+    with pytest.raises(NotFound):
+        driver.attach_volume(machine.id, data)
+
+
+def test_a_volume_that_cannot_be_reached_is_refused(lab: Lab, tmp_path: Path) -> None:
+    good = volume(tmp_path / "v", b"", 1)
+    assert good.connection_info
+    for kind, data in (
+        ("rbd", {"name": "pool/volume"}),
+        ("local", {}),
+        ("local", {"device_path": "here", "format": "raw"}),
+        ("local", {"device_path": str(tmp_path / "v"), "format": "vmdk"}),
+        ("local", {"device_path": str(tmp_path / "gone"), "format": "raw"}),
+    ):
+        bad = VolumeSource(good.volume_id, {"driver_volume_type": kind, "data": data})
+        machine = lab.machine(disks=[Disk("vda", bad, boot_index=0)])
+        with pytest.raises(Refused, match=good.volume_id):
+            lab.driver.spawn(machine, lambda said: None)
+        assert not lab.directory(machine).exists()
+    with pytest.raises(Refused):
+        lab.driver.spawn(lab.machine(disks=[Disk("vda", VolumeSource("v"), boot_index=0)]), lambda said: None)
 
 
 def test_guests_outlive_libvirtd_and_us(lab: Lab) -> None:

@@ -27,6 +27,7 @@ from oslo_utils.imageutils import format_inspector
 from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Refused, Trouble
 from kilonova.model.machine import BlankSource, Disk, ImageSource
+from kilonova.virt.libvirt import volumes
 from kilonova.virt.libvirt.xml import Laid, Layer
 
 logger = logging.getLogger(__name__)
@@ -264,7 +265,7 @@ class Workshop:
             return self._overlay(disk, directory, base)
         if isinstance(disk.source, BlankSource):
             return self._blank(disk, number, directory, disk.source.format)
-        raise Refused("This host cannot attach volumes.")
+        return volumes.laid(disk.source)
 
     def _overlay(self, disk: Disk, directory: Path, base: Base) -> Laid:
         below = Layer(str(self.cache.path(base)), base.format)

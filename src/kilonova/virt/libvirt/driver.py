@@ -36,10 +36,21 @@ from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable, Unsupported
 from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts
-from kilonova.model.machine import ImageSource, Machine, Nic, VolumeSource, with_nic, without_nic
+from kilonova.model.machine import (
+    Disk,
+    ImageSource,
+    Machine,
+    Nic,
+    VolumeSource,
+    volumes_of,
+    with_nic,
+    with_volume,
+    without_nic,
+    without_volume,
+)
 from kilonova.model.options import Compute, Libvirt
 from kilonova.virt.driver import Held, Power, Progress
-from kilonova.virt.libvirt import disks, hotplug, xml
+from kilonova.virt.libvirt import disks, hotplug, volumes, xml
 from kilonova.virt.libvirt import host as machine_host
 from kilonova.virt.libvirt.daemon import Link, Private, Running, library
 
@@ -51,6 +62,7 @@ TRIM_EVERY_S = 5.0
 SAVE_BYTES_PER_S = 20 << 20  # what memory is written to disk with, at least
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 BLOCK = 4096
+MOVE_S = 3600.0  # a volume from one place to another
 LOOKS = 4  # at a domain that changes while we look
 
 SSH_PORT = "ssh.port"
@@ -105,7 +117,7 @@ class LibvirtDriver:
         self.listeners: list[Callable[[str, Power], None]] = []
         self.known: dict[str, Power] = {}
         self.epochs: dict[str, int] = {}
-        self.ports: dict[str, list[str]] = {}  # that a machine's NICs are plugged into
+        self.devices: dict[str, tuple[list[str], list[str]]] = {}  # by server: ids of ports, of volumes
         self.news: queue.SimpleQueue[tuple[str, Power] | None] = queue.SimpleQueue()
         self.abilities: machine_host.Abilities | None = None
         self.version = 0
@@ -187,14 +199,15 @@ class LibvirtDriver:
         self._sweep()
         directories = self._directories()
         domains = self.link.call(lambda conn: self._domains(conn, directories))
-        held = [
-            Held(id, power, self._epoch(id), ports=self._ports(id)) if id in directories else Held(id, power, epoch)
-            for id, power, epoch in domains
-        ]
+        held = [self._held(id, power) if id in directories else Held(id, power, epoch) for id, power, epoch in domains]
         here = {h.id for h in held}
         bare = sorted(id for id in directories - here if (self.instances / id).is_dir())  # still
-        held += [Held(id, "nostate", self._epoch(id), ports=self._ports(id)) for id in bare]
+        held += [self._held(id, "nostate") for id in bare]
         return held
+
+    def _held(self, id: str, power: Power) -> Held:
+        ports, volumes = self._devices(id)
+        return Held(id, power, self._epoch(id), ports=ports, volumes=volumes)
 
     def power(self, id: str) -> Power:
         """Raises NotFound where there is neither a domain nor a directory."""
@@ -246,8 +259,6 @@ class LibvirtDriver:
     def spawn(self, machine: Machine, progress: Progress) -> None:
         id = machine.id
         directory = self._directory(id)
-        if any(isinstance(disk.source, VolumeSource) for disk in machine.disks):
-            raise Refused("This host cannot attach volumes.")
         with self._alone(id):
             was_here = directory.is_dir()
             if was_here and self.power(id) == "running":
@@ -300,7 +311,7 @@ class LibvirtDriver:
                 shutil.rmtree(gone, ignore_errors=True)
             self.known.pop(id, None)
             self.epochs.pop(id, None)
-            self.ports.pop(id, None)
+            self.devices.pop(id, None)
 
     def remember(self, machine: Machine) -> None:
         """From its next start or hard reboot on it is this. Raises NotFound when it is not here."""
@@ -430,6 +441,75 @@ class LibvirtDriver:
                 self._define(machine)
         if gone and os.geteuid() and _is_link(device):
             _ip("link", "delete", device)
+
+    def attach_volume(self, id: str, disk: Disk) -> None:
+        """The same way: into the guest, then into the machine. It stays where it is; nothing of it is copied."""
+        assert isinstance(disk.source, VolumeSource)
+        found = volumes.laid(disk.source)
+        with self._alone(id):
+            machine, laid = self._known(id), self._laid(id)
+            if disk.source.volume_id in volumes_of(machine):
+                return
+            place = msgspec.structs.replace(self._place(machine), disks=laid | {disk.device: found})
+            find, text = hotplug.disk(disk.device, disk.serial), xml.disk_xml(disk, place)
+            self._on(id, lambda domain: hotplug.plug(self.lib, domain, find, text))
+            self._lay(id, place.disks)
+            machine = with_volume(machine, disk)
+            self._remember(machine)
+            self._define(machine)
+
+    def detach_volume(self, id: str, volume_id: str, timeout_s: float, anyway: bool = False) -> None:
+        machine = self._machine(id)
+        disk = _disk_of(machine, volume_id)
+        find = hotplug.disk(disk.device if disk else "", volume_id)  # an attach may have come half-way
+        try:
+            gone = self._let_go(id, find, timeout_s)
+        except NotFound:
+            gone = True
+        if not gone and not anyway:
+            raise Refused("The guest does not let go of the volume.")
+        with self._alone(id):
+            machine = self._machine(id)
+            if (disk := _disk_of(machine, volume_id)) and machine is not None:
+                machine = without_volume(machine, volume_id)
+                self._remember(machine)
+                self._define(machine)
+                self._lay(id, {name: laid for name, laid in self._laid(id).items() if name != disk.device})
+
+    def swap_volume(self, id: str, volume_id: str, disk: Disk) -> None:
+        """QEMU copies, and goes on with the copy when both are alike; off, the bytes are copied as they lie."""
+        assert isinstance(disk.source, VolumeSource)
+        with self._alone(id):
+            machine = self._known(id)
+            old = _disk_of(machine, volume_id)
+            if old is None:
+                if disk.source.volume_id in volumes_of(machine):
+                    return
+                raise Refused(f"The machine does not have the volume {volume_id}.")
+            new = msgspec.structs.replace(disk, device=old.device)
+            found = volumes.laid(disk.source)
+            place = msgspec.structs.replace(self._place(machine), disks=self._laid(id) | {old.device: found})
+            if self._on(id, lambda domain: domain.isActive()):
+                self._move(id, old.device, found.layers[0].path, xml.disk_xml(new, place))
+            else:
+                was, now = self._laid(id)[old.device].layers[0], found.layers[0]
+                disks.qemu_img("convert", "-n", "-f", was.format, "-O", now.format, was.path, now.path, cpu_s=1800)
+            self._lay(id, place.disks)
+            machine = with_volume(machine, new, volume_id)
+            self._remember(machine)
+            self._define(machine)
+
+    def _move(self, id: str, device: str, path: str, text: str) -> None:
+        """Raises Refused where it could not be done in time; the disk is then where it was."""
+        end = self.clock.now() + MOVE_S
+        try:
+            while not self._on(id, lambda domain: hotplug.mirrored(self.lib, domain, device, path, text)):
+                if self.clock.now() > end:
+                    raise Refused("The volume could not be copied in time.")
+                self.clock.sleep(0.1)
+        except Refused:
+            self._on(id, lambda domain: hotplug.unmirror(self.lib, domain, device))
+            raise
 
     def _let_go(self, id: str, find: hotplug.Find, timeout_s: float) -> bool:
         """Has the guest let go of it in time? Asked again now and then: while it boots it may not have heard."""
@@ -624,7 +704,7 @@ class LibvirtDriver:
         kept = msgspec.structs.replace(machine, admin_password="")
         _put(self._directory(machine.id) / "machine.json", msgspec.json.encode(kept), 0o600)
         self.epochs[machine.id] = machine.epoch
-        self.ports[machine.id] = [nic.port_id for nic in machine.nics]
+        self.devices[machine.id] = _devices_of(machine)
 
     def _machine(self, id: str) -> Machine | None:
         try:
@@ -646,18 +726,16 @@ class LibvirtDriver:
             self.epochs[id] = machine.epoch if machine else 0
         return self.epochs[id]
 
-    def _ports(self, id: str) -> list[str]:
-        if id not in self.ports:
+    def _devices(self, id: str) -> tuple[list[str], list[str]]:
+        """Its ports and its volumes."""
+        if id not in self.devices:
             machine = self._machine(id)
-            self.ports[id] = [nic.port_id for nic in machine.nics] if machine else []
-        return self.ports[id]
+            self.devices[id] = _devices_of(machine) if machine else ([], [])
+        return self.devices[id]
 
     def _place(self, machine: Machine) -> xml.Place:
         directory, options = self._directory(machine.id), self.options
-        try:
-            laid = msgspec.json.decode((directory / "disks.json").read_bytes(), type=dict[str, xml.Laid])
-        except OSError:
-            raise Refused("The disks of the server are missing on this host.") from None
+        laid = self._laid(machine.id)
         drive = directory / xml.CONFIG_DRIVE
         if machine.config_drive and not drive.exists():
             disks.config_drive(drive, lambda: self.config_drive(machine), self.mode)
@@ -683,6 +761,16 @@ class LibvirtDriver:
             apart=self._apart(machine),
             sandbox="ours" if self.carry else "libvirt",
         )
+
+    def _laid(self, id: str) -> dict[str, xml.Laid]:
+        """Where its disks lie, by the names that the guest has for them."""
+        try:
+            return msgspec.json.decode((self._directory(id) / "disks.json").read_bytes(), type=dict[str, xml.Laid])
+        except OSError:
+            raise Refused("The disks of the server are missing on this host.") from None
+
+    def _lay(self, id: str, laid: dict[str, xml.Laid]) -> None:
+        _put(self._directory(id) / "disks.json", msgspec.json.encode(laid), 0o600)
 
     def _apart(self, machine: Machine) -> xml.Apart:
         if all(nic.vif_type != "user" for nic in machine.nics):
@@ -871,6 +959,15 @@ def doors(state_dir: Path) -> dict[str, int]:
     """Of a host: server → the port of the machine's loopback that leads to its ssh. Asks nobody, files tell."""
     found = {path.parent.name: ssh_port(path.parent) for path in (state_dir / "instances").glob(f"[!.]*/{SSH_PORT}")}
     return {id: port for id, port in sorted(found.items()) if port}
+
+
+def _devices_of(machine: Machine) -> tuple[list[str], list[str]]:
+    return [nic.port_id for nic in machine.nics], volumes_of(machine)
+
+
+def _disk_of(machine: Machine | None, volume_id: str) -> Disk | None:
+    found = (d for d in machine.disks if isinstance(d.source, VolumeSource)) if machine else ()
+    return next((d for d in found if d.source.volume_id == volume_id), None)  # type: ignore[union-attr]
 
 
 def _put(path: Path, content: bytes, mode: int) -> None:

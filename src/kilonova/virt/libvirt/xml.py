@@ -41,10 +41,15 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 class Laid(msgspec.Struct, frozen=True):
-    """Where a disk lies: the file the guest writes to first, those it stands on below."""
+    """Where a disk lies: the file the guest writes to first, those it stands on below.
+
+    `shared`: other guests may have it at the same time. `block`: it is a block device.
+    """
 
     layers: list[Layer]
     read_only: bool = False
+    shared: bool = False
+    block: bool = False
 
 
 class Apart(msgspec.Struct, frozen=True):
@@ -110,6 +115,11 @@ def domain_xml(machine: Machine, at: Place) -> str:
 def nic_xml(nic: Nic, at: Place) -> str:
     """One NIC, for a guest that runs. Raises Refused where it could only be said before its start."""
     return ElementTree.tostring(_nic(nic, at), encoding="unicode")
+
+
+def disk_xml(disk: Disk, at: Place) -> str:
+    """One disk, for a guest that runs."""
+    return ElementTree.tostring(_disk(disk, at), encoding="unicode")
 
 
 def epoch_of(metadata: str) -> tuple[str, int]:
@@ -264,14 +274,16 @@ def _disk(disk: Disk, at: Place) -> Element:
         "disk",
         None,
         element("driver", name="qemu", type=top.format, cache=at.disk_cache, discard=discard),
-        element("source", file=top.path),
+        element("source", dev=top.path) if laid.block else element("source", file=top.path),
         _backing(laid.layers[1:]),
         element("target", dev=disk.device, bus=disk.bus),
-        type="file",
+        type="block" if laid.block else "file",
         device=disk.kind,
     )
     if laid.read_only:
         made.append(element("readonly"))
+    if laid.shared:
+        made.append(element("shareable"))
     if disk.serial:
         made.append(element("serial", re.sub(r"[^A-Za-z0-9_-]", "-", disk.serial)))
     if disk.boot_index is not None and disk.boot_index >= 0:
