@@ -103,7 +103,7 @@ class Conductor:
     def start(self) -> None:
         """Go on where an earlier life stopped, and listen."""
         workers = self.world.config.workers
-        create.spawn.patience_s = workers.build_timeout_s
+        create.spawn.patience_s = evacuate.spawn.patience_s = workers.build_timeout_s
         for step in verbs.STEPS.values():
             step.patience_s = workers.command_timeout_s
         self.worker.start()

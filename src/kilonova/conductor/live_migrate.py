@@ -42,6 +42,7 @@ def live_migrate(run: Run, job: LiveMigrate) -> None:
     with run.attempt():
         try:
             run(queued, job, run.now)
+            run(moves.able, job.server.host or "", "SendAway", "Stay")
             run(turn, job, run.now)
             goal, joined, landing = land_somewhere(run, job)
             run(running, job, run.now)

@@ -15,7 +15,7 @@ from kilonova.conductor.volumes import Connected
 from kilonova.conductor.world import World
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Conflict, NoCapacity, Trouble
+from kilonova.kit.errors import NoCapacity, Trouble, Unavailable, Unsupported
 from kilonova.kit.workflow import Run, effect
 from kilonova.model.ask import amounts, ask
 from kilonova.model.flavor import Flavor
@@ -45,6 +45,15 @@ def home(world: World, key: str, host: str, node: str | None) -> Place:
         zone = hosts.zones(tx).get(host, world.config.api.default_availability_zone)
         found = [n for n in hosts.nodes(tx, host=host) if node in (None, n.node)]
         return Place(host, found[0].node if found else node or host, found[0].uuid if found else "", zone)
+
+
+@effect
+def able(world: World, key: str, host: str, *messages: str) -> None:
+    """It knows what it will be told, also to take something back. Raises Unsupported for a host of an older release."""
+    with world.db.read() as tx:
+        speaks = set(hosts.service_of(tx, host).speaks)
+    if missing := set(messages) - speaks:
+        raise Unsupported(f"The release of host {host} is too old for this.", why=f"no {', '.join(sorted(missing))}")
 
 
 def choice(
@@ -143,7 +152,9 @@ def _(world: World, key: str, server: Server, to: Place, back: Place) -> None:
     """A network service may have no wires on a host that is down: its ports are looked at again (`watch.strays`)."""
     try:
         ports.rebind(world, server, back)
-    except Conflict as e:
+    except Unavailable:
+        raise
+    except Trouble as e:
         log.warning("ports of %s are not back on %s: %s", server.id, back.host, e.said)
 
 

@@ -6,7 +6,7 @@ Until its user confirms or reverts, the old machine is kept where it was, and it
 import msgspec
 
 from kilonova.conductor import moves
-from kilonova.conductor.moves import Goal, Joined, home, rebind
+from kilonova.conductor.moves import Goal, Joined, able, home, rebind
 from kilonova.conductor.verbs import timeout_s
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Abandon, Arrive, Depart, Done, Drop, Luggage, Prepare, Return, Stay
@@ -30,6 +30,7 @@ def resize(run: Run, job: Resize) -> None:
     assert s.host is not None
     run.if_undone(stayed, job, run.id, run.now)
     old = run(home, s.host, s.node)
+    run(able, s.host, "Depart", "Stay", "Return", "Drop")
     goal = find(run, job)
     run(on_the_way, s, job.migration, Task.resize_migrating, Status.migrating, run.now)
     luggage = run(depart, s, s.host, s.epoch)

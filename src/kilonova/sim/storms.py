@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kilonova.conductor import create
+from kilonova.conductor import create, evacuate, live_migrate, resize
+from kilonova.kit.workflow import Step
 from kilonova.sim.world import CALM, FLAVOR, LARGE, Api, Faults, Sim
 from kilonova.store import servers
 
@@ -27,6 +28,10 @@ MOVES: list[tuple[str, Any]] = [
     ("migrate", None),
     ("os-migrateLive", {"host": None, "block_migration": "auto"}),
 ]
+# Steps that may well last longer than somebody waits for them.
+LONG: list[Step[Any, Any]] = [
+    create.spawn, evacuate.spawn, live_migrate.prepare, live_migrate.send, resize.arrive, resize.come_back, resize.depart,
+]  # fmt: skip
 OPERATORS = {"migrate", "os-migrateLive"}  # acts that users may not ask for
 NOBODY = "00000000-0000-0000-0000-000000000000"
 GROUPS = (None, None, None, "anti-affinity", "affinity", "soft-anti-affinity")
@@ -105,7 +110,8 @@ class User:
 
 def storm(sim: Sim, round: int = 0) -> None:
     """Ten servers, made, tossed about and deleted at any time within five minutes, with and without patience."""
-    create.spawn.patience_s = sim.dice.choice([25.0, 600.0])
+    for step in LONG:
+        step.patience_s = sim.dice.choice([25.0, 600.0])
     user = User(sim)
     for i in range(10):
         name, born = f"s{round}-{i}", sim.dice.uniform(0, 120)
@@ -223,7 +229,7 @@ def play(
     seed: int, *, hours: float = 0.0, faults: Faults | None = None, tell: Callable[[str], None] | None = None
 ) -> tuple[list[str], Sim]:
     """Storm after storm, each settled and judged, for so many hours of virtual time; one at least."""
-    patience = create.spawn.patience_s
+    patience = [step.patience_s for step in LONG]
     sim = Sim(seed, faults, tell=tell)
     began = sim.now
     try:
@@ -239,7 +245,8 @@ def play(
                 return found, sim
         raise AssertionError("not reached")
     finally:
-        create.spawn.patience_s = patience
+        for step, before in zip(LONG, patience, strict=True):
+            step.patience_s = before
         sim.close()
 
 
