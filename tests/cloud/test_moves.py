@@ -6,10 +6,10 @@ from kilonova.kit.bus import opened
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.model.options import Config
-from kilonova.store import catalog, migrations, placement
+from kilonova.store import catalog, hosts, migrations, placement
 from tests.cloud.test_attach import attach
 from tests.cloud.test_volume_boot import boot, made, of_volume, seen
-from tests.stories import telling
+from tests.stories import Edgy, telling
 
 
 @pytest.fixture
@@ -790,3 +790,34 @@ def test_a_volume_that_came_while_it_waited_for_a_word_comes_back_as_well(cloud)
     assert at(cloud, data)[0] == s.row.host
     s.act("revertResize")
     assert (s.status, at(cloud, data)[0]) == ("ACTIVE", source)
+
+
+def test_a_host_of_an_older_release_is_not_asked_what_it_does_not_know(cloud):
+    s = cloud.boot()
+    before = s.row
+    for ask in (lambda: s.act("resize", {"flavorRef": "large"}), lambda: live(cloud, s)):
+        with cloud.db.tx() as tx:
+            tx.execute(hosts.SERVICES.update().values(speaks='["Spawn","Destroy","Power","Look"]'))
+        ask()
+        row = s.row
+        assert (s.status, row.host, row.epoch, last_move(cloud, s).status) == ("ACTIVE", before.host, before.epoch, "error")  # fmt: skip
+
+
+class Poor(Edgy):
+    """A hypervisor that cannot move anything."""
+
+    def __getattr__(self, name):
+        if name in ("prepare", "prepare_landing"):
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+def test_a_hypervisor_that_can_move_nothing_says_so_before_the_guest_notices(cloud):
+    s = cloud.boot()
+    for h in cloud.hosts.hosts.values():
+        h.driver = Poor(h.driver, cloud.edges)
+    since = s.state.machines[s.id].since
+    s.act("resize", {"flavorRef": "large"})
+    assert last_move(cloud, s).status == "error"
+    live(cloud, s)
+    assert (s.status, last_move(cloud, s).status, s.state.machines[s.id].since) == ("ACTIVE", "error", since)
