@@ -82,6 +82,30 @@ def two_apart(cloud, name):
     cloud.settle()
     one.delete()
     return two
+def snapshot(cloud, name):
+    s = cloud.boot(name)
+    s.act("createImage", {"name": name})
+    return s
+
+
+def shelve_unshelve(cloud, name):
+    s = cloud.boot(name)
+    s.act("shelve")
+    s.act("unshelve")
+    return s
+
+
+def rebuild(cloud, name):
+    s = cloud.boot(name)
+    s.act("rebuild", {"imageRef": cloud.image_id})
+    return s
+
+
+def rescue(cloud, name):
+    s = cloud.boot(name)
+    cloud.json("POST", f"/servers/{s.id}/action", {"rescue": None})
+    cloud.settle()
+    return s
 
 
 ENDS = {
@@ -95,6 +119,10 @@ ENDS = {
     a_guest_ends: "stopped",
     next_host: "active",
     two_apart: "active",
+    snapshot: "active",
+    shelve_unshelve: "active",
+    rebuild: "active",
+    rescue: "rescued",
 }
 
 

@@ -28,6 +28,10 @@ STORIES = [
     "delete overtakes stop",
     "snapshot",
     "delete overtakes snapshot",
+    "shelve, unshelve",
+    "delete overtakes shelve",
+    "rebuild",
+    "rescue, unrescue",
     "resize, confirm",
     "resize, revert",
     "delete overtakes resize",
@@ -39,7 +43,11 @@ STORIES = [
     "delete overtakes evacuate",
 ]
 # Long stories are told with a crash at every third boundary: the steps of their runs have two and more each.
-EVERY = {name: "3" for name in STORIES if any(word in name for word in ("resize", "revert", "migrate", "evacuate"))}
+EVERY = {
+    name: "3"
+    for name in STORIES
+    if any(word in name for word in ("resize", "revert", "migrate", "evacuate", "shelve", "snapshot", "rescue"))
+}
 CRASH = """
 import logging, sys
 logging.disable()

@@ -1,7 +1,7 @@
 """What a host does for an image of a server: freeze a copy of its disk, upload it, or throw it away."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 from kilonova.compute.host import Host, power_of
@@ -35,7 +35,7 @@ def upload(host: Host, m: Upload) -> Done:
     with host.at_work(m.server, "upload"):
         stage = host.progress(m.server)
         try:
-            host.images.send(m.image_id, _watched(driver.captured(m.server, m.image_id), stage))
+            host.images.send(m.image_id, _watched(driver, m, stage))
         except Trouble:
             stage("the upload broke off")
             raise
@@ -49,8 +49,9 @@ def discard(host: Host, m: Discard) -> Done:
     return Done()
 
 
-def _watched(chunks: Iterable[bytes], stage: Callable[[str], None]) -> Iterator[bytes]:
-    for chunk in chunks:
+def _watched(driver: Captures, m: Upload, stage: Callable[[str], None]) -> Iterator[bytes]:
+    """Looked for when it is needed: an image that has its bytes already needs no copy, and there may be none any more."""
+    for chunk in driver.captured(m.server, m.image_id):
         stage("uploading")
         yield chunk
 

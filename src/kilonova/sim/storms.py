@@ -20,8 +20,14 @@ VERBS: list[tuple[str, Any]] = [
     ("resume", None),
     ("createImage", {"name": "image"}),
     ("createBackup", {"name": "backup", "backup_type": "daily", "rotation": 1}),
+    ("rebuild", lambda sim: {"imageRef": sim.image_id}),
+    ("changePassword", {"adminPass": "of the guest"}),
 ]
-
+# There and back again.
+ERRANDS: list[list[tuple[str, Any]]] = [
+    [("shelve", None), ("unshelve", None)],
+    [("rescue", None), ("unrescue", None)],
+]
 
 MOVES: list[tuple[str, Any]] = [
     ("resize", {"flavorRef": LARGE.id}),
@@ -68,6 +74,7 @@ class User:
     def act(self, name: str, verb: str, said: Any) -> None:
         if name in self.known:
             token = "admin" if verb in OPERATORS else "t"
+            said = said(self.sim) if callable(said) else said  # it may depend on the cloud
             self.api.ask("POST", f"/servers/{self.known[name]}/action", {verb: said}, token=token)
 
     def abort(self, name: str) -> None:
@@ -124,6 +131,8 @@ def storm(sim: Sim, round: int = 0) -> None:
             user.later(born + sim.dice.uniform(5, 200), what, name)
         if sim.dice.random() < 0.5:
             journey(sim, user, name, born + sim.dice.uniform(20, 100))
+        if sim.dice.random() < 0.4:
+            errand(sim, user, name, born + sim.dice.uniform(20, 120))
         if sim.dice.random() < 0.6:
             user.later(born + sim.dice.choice([sim.dice.uniform(0, 40), sim.dice.uniform(0, 250)]), user.delete, name)
     for _ in range(4):
@@ -143,6 +152,13 @@ def journey(sim: Sim, user: User, name: str, at: float) -> None:
             user.later(at, user.act, name, sim.dice.choice(["confirmResize", "revertResize"]), None)
 
 
+def errand(sim: Sim, user: User, name: str, at: float) -> None:
+    """It goes somewhere where it does not work, and comes back; perhaps before it is there."""
+    for verb, said in sim.dice.choice(ERRANDS):
+        user.later(at, user.act, name, verb, said)
+        at += sim.dice.choice([sim.dice.uniform(0, 30), sim.dice.uniform(30, 100)])
+
+
 def clean(sim: Sim) -> None:
     """All servers are deleted, calmly: the next storm finds an empty cloud."""
     sim.faults, faults = CALM, sim.faults
@@ -157,7 +173,9 @@ def clean(sim: Sim) -> None:
     sim.faults = faults
 
 
-SAID = dict(VERBS + MOVES)  # what is said with an act that stands once in there
+SAID = dict(
+    VERBS + MOVES + [act for acts in ERRANDS for act in acts]
+)  # what is said with an act that stands once in there
 Story = Callable[[Sim], None]
 
 
@@ -212,6 +230,10 @@ STORIES: dict[str, Story] = {
     "delete overtakes attach": story(("create", 5), ("attach", 60), ("delete", 62)),
     "delete overtakes stop": story(("create", 5), ("os-stop", 100), ("delete", 101)),
     "snapshot": story(("create", 5), ("createImage", 100)),
+    "shelve, unshelve": story(("create", 5), ("shelve", 60), ("unshelve", 120)),
+    "delete overtakes shelve": story(("create", 5), ("shelve", 60), ("delete", 75)),
+    "rebuild": story(("create", 5), ("rebuild", 60)),
+    "rescue, unrescue": story(("create", 5), ("rescue", 60), ("unrescue", 120)),
     "delete overtakes snapshot": story(("create", 5), ("createImage", 100), ("delete", 103)),
     "resize, confirm": story(("create", 5), ("resize", 60), ("confirmResize", 130)),
     "resize, revert": story(("create", 5), ("resize", 60), ("revertResize", 130)),
