@@ -82,6 +82,8 @@ def two_apart(cloud, name):
     cloud.settle()
     one.delete()
     return two
+
+
 def snapshot(cloud, name):
     s = cloud.boot(name)
     s.act("createImage", {"name": name})
