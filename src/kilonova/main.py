@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "the same, with a first server that boots before your eyes",
     "down": "stop the cloud that `up` started",
     "status": "is it up, where, and how is it",
+    "hosts": "what they have, what is used of it, and why a server would not go there",
     "sim": "a whole cloud in one thread, on virtual time, from a seed, with faults",
     "config": "what can be chosen, and what was",
     "test": "test everything, or a part",
@@ -33,6 +34,7 @@ def main() -> int:
         "demo": _demo,
         "down": _down,
         "status": _status,
+        "hosts": _hosts,
         "sim": _sim,
         "config": _config,
         "test": _test,
@@ -112,6 +114,12 @@ def _status(words: list[str]) -> int:
     from kilonova.cli import status
 
     return status.main(_parser("status"), words)
+
+
+def _hosts(words: list[str]) -> int:
+    from kilonova.cli import hosts
+
+    return hosts.main(_parser("hosts"), words)
 
 
 def _sim(words: list[str]) -> int:

@@ -1,6 +1,26 @@
 """Where servers come to be, as users and operators see it: hints, forced places, and why there was none."""
 
-from kilonova.store import servers
+import json
+import random
+import threading
+
+import pytest
+import sqlalchemy as sa
+
+from kilonova import main as commands
+from kilonova.cli import hosts as command
+from kilonova.compute.report import stocks
+from kilonova.contracts.conductor import Report
+from kilonova.contracts.scheduler import Choose
+from kilonova.kit.clock import Ids, WallClock
+from kilonova.kit.db import Db, meta
+from kilonova.kit.errors import Invalid, NoCapacity, NotFound
+from kilonova.model.ask import Ask
+from kilonova.model.flavor import Flavor
+from kilonova.model.host import HostFacts
+from kilonova.model.options import Compute
+from kilonova.scheduler.select import Scheduler
+from kilonova.store import catalog, hosts, placement, servers
 from tests.stories import telling
 
 
@@ -34,3 +54,126 @@ def test_servers_go_to_others_or_away_from_them(tmp_path):
         assert boot("nowhere", different_host=[one.id, far.id, third.id]).vm_state == "error"
         assert boot("near-nobody", same_host="00000000-0000-4000-8000-000000000009").vm_state == "error"
         cloud.check()
+
+
+# ---- kilonova hosts
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A cloud's directory, with three hosts, and some of the first in use."""
+    db, now, ids = Db(f"sqlite:///{tmp_path}/kilonova.db"), WallClock().now(), Ids()
+    meta.create_all(db.engine)
+    with db.tx() as tx:
+        for i, name in enumerate("abc"):
+            traits = ["HW_CPU_X86_AVX2"] if i else []
+            facts = HostFacts(8, 4096 << i, 100, 90, "QEMU", 7_002_022, name, {"arch": "x86_64"}, traits)
+            report = Report(name, now, 1.0, [], facts=facts, stocks=stocks(facts, Compute(reserved_memory_mb=0)))
+            hosts.learn(tx, report, uuid=ids.uuid, now=now)
+        node = hosts.nodes(tx, host="a")[0]
+        placement.claim(tx, "s", node.uuid, {"VCPU": 2, "MEMORY_MB": 512}, now=now, project_id="p", user_id="u")
+        hosts.set_service(tx, hosts.service_of(tx, "c").uuid, now, disabled=True)
+        catalog.add_flavor(tx, Flavor("7", "big", 4, 8192, 10, extra_specs={"trait:HW_CPU_X86_AVX2": "required"}), now)
+        catalog.add_flavor(tx, Flavor("8", "bigger", 4, 80_000, 10), now)
+    db.close()
+
+    def say(*words):
+        return command.main(commands._parser("hosts"), ["--state-dir", str(tmp_path), *words])
+
+    return say
+
+
+def test_hosts_are_listed(place, capsys):
+    assert place() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and "2/32 (30)" in lines[2] and "up, disabled" in lines[4]
+    assert place("--json") == 0
+    (a, b, _) = json.loads(capsys.readouterr().out)
+    assert (a["host"], a["zone"], a["state"], a["servers"]) == ("a", "nova", "up", 0)
+    assert a["resources"]["VCPU"] == {"total": 8, "reserved": 0, "capacity": 32, "used": 2, "free": 30}
+    assert b["resources"]["MEMORY_MB"]["free"] == 8192
+
+
+def test_why_a_server_would_not_go_there(place, capsys):
+    assert place("why", "big") == 0
+    text = capsys.readouterr().out
+    assert text.startswith("big could live on 1 of 3 hosts.") and "enabled turns away 1" in text
+    assert place("why", "7", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fit"] == ["b"]
+    assert said["against"] == {"a": ["room", "traits"], "b": [], "c": ["enabled"]}
+    assert said["counts"] == {"room": 1, "traits": 1, "enabled": 1}
+    assert place("why", "bigger") == 1
+    assert "could live on 0 of 3 hosts" in capsys.readouterr().out
+    assert (
+        place("why", "big", "--zone", "elsewhere", "--host", "a", "--property", "hw_architecture=aarch64", "--json")
+        == 1
+    )
+    assert set(json.loads(capsys.readouterr().out)["counts"]) == {"enabled", "named", "zone", "room", "traits", "image"}
+    with pytest.raises(NotFound):
+        place("why", "none")
+    with pytest.raises(Invalid):
+        place("why", "big", "--property", "x")
+    for wrong in (("why",), ("list", "big")):
+        with pytest.raises(SystemExit):
+            place(*wrong)
+
+
+def test_no_cloud_no_hosts(tmp_path):
+    with pytest.raises(NotFound):
+        command.main(commands._parser("hosts"), ["--state-dir", str(tmp_path)])
+
+
+# ---- at once
+
+
+def test_64_schedulers_never_give_out_more_than_there_is(tmp_path):
+    """Each sees its own columns; what they choose is claimed, and the claim decides. 64 threads, three small hosts."""
+    db, now, ids = Db(f"sqlite:///{tmp_path}/cloud.db", threads=70), WallClock().now(), Ids()
+    meta.create_all(db.engine)
+    compute = Compute(reserved_memory_mb=0, cpu_allocation_ratio=1.5, memory_allocation_ratio=1.0)
+    with db.tx() as tx:
+        for name in "abc":
+            facts = HostFacts(8, 8192, 100, 90, "QEMU", 7_002_022, name)
+            report = Report(name, now, 1.0, [], facts=facts, stocks=stocks(facts, compute))
+            hosts.learn(tx, report, uuid=ids.uuid, now=now)
+    fits = 3 * 12  # eight CPUs, one and a half times; memory for 16 of 512 MB
+    got, refused, wrong = [], [], []
+    ready = threading.Barrier(64)
+
+    def one(me):
+        try:
+            scheduler = Scheduler(db, clock=WallClock(), dice=random.Random(me))
+            wish = Ask(amounts={"VCPU": 1, "MEMORY_MB": 512}, project_id="p")
+            ready.wait()
+            for turn in range(8):
+                places = scheduler.choose(Choose(server=f"s{me}", ask=wish, fresh=turn > 0)).places
+                if not places:
+                    return refused.append(me)
+                for p in places:
+                    try:
+                        who = {"project_id": "p", "user_id": "u"}
+                        db.run(
+                            placement.claim, f"s{me}", p.provider, wish.amounts, now=WallClock().now(), new=True, **who
+                        )
+                        return got.append(p.host)
+                    except NoCapacity:
+                        continue
+            refused.append(me)
+        except BaseException as e:
+            wrong.append(e)
+
+    crew = [threading.Thread(target=one, args=(i,)) for i in range(64)]
+    for t in crew:
+        t.start()
+    for t in crew:
+        t.join()
+    assert not wrong
+    assert len(got) + len(refused) == 64
+    with db.read() as tx:
+        for of in placement.stocks(tx).values():
+            stock, used = of["VCPU"]
+            assert used <= stock.total * stock.allocation_ratio
+        held = tx.execute(sa.select(sa.func.count()).select_from(placement.CONSUMERS)).scalar()
+    assert held == len(got) == fits  # none too many; and none too few, for who was refused had looked again
+    db.close()

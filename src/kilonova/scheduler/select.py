@@ -88,6 +88,22 @@ class Scheduler:
 
         bus.serve(asked(address), Answerer(scheduler, [choose], self, bus.send).receive, threads)
 
+    def explain(self, ask: Ask) -> dict[str, list[str]]:
+        """By host, as it is now: the rules that would turn this away there. None of them: it could live there."""
+        now = self.clock.now()
+        with self.db.read() as tx:
+            self.hosts.load(tx, now)
+        view, against = View(now, self.down_after_s, self.options), dict[str, list[str]]()
+        names = [f"{p.host}" if p.node == p.host else f"{p.host} {p.node}" for p in self.hosts.places]
+        for name in names:
+            against[name] = []
+        for name, lets in self.rules.items():
+            mask = lets(self.hosts, ask, view)
+            if not isinstance(mask, EllipsisType):
+                for row in np.flatnonzero(~mask):
+                    against[names[row]].append(name)
+        return against
+
     def _keeps(self, ask: Ask) -> None:
         if ask.company is None or ask.forced:
             return
