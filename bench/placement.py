@@ -50,12 +50,12 @@ ASK = Ask(amounts=SMALL, project_id="p")
 def furnish(db: Db, n: int) -> list[str]:
     """So many hosts, as they would have reported: of four kinds with 40 traits each, in four zones. Their providers."""
     meta.create_all(db.engine)
-    now, dice = time.time(), random.Random(1)
+    now, dice = time.time() - 3600, random.Random(1)
     marks = [dice.sample(TRAITS, 40) for _ in range(KINDS)]
     ids = [str(uuid.UUID(int=dice.getrandbits(128), version=4)) for _ in range(n)]
     facts = [msgspec.json.encode(kind(marks[k], f"model-{k}")).decode() for k in range(KINDS)]
     # fmt: off
-    service = {"binary": "nova-compute", "disabled": False, "forced_down": False, "failures": 0, "last_seen": now + 3600,
+    service = {"binary": "nova-compute", "disabled": False, "forced_down": False, "failures": 0, "last_seen": now + 7200,
                "born": 1.0, "version": "1", "speaks": "[]", "created_at": now}
     node = {"host_ip": "192.0.2.1", "created_at": now}
     provider = {"generation": 1, "created_at": now, "changed_at": now}

@@ -27,6 +27,7 @@ FRESH_S = 0.25  # so old may be what we know of claims
 SEEN_S = 3.0  # … of who is alive
 WHOLE_S = 60.0  # everything is read again: clocks of those who write may differ by more than OVERLAP_S
 OVERLAP_S = 5.0
+IN_ONE = 500  # providers in one question
 PENDING_S = 10.0  # a choice that was not claimed by then never will be
 
 
@@ -46,13 +47,15 @@ class Hosts:
         self.places, self.n = places, n
         self.row = {p.provider: i for i, p in enumerate(places)}
         self.classes = {c: i for i, c in enumerate(classes)}
-        shape = n, len(classes)
-        self.capacity: Floats = np.zeros(shape)
-        self.used: Floats = np.zeros(shape)
-        self.pending: Floats = np.zeros(shape)
-        self.min_unit: Ints = np.ones(shape, np.int64)
-        self.max_unit: Ints = np.zeros(shape, np.int64)
-        self.step: Ints = np.ones(shape, np.int64)
+        shape = n, len(classes)  # a class lies in one piece: that is how it is read
+        self.capacity: Floats = np.zeros(shape, order="F")
+        self.used: Floats = np.zeros(shape, order="F")
+        self.pending: Floats = np.zeros(shape, order="F")
+        self.free: Floats = np.zeros(shape, order="F")  # capacity - used - pending
+        self.min_unit: Ints = np.ones(shape, np.int64, order="F")
+        self.max_unit: Ints = np.zeros(shape, np.int64, order="F")
+        self.step: Ints = np.ones(shape, np.int64, order="F")
+        self.odd: set[int] = set()  # classes that somebody does not give out one by one
         self.generation: Ints = np.full(n, -1, np.int64)
         self.disabled: Bools = np.zeros(n, bool)
         self.forced_down: Bools = np.zeros(n, bool)
@@ -76,10 +79,6 @@ class Hosts:
 
     # -- as rules see them
 
-    @property
-    def free(self) -> Floats:
-        return self.capacity - self.used - self.pending
-
     def column(self, name: str) -> int | None:
         """Of a resource class; None: nobody has any of it."""
         return self.classes.get(name)
@@ -88,7 +87,7 @@ class Hosts:
         i = self.classes.get(name)
         if i is None:
             return np.zeros(self.n)
-        return np.asarray(self.capacity[:, i] - self.used[:, i] - self.pending[:, i])
+        return np.asarray(self.free[:, i])
 
     def having(self, traits: Iterable[str]) -> Bools:
         """Which rows have all of these traits."""
@@ -107,28 +106,31 @@ class Hosts:
 
     def take(self, row: int, amounts: Floats, now: float) -> None:
         """It was given to somebody who will claim it."""
-        self.pending[row] += amounts
-        self.busy[row] += 1
+        self._waits(row, amounts, 1)
         self.waits.setdefault(row, deque()).append((now, amounts))
 
     def _claimed(self, row: int, times: int) -> None:
         """So many changes came in for this host: as many of what was chosen are among them."""
         waits = self.waits.get(row)
         while waits and times > 0:
-            self.pending[row] -= waits.popleft()[1]
-            self.busy[row] -= 1
+            self._waits(row, waits.popleft()[1], -1)
             times -= 1
+
+    def _waits(self, row: int, amounts: Floats, times: int) -> None:
+        self.pending[row] += times * amounts
+        self.free[row] -= times * amounts
+        self.busy[row] += times
 
     def _forgotten(self, now: float) -> None:
         for row, waits in list(self.waits.items()):
             while waits and waits[0][0] < now - PENDING_S:
-                self.pending[row] -= waits.popleft()[1]
-                self.busy[row] -= 1
+                self._waits(row, waits.popleft()[1], -1)
             if not waits:
                 del self.waits[row]
 
     def forget_choices(self) -> None:
         """Count only what is claimed."""
+        self.free += self.pending
         self.pending[:] = 0
         self.busy[:] = 0
         self.waits.clear()
@@ -143,7 +145,7 @@ class Hosts:
         if at_once or now - self.looked >= FRESH_S:
             self._forgotten(now)
             self._more(tx)
-            self._stocked(placement.changes(tx, self.cursor - OVERLAP_S), now)
+            self._moved(tx, now)
         if now - self.watched >= SEEN_S:
             self._alive(tx, now)
 
@@ -211,18 +213,38 @@ class Hosts:
                     bit = self.trait_of[t]
                     self.traits[i, bit // 64] |= np.uint64(1 << (bit % 64))
 
+    def _moved(self, tx: Tx, now: float) -> None:
+        """Only those are read whole that have another generation than we know."""
+        moved = []
+        for provider, generation, changed_at in placement.moved(tx, self.cursor - OVERLAP_S):
+            i = self.row.get(provider)
+            if i is not None and generation != self.generation[i]:
+                moved.append(provider)
+            self.cursor = max(self.cursor, changed_at)
+        lost = [self.row[provider] for provider in moved]  # what is not said again is there no more
+        self.capacity[lost] = self.used[lost] = self.max_unit[lost] = 0
+        self.free[lost] = -self.pending[lost]
+        for at in range(0, len(moved), IN_ONE):
+            self._stocked(placement.changes(tx, moved[at : at + IN_ONE]), now)
+        self.looked = now
+
     def _stocked(self, stocks: Iterable[Any], now: float) -> None:
         for provider, generation, changed_at, name, total, reserved, ratio, used, least, most, step in stocks:
             i, c = self.row.get(provider), self.classes.get(name)
-            if i is None or c is None:
-                self.mark = -1  # somebody new: read it all the next time
+            if i is None:
+                continue  # no host's own
+            if c is None:
+                self.mark = -1  # something new: read it all the next time
                 continue
             if generation != self.generation[i]:
                 if self.generation[i] >= 0:
                     self._claimed(i, generation - int(self.generation[i]))
                 self.generation[i] = generation
             self.capacity[i, c], self.used[i, c] = (total - reserved) * ratio, used
+            self.free[i, c] = self.capacity[i, c] - used - self.pending[i, c]
             self.min_unit[i, c], self.max_unit[i, c], self.step[i, c] = least, most, step
+            if least > 1 or step > 1:
+                self.odd.add(c)
             self.cursor = max(self.cursor, changed_at)
         self.looked = now
 

@@ -19,12 +19,12 @@ def instances(hosts: Hosts, ask: Ask, view: View) -> Any:
 
 
 @taste(1.0)
-def pci(hosts: Hosts, ask: Ask, view: View) -> Floats:
+def pci(hosts: Hosts, ask: Ask, view: View) -> Floats | EllipsisType:
     """Hosts with few free devices or none: others are kept for who asks for devices."""
-    free = np.zeros(hosts.n)
-    for name in hosts.classes:
-        if name in DEVICES or name.startswith("CUSTOM_PCI_"):
-            free += hosts.free_of(name)
+    devices = [name for name in hosts.classes if name in DEVICES or name.startswith("CUSTOM_PCI_")]
+    if not devices:
+        return ...
+    free = np.sum([hosts.free_of(name) for name in devices], axis=0)
     return np.asarray(100 - np.minimum(free, 99))
 
 
@@ -37,7 +37,7 @@ def image_properties(hosts: Hosts, ask: Ask, view: View) -> Floats:
 
 
 @taste(1.0, needs=("metrics",))
-def metrics(hosts: Hosts, ask: Ask, view: View) -> Floats:
+def metrics(hosts: Hosts, ask: Ask, view: View) -> Floats | EllipsisType:
     """What it measures, weighed as the operator says."""
     o = view.options
 
@@ -46,7 +46,7 @@ def metrics(hosts: Hosts, ask: Ask, view: View) -> Floats:
             return o.metrics_unavailable
         return sum(measured[name] * weight for name, weight in o.metrics.items())
 
-    return np.fromiter(map(weighed, hosts.metrics), float, hosts.n) if o.metrics else np.zeros(hosts.n)
+    return np.fromiter(map(weighed, hosts.metrics), float, hosts.n) if o.metrics else ...
 
 
 @rule(needs=("metrics",))

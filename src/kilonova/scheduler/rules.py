@@ -1,8 +1,8 @@
 """Rules say no, tastes say how much. Each is a function of the columns and of what is asked.
 
 A rule answers a mask of the rows that it lets through, or `...` when it has nothing to say about this ask; how
-many each turned away is the answer to "why not?".  A taste answers a number a row, the more the better; it is
-scaled to 0…1 over the rows that are left, then weighed.
+many each turned away is the answer to "why not?".  A taste answers a number a row, the more the better, or `...`; it
+is scaled to 0…1 over the rows that are left, then weighed.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,8 @@ def taste(weight: float, *, needs: tuple[str, ...] = ()) -> Callable[[Taste], Ta
 
 @rule()
 def enabled(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
-    return ~(hosts.disabled | hosts.with_trait("COMPUTE_STATUS_DISABLED"))
+    some = "COMPUTE_STATUS_DISABLED" in hosts.trait_of
+    return ~(hosts.disabled | hosts.with_trait("COMPUTE_STATUS_DISABLED")) if some else ~hosts.disabled
 
 
 @rule()
@@ -102,8 +103,10 @@ def room(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
         i = hosts.column(name)
         if i is None:
             return np.zeros(hosts.n, bool)
-        fits &= hosts.used[:, i] + hosts.pending[:, i] + n <= hosts.capacity[:, i]
-        fits &= (n >= hosts.min_unit[:, i]) & (n <= hosts.max_unit[:, i]) & (n % hosts.step[:, i] == 0)
+        fits &= hosts.free[:, i] >= n
+        fits &= hosts.max_unit[:, i] >= n
+        if i in hosts.odd:
+            fits &= (n >= hosts.min_unit[:, i]) & (n % hosts.step[:, i] == 0)
     return fits
 
 
@@ -214,17 +217,17 @@ def disk(hosts: Hosts, ask: Ask, view: View) -> Floats:
 @taste(-1.0)
 def io_ops(hosts: Hosts, ask: Ask, view: View) -> Any:
     """Builds under way: as far as this scheduler chose them, and where they are counted, all that is heavy work."""
-    return hosts.busy + hosts.ops
+    return hosts.busy + hosts.ops if hosts.waits or "loads" in hosts.more else ...
 
 
 @taste(1.0)
-def hypervisor_version(hosts: Hosts, ask: Ask, view: View) -> Floats:
-    return hosts.version
+def hypervisor_version(hosts: Hosts, ask: Ask, view: View) -> Any:
+    return hosts.version if len(hosts.kinds) > 1 else ...
 
 
 @taste(-1_000_000.0)
 def build_failures(hosts: Hosts, ask: Ask, view: View) -> Any:
-    return hosts.failures
+    return hosts.failures if hosts.failures.any() else ...
 
 
 @taste(10.0)
@@ -235,7 +238,8 @@ def soft_affinity(hosts: Hosts, ask: Ask, view: View) -> Any:
 
 @taste(10.0)
 def soft_anti_affinity(hosts: Hosts, ask: Ask, view: View) -> Any:
-    return -_others(hosts, ask, "soft-anti-affinity")
+    others = _others(hosts, ask, "soft-anti-affinity")
+    return others if isinstance(others, EllipsisType) else -others
 
 
 NEEDED = {p: p.replace("-", "_") for p in ("affinity", "anti-affinity", "soft-affinity", "soft-anti-affinity")}
@@ -252,9 +256,9 @@ def _company(hosts: Hosts, ask: Ask, policy: str) -> Bools | EllipsisType:
     return rows(hosts, lambda p: admits(policy, c.most, here := c.at.get(p.host, 0), all - here))
 
 
-def _others(hosts: Hosts, ask: Ask, policy: str) -> Floats:
+def _others(hosts: Hosts, ask: Ask, policy: str) -> Any:
     if (c := ask.company) is None or c.policy != policy:
-        return np.zeros(hosts.n)
+        return ...
     return np.fromiter((c.at.get(p.host, 0) for p in hosts.places), float, hosts.n)
 
 

@@ -60,6 +60,7 @@ class Scheduler:
         self.tasted = {name for name, _, _ in self.tastes}
         self.dice = np.random.default_rng(dice.getrandbits(64))
         self.hosts = Hosts(default_zone, build_failures_max, choice.more)
+        self.noise: Floats = np.zeros(0)
         self.guard, self.turn = threading.Lock(), threading.Lock()
         self.waiting: list[_Waiting] = []
 
@@ -173,31 +174,41 @@ class Scheduler:
     def _candidates(self, ask: Ask, now: float) -> tuple[Ints, dict[str, int]]:
         """The rows that no rule refuses, and how many each rule turned away."""
         view, fit, why = View(now, self.down_after_s, self.options), np.ones(self.hosts.n, bool), dict[str, int]()
+        left = self.hosts.n
         for name, lets in self.rules.items():
             if (ask.forced and name not in FORCED) or (ask.in_place and name not in IN_PLACE):
                 continue
             mask = lets(self.hosts, ask, view)
             if isinstance(mask, EllipsisType):
                 continue
-            before = int(np.count_nonzero(fit))
             fit &= mask
-            why[name] = before - int(np.count_nonzero(fit))
+            before, left = left, int(np.count_nonzero(fit))
+            why[name] = before - left
         return np.flatnonzero(fit), why
 
     def _best(self, rows: Ints, ask: Ask, view: View, k: int) -> Ints:
         """The k best of these rows, the best first. Equals are told apart by dice: schedulers must not agree."""
-        score = self.dice.random(len(rows)) * 1e-6
-        if len(rows) > 1:
+        n, score = len(rows), self._noise(len(rows))
+        if n > 1:
             for name, tells, weight in self.tastes:
-                scaled = _scaled(np.asarray(tells(self.hosts, ask, view), float)[rows])
-                score += self._weights(name, weight, rows) * scaled
-        if k < len(rows):
-            part = np.argpartition(-score, k - 1)[:k]
-            rows, score = rows[part], score[part]
-        best = rows[np.argsort(-score)]
+                said = tells(self.hosts, ask, view)
+                if isinstance(said, EllipsisType):
+                    continue
+                values = np.asarray(said, float)
+                scaled = _scaled(values if n == self.hosts.n else values[rows])
+                if scaled is not None:
+                    score += scaled * self._weights(name, weight, rows)
+        best = rows[_highest(score, k)]
         if (among := min(self.options.shuffle_best, len(best))) > 1:
             best[:among] = self.dice.permutation(best[:among])
         return np.asarray(best)
+
+    def _noise(self, n: int) -> Floats:
+        """So little that it only tells equals apart: a piece of a long row of dice, from anywhere on."""
+        if len(self.noise) < 2 * n:
+            self.noise = self.dice.random(4 * n + 1024) * 1e-6
+        at = int(self.dice.integers(len(self.noise) - n))
+        return self.noise[at : at + n].copy()
 
     def _weights(self, name: str, weight: float, rows: Ints) -> Floats | float:
         """A taste's weight; where aggregates say another, one for each row."""
@@ -241,9 +252,24 @@ def _alike(all: "Sequence[_Waiting]") -> "list[list[_Waiting]]":
     return list(groups.values())
 
 
-def _scaled(values: Floats) -> Floats:
-    """To 0…1; all the same: nothing to say. The lower bound is 0 where no value is below it."""
-    low, high = min(0.0, float(values.min())), float(values.max())
-    if high == low or high == float(values.min()):
-        return np.zeros(len(values))
-    return (values - low) / (high - low)
+def _scaled(values: Floats) -> Floats | None:
+    """To 0…1; None: all the same, nothing to say. The lower bound is 0 where no value is below it."""
+    least, high = float(values.min()), float(values.max())
+    if high == least:
+        return None
+    low = min(0.0, least)
+    scaled: Floats = values - low if low else values.copy()
+    scaled *= 1 / (high - low)
+    return scaled
+
+
+def _highest(score: Floats, k: int) -> Ints:
+    """Where the k highest are, the highest first."""
+    if k > 4:
+        part = np.argpartition(-score, k - 1)[:k] if k < len(score) else np.arange(len(score))
+        return np.asarray(part[np.argsort(-score[part])])
+    best = []
+    for _ in range(min(k, len(score))):
+        best.append(int(score.argmax()))
+        score[best[-1]] = -np.inf
+    return np.asarray(best, np.int64)

@@ -7,7 +7,7 @@ both fit need not quarrel.  `docs/decisions/the-claim-in-sql.md` says why a row 
 The order of locks is always the provider's row, its inventories, then the consumer: two orders are a deadlock.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -344,13 +344,18 @@ def stocks(
     return found
 
 
-def changes(tx: Tx, since: float | None = None) -> Iterable[Any]:
-    """For who keeps columns: a row for each inventory of the providers that changed at `since` or later (None: all).
+def moved(tx: Tx, since: float) -> Iterable[Any]:
+    """For who keeps columns: (provider, generation, changed_at) of those that changed at `since` or later."""
+    return tx.execute(MOVED_SINCE, {"since": since})
+
+
+def changes(tx: Tx, providers: Collection[str] | None = None) -> Iterable[Any]:
+    """For who keeps columns: a row for each inventory of these providers (None: of all).
 
     (provider, generation, changed_at, resource_class, total, reserved, allocation_ratio, used, min_unit, max_unit,
     step_size)
     """
-    return tx.execute(CHANGES if since is None else CHANGES.where(_p.changed_at >= since))
+    return tx.execute(CHANGES if providers is None else CHANGES.where(_p.uuid.in_(list(providers))))
 
 
 def bears(tx: Tx, provider: str, trait: str) -> bool:
@@ -415,6 +420,7 @@ CONSUMER_AGAIN = ready(
     )
 )
 CONSUMER_NEW = ready(sa.insert(CONSUMERS))
+MOVED_SINCE = ready(sa.select(_p.uuid, _p.generation, _p.changed_at).where(_p.changed_at >= _b("since")))
 CHANGES = sa.select(
     _p.uuid,
     _p.generation,

@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound
 from kilonova.model.host import Stock
+from kilonova.store import hosts
 from kilonova.store.placement import (
     ALLOCATIONS,
     CONSUMERS,
@@ -232,6 +233,7 @@ def traits_of(tx: Tx, uuid: str) -> list[str]:
 def set_traits(tx: Tx, uuid: str, wanted: Iterable[str]) -> None:
     """Raises Invalid for a trait that nobody has declared."""
     _exchanged(tx, PROVIDER_TRAITS, "trait", uuid, known_traits(tx, wanted))
+    hosts.mark(tx)  # a scheduler's columns are not by generation: traits are read whole
 
 
 def used_traits(tx: Tx) -> set[str]:
