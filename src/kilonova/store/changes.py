@@ -39,7 +39,10 @@ def since(tx: Tx, at: float, project_id: str | None = None, *, begun: float | No
     full = [kind[-1].at for kind in kinds if len(kind) >= MOST]
     end = min(full, default=None)
     found = [c for kind in kinds for c in kind if end is None or c.at <= end]
-    return sorted(found, key=lambda c: (c.at, c.id)), end is not None
+    return sorted(found, key=lambda c: (c.at, _ORDER[c.data.get("phase")], c.id)), end is not None
+
+
+_ORDER = {"start": 0, None: 1, "end": 2, "error": 2}  # at the same moment: it begins, is, and ends
 
 
 def _states(tx: Tx, at: float, project_id: str | None) -> list[Change]:
