@@ -25,6 +25,7 @@ SEEDS = 40
 BUS, ENGINE, FLOWS = "tests/pure/test_bus.py", "tests/store/test_workflow.py", "tests/cloud/test_flows.py"
 LATE = "tests/store/test_workflow_faults.py::test_a_commit_that_is_carried_out_late_lets_nobody_in"
 PLACES, OWNERS, HOST = "tests/store/test_placement.py", "tests/cloud/test_ownership.py", "tests/pure/test_fences.py"
+GROUPS, CONSOLES = "tests/cloud/test_server_groups.py", "tests/cloud/test_consoles.py"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ MUTANTS = {
         [OWNERS, FLOWS], "delete overtakes build"),
     "delete forgets ports": Mutant([
         ("conductor/delete.py", "run(unplug, server.id)", "pass")], [FLOWS]),
+    "a claim does not ask the server group": Mutant([
+        ("conductor/create.py", "server_groups.admit(tx, server, place.host, place.provider)", "pass")], [GROUPS]),
+    "a console's token outlives its server's move": Mutant([
+        ("store/consoles.py", ", s.epoch == T.c.epoch", "")], [CONSOLES]),
     "the undo of a claim gives nothing back": Mutant([
         ("conductor/create.py", "placement.release(tx, server.id, place.provider, now=now)", "pass")], [FLOWS]),
     "the undo of a port takes another try's": Mutant([

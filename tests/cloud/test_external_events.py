@@ -97,6 +97,16 @@ def test_network_changed_shows_the_new_addresses(cloud):
     assert [a["addr"] for a in s.show()["addresses"]["private"]] == [other]
 
 
+def test_the_nic_of_a_port_that_is_gone_leaves_the_guest(cloud):
+    s = cloud.boot("one")
+    (plug,) = s.row.plugs
+    cloud.services.json("DELETE", f"/network/v2.0/ports/{plug.port_id}", None, cloud.admin, ok=204)
+    assert tell(cloud, event("network-vif-deleted", s, tag=plug.port_id)) == [200]
+    assert s.row.plugs == [] and s.state.machines[s.id].machine.nics == []
+    assert ("compute_detach_interface", "Success") in s.events()
+    assert tell(cloud, event("network-vif-deleted", s, tag=plug.port_id)) == [200]  # told twice
+
+
 def test_an_extended_volume_is_in_the_history(cloud):
     s = cloud.boot("one")
     assert tell(cloud, event("volume-extended", s, tag=NOBODY)) == [200]

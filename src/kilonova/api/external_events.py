@@ -8,13 +8,15 @@ from msgspec import Meta
 from kilonova.api.bodies import Uuid, dashed
 from kilonova.api.registry import R, World, cause
 from kilonova.api.verbs import begun
-from kilonova.contracts.jobs import Readdress
+from kilonova.contracts.compute import DetachNic
+from kilonova.contracts.jobs import DetachInterface, Readdress
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict
 from kilonova.kit.routes import Call, Reply
 from kilonova.kit.versions import UNSET, UnsetType, was
 from kilonova.kit.workflow import noted, start
 from kilonova.model.server import Server
+from kilonova.model.states import VERBS
 from kilonova.store import servers
 
 Name51 = Literal["network-changed", "network-vif-deleted", "network-vif-plugged", "network-vif-unplugged"]
@@ -71,8 +73,12 @@ def _heeded(call: Call, tx: Tx, taken: list[tuple[Event, Server]]) -> list[str]:
     """What follows from them: the runs to be woken. Nobody waits for a port to be plugged or for an accelerator here."""
     world: World = call.world
     now = world.clock.now()
-    changed = dict.fromkeys(s.id for e, s in taken if e.name in ADDRESSES and s.plugs)
-    runs = [start(tx, "readdress", Readdress(id), id=world.ids.uuid(), subject=id, now=now) for id in changed]
+    gone = {(s.id, str(e.tag)): s for e, s in taken if e.name == "network-vif-deleted"}
+    taken_out = {key: run for key, s in gone.items() if (run := _taken_out(call, tx, s, key[1], now)) is not None}
+    told = ((e, s) for e, s in taken if e.name in ADDRESSES and (s.id, str(e.tag)) not in taken_out)
+    changed = dict.fromkeys(s.id for e, s in told if s.plugs)
+    runs = list(taken_out.values())
+    runs += [start(tx, "readdress", Readdress(id), id=world.ids.uuid(), subject=id, now=now) for id in changed]
     for e, s in taken:
         if e.name == "volume-extended":
             noted(tx, id=world.ids.uuid(), subject=s.id, now=now, cause=cause(call, "extend_volume"), host=s.host,
@@ -83,6 +89,19 @@ def _heeded(call: Call, tx: Tx, taken: list[tuple[Event, Server]]) -> list[str]:
             except Conflict:
                 pass  # it is so already, or somebody is at it: who told us only saw that
     return runs
+
+
+def _taken_out(call: Call, tx: Tx, s: Server, port_id: str, now: float) -> str | None:
+    """The NIC of a port that is no more leaves the guest, too. None: it has none, or cannot lose one just now."""
+    world: World = call.world
+    if port_id not in {p.port_id for p in s.plugs} or not world.hosts.speaks(s.host, DetachNic.__name__):
+        return None
+    try:
+        job = DetachInterface(servers.begin(tx, s.id, VERBS["detach_interface"], now), port_id)
+    except Conflict:
+        return None
+    why = cause(call, "detach_interface")
+    return start(tx, "detach_interface", job, id=world.ids.uuid(), subject=s.id, now=now, cause=why)
 
 
 def _shown(e: Event, code: int) -> dict[str, Any]:
