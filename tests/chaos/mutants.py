@@ -27,6 +27,8 @@ LATE = "tests/store/test_workflow_faults.py::test_a_commit_that_is_carried_out_l
 PLACES, OWNERS, HOST = "tests/store/test_placement.py", "tests/cloud/test_ownership.py", "tests/pure/test_fences.py"
 GROUPS, CONSOLES = "tests/cloud/test_server_groups.py", "tests/cloud/test_consoles.py"
 
+MOVES = "tests/cloud/test_moves.py"
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -108,6 +110,32 @@ MUTANTS = {
         ("conductor/watch.py", "for id in strange + odd if", "for id in [] if")], [f"{FLOWS}::test_an_orphan_is_swept"]),
     "nobody compares ports": Mutant([
         ("conductor/watch.py", "    for p in made:\n", "    for p in made[:0]:\n")], [f"{FLOWS}::test_ports_claims_and_servers_that_nobody_owns_are_mended"]),
+
+    # moves
+    "the source is believed": Mutant([
+        ("conductor/live_migrate.py", "if not there(run, s, goal):\n            raise", "raise")],
+        [f"{MOVES}::test_when_the_source_does_not_answer_the_target_decides"], "live migrate"),
+    "a landing is not closed": Mutant([
+        ("conductor/live_migrate.py", "return To(goal.place.host, Drop(server=job.server.id, epoch=goal.epoch))",
+                                      "return To(goal.place.host, Drop(server=job.server.id, epoch=-1))")],
+        [f"{MOVES}::test_what_fails_before_it_has_gone_leaves_it_where_it_was"], "live migrate, abort"),
+    "what is kept is an orphan": Mutant([
+        ("conductor/watch.py", "h.server not in here and kept.get(h.server) != h.epoch", "h.server not in here"),
+        ("conductor/watch.py", "seen.there and seen.epoch != kept else", "seen.there else")],
+        [f"{MOVES}::test_a_resize_is_confirmed"], "resize, revert"),
+    "a deletion forgets what is kept": Mutant([
+        ("conductor/delete.py", "found.host is not None else []), *found.kept]", "found.host is not None else [])]")],
+        [f"{MOVES}::test_deleted_in_the_middle"], "delete overtakes revert"),
+    "a move that is undone keeps its claim": Mutant([
+        ("conductor/moves.py", "    placement.release(tx, server.id, now=now)\n    placement.move(tx, migration", "    placement.move(tx, migration")],
+        [f"{MOVES}::test_a_resize_that_fails_leaves_all_as_it_was"], "delete overtakes resize"),
+    "an evacuated host never hears of it": Mutant([
+        ("conductor/watch.py", "    for m in migrations.evacuated(tx, r.host):\n", "    for m in []:\n")],
+        [f"{MOVES}::test_a_server_of_a_dead_host_lives_on"], "evacuate"),
+    "who is back is evacuated all the same": Mutant([
+        ("conductor/evacuate.py", "    if up:\n", "    if False:\n")], [f"{MOVES}::test_who_is_back_in_time_keeps_his_servers"], "evacuate"),
+    "an epoch is given out twice": Mutant([
+        ("store/migrations.py", "max(server.epoch, int(highest or 0)) + 1", "server.epoch + 1")], ["tests/store/test_migrations.py"]),
 
     # the store
     "where it runs is not told to a later verb": Mutant([

@@ -598,6 +598,22 @@ def test_where_it_may_go(cloud):
     assert s.row.host == other
 
 
+def test_who_is_back_in_time_keeps_his_servers(cloud):
+    s = cloud.boot()
+    source = s.row.host
+    fail(cloud, source)
+    evacuate(cloud, s, settle=False)
+    cloud.dead.clear()
+    woken = list(cloud.woken)
+    cloud.woken.clear()
+    cloud.report()
+    cloud.tick()
+    cloud.mend("beats")
+    cloud.woken.extend(woken)
+    cloud.settle()
+    assert (s.status, s.row.host, last_move(cloud, s).status) == ("ACTIVE", source, "error")
+
+
 def test_nowhere_to_go_leaves_it_as_it_was(cloud):
     s = cloud.boot()
     before = s.row
