@@ -3,6 +3,7 @@
 import pytest
 
 from kilonova.kit.bus import opened
+from kilonova.kit.journal import RUNS, STEPS
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.model.options import Config
@@ -37,6 +38,13 @@ def last_move(cloud, s):
 
 def used(cloud):
     return cloud.json("GET", "/limits")["limits"]["absolute"]["totalRAMUsed"]
+
+
+def swept(cloud):
+    """What was found on hosts though it should not have been there, and was removed."""
+    found = STEPS.select().join(RUNS, RUNS.c.id == STEPS.c.run).where(RUNS.c.workflow == "mend")
+    with cloud.db.read() as tx:
+        return [r.step for r in tx.execute(found) if r.step in ("destroy", "drop")]
 
 
 def write(s, text):
@@ -270,6 +278,7 @@ def test_deleted_in_the_middle(cloud, when, steps):
     s.delete()
     assert s.row.vm_state == "deleted"
     assert last_move(cloud, s).status in ("confirmed", "reverted", "error")
+    assert swept(cloud) == []
     assert not any(state.machines or state.kept for state in cloud.states.values())
 
 
@@ -464,6 +473,7 @@ def test_what_fails_before_it_has_gone_leaves_it_where_it_was(cloud, at):
     m = last_move(cloud, s)
     assert (m.status, s.row.host, s.state.machines[s.id].power) == ({"send": "failed"}.get(at, "error"), source, "running")  # fmt: skip
     assert ways(cloud, s) == {source: "ACTIVE"}
+    assert swept(cloud) == []
 
 
 @pytest.mark.parametrize("gone", [False, True])
