@@ -118,7 +118,7 @@ MUTANTS = {
     "a landing is not closed": Mutant([
         ("conductor/live_migrate.py", "return To(goal.place.host, Drop(server=job.server.id, epoch=goal.epoch))",
                                       "return To(goal.place.host, Drop(server=job.server.id, epoch=-1))")],
-        [f"{MOVES}::test_what_fails_before_it_has_gone_leaves_it_where_it_was"], "live migrate, abort"),
+        [f"{MOVES}::test_deleted_while_it_moves"], "live migrate, abort"),
     "what is kept is an orphan": Mutant([
         ("conductor/watch.py", "h.server not in here and kept.get(h.server) != h.epoch", "h.server not in here"),
         ("conductor/watch.py", "seen.there and seen.epoch != kept else", "seen.there else")],

@@ -510,6 +510,7 @@ def test_deleted_while_it_moves(cloud, steps):
         cloud.step()
     s.delete()
     assert s.row.vm_state == "deleted"
+    assert swept(cloud) == []
     assert not any(state.machines for state in cloud.states.values())
 
 
