@@ -1,5 +1,6 @@
 """One real cloud for all clients' tours: libvirt, a data plane, guests under TCG where KVM is not proven."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.real import Machine, RealCloud, guest_cache
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealCloud]:
     guest_cache()
     directory: Path = tmp_path_factory.mktemp("real")
-    machine = Machine(f"kn-test-{directory.name[-8:]}")
+    machine = Machine(f"kn-test-{os.getpid() % 1_000_000}")
     made = RealCloud(directory, machine)
     try:
         made.up()

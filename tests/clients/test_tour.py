@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,32 @@ def test_a_server_lives(cloud: RealCloud) -> None:
     assert server["id"] not in cloud.openstack("server list --all-projects")
     held = [p for p in cloud.json("port list --long") if p.get("Device Owner", "").startswith("compute:")]
     assert not held
+
+
+def test_interfaces_and_addresses_come_and_go(cloud: RealCloud) -> None:
+    """A guest is given a card while it runs, finds it, gets an address on it, and lets go of it again."""
+    server = cloud.json("server create --flavor m1.nano --image kilonova-guest --network private --wait", "cards")
+    cloud.console("cards", "ready")
+    cloud.openstack("server add network cards private")
+    found = cloud.json("port list --server cards")
+    assert len(found) == 2
+    second = next(p for p in found if "eth1" in (text := cloud.console("cards", "eth1")) and _address(p) in text)
+    shown = cloud.json("server show cards")["addresses"]["private"]
+    assert sorted(shown) == sorted(map(_address, found))
+    cloud.openstack(f"server remove port cards {second['ID']}")
+    cloud.wait(lambda: len(cloud.json("port list --server cards")) == 1, 60, "the port is still there")
+    cloud.console("cards", "eth1 gone")
+    actions = {e["Action"] for e in cloud.json(f"server event list {server['id']}")}
+    assert actions >= {"attach_interface", "detach_interface"}
+    cloud.openstack("security group create web")
+    cloud.openstack("server add security group cards web")
+    cloud.wait(lambda: "web" in str(cloud.json("server show cards")["security_groups"]), 30, "no group")
+    cloud.openstack("server delete --wait cards")
+    cloud.openstack("security group delete web")
+
+
+def _address(port: dict[str, Any]) -> str:
+    return str(port["Fixed IP Addresses"][0]["ip_address"])
 
 
 def test_operators_look(cloud: RealCloud) -> None:
