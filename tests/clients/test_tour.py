@@ -92,7 +92,7 @@ def test_a_server_lives(cloud: RealCloud) -> None:
     assert not held
 
 
-def test_interfaces_and_addresses_come_and_go(cloud: RealCloud) -> None:
+def test_interfaces_come_and_go(cloud: RealCloud) -> None:
     """A guest is given a card while it runs, finds it, gets an address on it, and lets go of it again."""
     server = cloud.json("server create --flavor m1.nano --image kilonova-guest --network private --wait", "cards")
     cloud.console("cards", "ready")
@@ -107,11 +107,7 @@ def test_interfaces_and_addresses_come_and_go(cloud: RealCloud) -> None:
     cloud.console("cards", "eth1 gone")
     actions = {e["Action"] for e in cloud.json(f"server event list {server['id']}")}
     assert actions >= {"attach_interface", "detach_interface"}
-    cloud.openstack("security group create web")
-    cloud.openstack("server add security group cards web")
-    cloud.wait(lambda: "web" in str(cloud.json("server show cards")["security_groups"]), 30, "no group")
     cloud.openstack("server delete --wait cards")
-    cloud.openstack("security group delete web")
 
 
 def _address(port: dict[str, Any]) -> str:

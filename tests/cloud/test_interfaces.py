@@ -152,6 +152,39 @@ def test_a_host_that_refuses_leaves_nothing(cloud):
     assert len(network(cloud).ports(servers=[s.id])) == 1
 
 
+def test_a_host_that_cannot_plug_refuses_and_has_nothing_to_take_back(cloud):
+    """Its hypervisor has no word for it: 501, and the port is gone."""
+    s = cloud.boot()
+    host = cloud.hosts.hosts[s.row.host]
+
+    class Plain:
+        """Asked for what it can, it knows of no plugging in."""
+
+        def __init__(self, driver):
+            self.driver = driver
+
+        def __getattr__(self, name):
+            if name.startswith(("attach_", "detach_", "swap_")):
+                raise AttributeError(name)
+            return getattr(self.driver, name)
+
+    whole, host.driver = host.driver, Plain(host.driver.thing)
+    attach(cloud, s, ok=501, net_id=private(cloud).id)
+    assert len(network(cloud).ports(servers=[s.id])) == 1
+    host.driver = whole
+    assert s.events()[-1] == ("compute_attach_interface", "Error")
+
+
+def test_a_port_that_is_deleted_at_the_network_service_goes_from_the_machine(cloud):
+    s = cloud.boot()
+    gone = s.row.plugs[0].port_id
+    network(cloud).delete_port(gone)
+    event = {"name": "network-vif-deleted", "server_uuid": s.id, "tag": gone}
+    cloud.json("POST", "/os-server-external-events", {"events": [event]}, token=cloud.admin)
+    cloud.pass_time(130)
+    assert (s.row.plugs, nics(s)) == ([], [])
+
+
 def test_no_address_left(cloud):
     s = cloud.boot()
     session = network(cloud).session

@@ -16,10 +16,11 @@ def attach_nic(host: Host, m: AttachNic) -> Done:
 
 
 def detach_nic(host: Host, m: DetachNic) -> Done:
-    """Where there is no such machine (any longer) there is nothing to take out."""
+    """Where there is no such machine (any longer), or none can be plugged into, there is nothing to take out."""
     with host.at_work(m.server, "detach_nic"):
         timeout_s = m.timeout_s if m.timeout_s >= 0 else host.options.detach_timeout_s
-        hotplugs(host).detach_nic(m.server, m.port_id, timeout_s, m.anyway)
+        if not m.anyway or isinstance(host.driver, Hotplugs):
+            hotplugs(host).detach_nic(m.server, m.port_id, timeout_s, m.anyway)
         try:
             return Done(power_of(host, m.server))
         except NotFound:

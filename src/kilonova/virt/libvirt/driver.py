@@ -427,13 +427,16 @@ class LibvirtDriver:
         machine = self._machine(id)
         nic = next((n for n in machine.nics if n.port_id == port_id), None) if machine else None
         device = nic.device if nic else f"tap{port_id[:11]}"  # an attach may have come half-way
+        refusals = (Refused,) if anyway else ()  # the machine is without it all the same, and its next start says so
+        gone = False
         try:
-            gone = self._let_go(id, hotplug.nic(device), timeout_s)
+            with contextlib.suppress(*refusals):
+                gone = self._let_go(id, hotplug.nic(device), timeout_s)
         except NotFound:
             gone = True
         if not gone and not anyway:
             raise Refused("The guest does not let go of the interface.")
-        with self._alone(id):
+        with self._alone(id), contextlib.suppress(*refusals):
             machine = self._machine(id)
             if machine is not None and any(n.port_id == port_id for n in machine.nics):
                 machine = without_nic(machine, port_id)
