@@ -19,7 +19,7 @@ from websockets.asyncio.server import ServerConnection
 
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Db
-from kilonova.kit.errors import Forbidden, Trouble, Unknown
+from kilonova.kit.errors import Forbidden, Trouble, Unavailable, Unknown
 from kilonova.kit.routes import Context
 from kilonova.store import changes
 from kilonova.store.changes import OVERLAP_S, Change
@@ -33,6 +33,7 @@ BEHIND = 1000  # events that wait for one watcher; then he is sent away, and com
 KEEP_S = 86_400.0  # a cursor older than that begins there
 RULE, ALL = "os_compute_api:servers:index", "os_compute_api:servers:index:get_all_tenants"
 
+REFUSED = {Unknown: "401 Unauthorized", Forbidden: "403 Forbidden", Unavailable: "503 Service Unavailable"}
 Gate = Callable[[str], Context]
 May = Callable[[Context, str, dict[str, Any]], bool]
 
@@ -89,7 +90,7 @@ class Tail:
             try:
                 context, project, since = await asyncio.to_thread(self._asked, head)
             except Trouble as e:
-                status = "401 Unauthorized" if isinstance(e, Unknown) else "403 Forbidden" if isinstance(e, Forbidden) else "400 Bad Request"  # fmt: skip
+                status = next((s for kind, s in REFUSED.items() if isinstance(e, kind)), "400 Bad Request")
                 writer.write(
                     f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n{e.said}\n".encode()
                 )
@@ -173,7 +174,7 @@ class Tail:
         line, headers = _head(head)
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(line.split(" ")[1]).query)
         if len(self.serving) > self.most:
-            raise Trouble("Too many watch already.")
+            raise Unavailable("Too many watch already.")
         context = self.authenticate(headers.get("x-auth-token", "")) if headers.get("x-auth-token") else None
         if context is None:
             raise Unknown("The request you have made requires authentication.")
