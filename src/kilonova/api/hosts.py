@@ -41,7 +41,7 @@ def index(call: Call) -> dict[str, Any]:
         for s in found
         if not s.disabled
     ]
-    wanted = call.query.zone[-1] if call.query.zone else None
+    wanted = (call.query.zone or [""])[-1] or None
     return {"hosts": [h for h in shown if wanted in (None, h["zone"])]}
 
 

@@ -184,6 +184,12 @@ def _attached(a: Attachment, admin: bool) -> AttachedView:
     )
 
 
+def told(view: VolumeView) -> VolumeView:
+    """As the answer to who makes or changes it: without what other services know of it."""
+    view.tenant_id = view.migstat = view.name_id = view.host = view.image = UNSET
+    return view
+
+
 def summary(call: Call, v: Volume) -> View:
     return {"id": v.id, "name": v.name, "links": frame.link(call, "volumes", v.id)}
 
@@ -323,7 +329,7 @@ def create(call: Call) -> View:
         quotas.charge(tx, world, project, volumes=1, gigabytes=size_gb)
         store.add(tx, volume)
         made = promised(tx, world, volume, source, image, call.request_id)
-        view = views(call, tx, [volume])[0]
+        view = told(views(call, tx, [volume])[0])
     if view.status == "downloading":
         view = msgspec.structs.replace(view, status="creating")
     world.go(made)
@@ -554,7 +560,7 @@ def update(call: Call, id: str) -> View:
     with call.world.db.tx() as tx:
         got_to_change(call, tx, id, "volume:update")
         store.change(tx, Volume, id, updated_at=call.world.clock.now(), **values)
-        return {"volume": views(call, tx, [VOLUMES.get(tx, id)])[0]}
+        return {"volume": told(views(call, tx, [VOLUMES.get(tx, id)])[0])}
 
 
 # ---- delete
