@@ -1,6 +1,6 @@
 """The security groups of a server: those of its ports. And how the Compute API shows a group and its rules."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import msgspec
@@ -9,9 +9,11 @@ from msgspec import Meta
 from kilonova.api.addresses import readdressed
 from kilonova.api.registry import R, World, the_server
 from kilonova.clients import Port, SecurityGroup, SecurityRule
+from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound
 from kilonova.kit.routes import Call
 from kilonova.model.server import Server
+from kilonova.store import servers
 
 ACTION = "/v2.1/servers/{id}/action"
 
@@ -58,6 +60,7 @@ def add(call: Call, id: str) -> None:
     for p in ports:
         if _guarded(p) and group.id not in p.security_groups:
             world.neighbours.network.update_port(p.id, security_groups=[*p.security_groups, group.id])
+    _shown(call, id, {p.id for p in ports if _guarded(p)}, lambda names: [*names, group.name])
     readdressed(call, [id])
 
 
@@ -74,7 +77,26 @@ def remove(call: Call, id: str) -> None:
     for p in having:
         left = [g for g in p.security_groups if g != group.id]
         world.neighbours.network.update_port(p.id, security_groups=left)
+    _shown(call, id, {p.id for p in having}, lambda names: [n for n in names if n != group.name])
     readdressed(call, [id])
+
+
+def _shown(call: Call, id: str, ports: set[str], names: Callable[[list[str]], list[str]]) -> None:
+    """What the next look will say, at once; the network service is asked for it all behind whatever runs."""
+
+    def record(tx: Tx) -> None:
+        server = servers.held(tx, id)
+        if server.deleted_at is None:
+            groups = {
+                p.port_id: list(dict.fromkeys(names(p.security_groups))) for p in server.plugs if p.port_id in ports
+            }
+            plugs = [
+                msgspec.structs.replace(p, security_groups=groups.get(p.port_id, p.security_groups))
+                for p in server.plugs
+            ]
+            servers.change(tx, id, call.world.clock.now(), plugs=plugs)
+
+    call.world.db.run(record)
 
 
 def _guarded(port: Port) -> bool:

@@ -669,6 +669,13 @@ def _served(call: Call) -> bool:
     return type(call.stream).__module__.startswith("granian")
 
 
+@R.get("/v2/images/{id}/tasks", policy="get_image", late=True)
+def image_tasks(call: Call, id: str) -> dict[str, Any]:
+    """What is being done with it in the background: bytes are taken in while they come, so there is never any."""
+    _seen(call, id)
+    return {"tasks": []}
+
+
 # ---- bytes out
 
 

@@ -87,12 +87,11 @@ def delete(call: Call, id: str) -> None:
 
 
 def _said(call: Call) -> tuple[str, str]:
-    """Without blanks at the ends; a name there must be."""
+    """A name there must be, of more than blanks; it is kept as it was said."""
     wish: Wish = call.body.security_group
-    name = wish.name.strip()
-    if not name:
+    if not wish.name.strip():
         raise Invalid("Security group name cannot be empty.")
-    return name, wish.description.strip()
+    return wish.name, wish.description
 
 
 def _group(call: Call, id: str) -> SecurityGroup:
@@ -162,7 +161,8 @@ def rule_of(wish: RuleWish) -> dict[str, Any]:
             raise ValueError
     except ValueError:
         raise Invalid(f"Invalid cidr {str(wish.cidr)[:60]}.") from None
-    return told | {"remote_ip_prefix": str(network), "ethertype": f"IPv{network.version}"}
+    said = str(wish.cidr) if "/" in str(wish.cidr) else str(network)  # as it was said: 10.2.3.124/24 stays that
+    return told | {"remote_ip_prefix": said, "ethertype": f"IPv{network.version}"}
 
 
 def _what(wish: RuleWish) -> tuple[str | None, int | None, int | None]:
