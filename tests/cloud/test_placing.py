@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from kilonova import main as commands
 from kilonova.cli import hosts as command
+from kilonova.cli.state import StateDir
 from kilonova.compute.report import stocks
 from kilonova.contracts.conductor import Report
 from kilonova.contracts.scheduler import Choose
@@ -62,6 +63,7 @@ def test_servers_go_to_others_or_away_from_them(tmp_path):
 @pytest.fixture
 def place(tmp_path):
     """A cloud's directory, with three hosts, and some of the first in use."""
+    StateDir(tmp_path)
     db, now, ids = Db(f"sqlite:///{tmp_path}/kilonova.db"), WallClock().now(), Ids()
     meta.create_all(db.engine)
     with db.tx() as tx:

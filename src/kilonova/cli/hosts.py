@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from kilonova.cli import config as configuration
-from kilonova.cli.state import StateDir
+from kilonova.cli.state import is_home
 from kilonova.kit.clock import WallClock
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.errors import Invalid, NotFound
@@ -44,18 +44,18 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     if (chosen.what == "why") != (chosen.flavor is not None):
         parser.error("hosts why FLAVOR")
     config = configuration.read(chosen.config, {})
-    db = _database(config, StateDir(chosen.state_dir))
+    db = _database(config, chosen.state_dir)
     try:
         return _why(db, config, chosen) if chosen.what == "why" else _list(db, config, chosen)
     finally:
         db.close()
 
 
-def _database(config: Config, state: StateDir) -> Db:
+def _database(config: Config, directory: Path) -> Db:
     """Raises NotFound where no cloud was."""
-    file = state.path / "kilonova.db"
-    if not (url := config.database.url.reveal()) and not file.exists():
-        raise NotFound(f"No cloud lives in {state.path}.")
+    file = directory.absolute() / "kilonova.db"
+    if not (url := config.database.url.reveal()) and not (is_home(directory) and file.exists()):
+        raise NotFound(f"No cloud lives in {directory}.")
     return Db(url or f"sqlite:///{file}", threads=2)
 
 

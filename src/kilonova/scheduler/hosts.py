@@ -38,6 +38,7 @@ class Hosts:
         """`more`: columns that cost something, and are only kept where a rule or taste needs them (`MORE`)."""
         self.default_zone, self.failures_max, self.more = default_zone, failures_max, frozenset(more)
         self.mark, self.looked, self.watched, self.read_at, self.cursor = -1, -1e18, -1e18, -1e18, 0.0
+        self.lately = 0  # how much had changed when we last looked
         self.kinds: list[HostFacts] = []
         self.kind_of: dict[str, int] = {}
         self._shape([], [])
@@ -156,7 +157,7 @@ class Hosts:
         stocks = list(placement.changes(tx))
         zones = book.zones(tx)
         places = [Place(r.host, r.node, r.uuid, zones.get(r.host, self.default_zone), r.failures) for r in rows]
-        self._shape(places, sorted({s.resource_class for s in stocks}))
+        self._shape(places, sorted({s.resource_class for s in stocks if s.resource_class is not None}))
         for i, r in enumerate(rows):
             self.disabled[i], self.forced_down[i] = r.disabled, r.forced_down
             self.failures[i] = r.failures if r.failures >= self.failures_max > 0 else 0
@@ -214,38 +215,51 @@ class Hosts:
                     self.traits[i, bit // 64] |= np.uint64(1 << (bit % 64))
 
     def _moved(self, tx: Tx, now: float) -> None:
-        """Only those are read whole that have another generation than we know."""
-        moved = []
-        for provider, generation, changed_at in placement.moved(tx, self.cursor - OVERLAP_S):
+        """What changed lately, in one question; where that was much, first who has another generation than we know."""
+        since = max(self.cursor, self.looked) - OVERLAP_S
+        if self.lately <= IN_ONE:
+            self._again(list(placement.changes(tx, since=since)), now)
+            return
+        moved, self.lately = [], 0
+        for provider, generation, changed_at in placement.moved(tx, since):
+            self.lately += 1
             i = self.row.get(provider)
             if i is not None and generation != self.generation[i]:
                 moved.append(provider)
             self.cursor = max(self.cursor, changed_at)
-        lost = [self.row[provider] for provider in moved]  # what is not said again is there no more
+        for at in range(0, len(moved), IN_ONE):
+            self._again(list(placement.changes(tx, moved[at : at + IN_ONE])), now, count=False)
+        self.looked = now
+
+    def _again(self, stocks: list[Any], now: float, *, count: bool = True) -> None:
+        """What is not said of a provider that moved is there no more."""
+        if count:
+            self.lately = len(stocks)
+        moved = {i for s in stocks if (i := self.row.get(s[0])) is not None and s[1] != self.generation[i]}
+        lost = sorted(moved)
         self.capacity[lost] = self.used[lost] = self.max_unit[lost] = 0
         self.free[lost] = -self.pending[lost]
-        for at in range(0, len(moved), IN_ONE):
-            self._stocked(placement.changes(tx, moved[at : at + IN_ONE]), now)
-        self.looked = now
+        self._stocked(stocks, now)
 
     def _stocked(self, stocks: Iterable[Any], now: float) -> None:
         for provider, generation, changed_at, name, total, reserved, ratio, used, least, most, step in stocks:
             i, c = self.row.get(provider), self.classes.get(name)
             if i is None:
                 continue  # no host's own
-            if c is None:
-                self.mark = -1  # something new: read it all the next time
-                continue
             if generation != self.generation[i]:
                 if self.generation[i] >= 0:
                     self._claimed(i, generation - int(self.generation[i]))
                 self.generation[i] = generation
+            self.cursor = max(self.cursor, changed_at)
+            if c is None:
+                if name is not None:
+                    self.mark = -1  # something new: read it all the next time
+                continue
             self.capacity[i, c], self.used[i, c] = (total - reserved) * ratio, used
             self.free[i, c] = self.capacity[i, c] - used - self.pending[i, c]
             self.min_unit[i, c], self.max_unit[i, c], self.step[i, c] = least, most, step
             if least > 1 or step > 1:
                 self.odd.add(c)
-            self.cursor = max(self.cursor, changed_at)
         self.looked = now
 
     def _more(self, tx: Tx) -> None:

@@ -349,12 +349,16 @@ def moved(tx: Tx, since: float) -> Iterable[Any]:
     return tx.execute(MOVED_SINCE, {"since": since})
 
 
-def changes(tx: Tx, providers: Collection[str] | None = None) -> Iterable[Any]:
-    """For who keeps columns: a row for each inventory of these providers (None: of all).
+def changes(tx: Tx, providers: Collection[str] | None = None, *, since: float | None = None) -> Iterable[Any]:
+    """For who keeps columns: a row for each inventory of these providers, or of those that changed since (else all).
+
+    A provider that has nothing has a row with nothing.
 
     (provider, generation, changed_at, resource_class, total, reserved, allocation_ratio, used, min_unit, max_unit,
     step_size)
     """
+    if since is not None:
+        return tx.execute(CHANGES_SINCE, {"since": since})
     return tx.execute(CHANGES if providers is None else CHANGES.where(_p.uuid.in_(list(providers))))
 
 
@@ -433,7 +437,8 @@ CHANGES = sa.select(
     _i.min_unit,
     _i.max_unit,
     _i.step_size,
-).join(INVENTORIES, _i.provider == _p.uuid)
+).outerjoin(INVENTORIES, _i.provider == _p.uuid)
+CHANGES_SINCE = ready(CHANGES.where(_p.changed_at >= _b("since")))
 ALLOCATE = ready(sa.insert(ALLOCATIONS))
 HELD = ready(sa.select(_a.resource_class).where(_a.consumer == _b("of"), _a.provider == _b("at")))
 MORE = ready(
