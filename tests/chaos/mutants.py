@@ -120,7 +120,7 @@ MUTANTS = {
                                       "return To(goal.place.host, Drop(server=job.server.id, epoch=-1))")],
         [f"{MOVES}::test_deleted_while_it_moves"], "live migrate, abort"),
     "what is kept is an orphan": Mutant([
-        ("conductor/watch.py", "h.server not in here and kept.get(h.server) != h.epoch", "h.server not in here"),
+        ("conductor/watch.py", "for h in loose if kept.get(h.server) != h.epoch]", "for h in loose]"),
         ("conductor/watch.py", "seen.there and seen.epoch != kept else", "seen.there else")],
         [f"{MOVES}::test_a_resize_is_confirmed"], "resize, revert"),
     "a deletion forgets what is kept": Mutant([

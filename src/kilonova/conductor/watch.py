@@ -119,10 +119,12 @@ def _outlived(tx: Tx, r: Report) -> list[tuple[str, int]]:
 def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
     """Servers of which the host has something else than it should, and that nobody is at work on."""
     held = {h.server: h for h in r.holds}  # of two, the newer
-    here, kept = compare.on_host(tx, r.host), migrations.kept(tx, r.host)
-    strange = [h.server for h in r.holds if h.server not in here and kept.get(h.server) != h.epoch]
+    here = compare.on_host(tx, r.host)
+    loose, beside = [h for h in r.holds if h.server not in here], [h for h in r.holds if h is not held[h.server]]
+    kept = migrations.kept(tx, r.host) if loose or beside else {}
+    strange = [h.server for h in loose if kept.get(h.server) != h.epoch]
     odd = [id for id, row in here.items() if _differs(row, held.get(id))]
-    odd += [h.server for h in r.holds if h is not held[h.server] and kept.get(h.server) != h.epoch]
+    odd += [h.server for h in beside if kept.get(h.server) != h.epoch]
     odd += _overplugged(tx, [held[id] for id, row in here.items() if id in held and row.task_state is None])
     if strange and world.config.compute.lost_server == "log":
         moved = compare.moved_away(tx, r.host, {id: held[id].epoch for id in strange})

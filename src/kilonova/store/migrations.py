@@ -5,7 +5,6 @@ and the old machine lies there: `kept`.  The share of a host that was evacuated 
 is back and holds nothing.
 """
 
-from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -283,10 +282,6 @@ def of(row: Any) -> Migration:
         if values[i] is not None:
             values[i] = _DECODER.decode(values[i])
     return Migration(*values)
-
-
-def find(tx: Tx, uuids: Iterable[str]) -> dict[str, Migration]:
-    return {m.uuid: m for m in map(of, tx.execute(SELECT.where(_t.uuid.in_(list(uuids)))))}
 
 
 def _text(value: Any) -> str:
