@@ -24,3 +24,27 @@ def test_a_volume_of_the_guests_image(cloud: RealCloud) -> None:
     cloud.openstack("volume delete --purge vol")
     assert {s["State"] for s in cloud.json("volume service list")} == {"up"}
     cloud.wait(lambda: not file.exists() and not cloud.json("volume list"), 30, "it is still there")
+
+
+def test_a_server_boots_from_a_volume(cloud: RealCloud) -> None:
+    """A guest's disk is a volume; another is put in and taken out; both outlive what they are not to die with."""
+    words = "server create --flavor m1.nano --image kilonova-guest --boot-from-volume 1 --network private --wait"
+    server = cloud.json(words, "from-volume")
+    assert server["status"] == "ACTIVE"
+    assert server["id"] in cloud.console("from-volume", "login:")
+    root = cloud.json("volume list --long")
+    assert [(v["Status"], v["Bootable"], v["Attached to"][0]["server_id"]) for v in root] == [
+        ("in-use", True, server["id"])
+    ]
+    cloud.openstack("volume create --size 1 data")
+    cloud.openstack("server add volume from-volume data")
+    cloud.wait(lambda: cloud.json("volume show data")["status"] == "in-use", 60, "it is not attached")
+    cloud.openstack("volume snapshot create --force --volume", root[0]["ID"], "then")
+    cloud.wait(lambda: cloud.json("volume snapshot show then")["status"] == "available", 60, "there is no snapshot")
+    assert not cloud.openstack("volume delete data", check=False).startswith("0 "), "it is in use"
+    cloud.openstack("server remove volume from-volume data")
+    cloud.wait(lambda: cloud.json("volume show data")["status"] == "available", 60, "it is not free")
+    cloud.openstack("server delete --wait from-volume")
+    cloud.wait(lambda: all(v["Status"] == "available" for v in cloud.json("volume list")), 60, "one is still in use")
+    cloud.openstack("volume delete data")
+    cloud.openstack("volume delete --purge", root[0]["ID"])

@@ -676,7 +676,10 @@ def test_microversions(cloud):
     cloud.api("DELETE", f"/attachments/{a}", version="3.27")
     cloud.attach(id)
     snap = {"snapshot": {"volume_id": id}}
-    cloud.no(400, "POST", "/snapshots", snap, version="3.65")
+    cloud.no(400, "POST", "/snapshots", snap, version="3.64")
+    cloud.no(400, "POST", "/snapshots", {"snapshot": {"volume_id": id, "force": False}}, version="3.65")
+    s = cloud.api("POST", "/snapshots", snap, ok=202, version="3.65")["snapshot"]
+    cloud.api("DELETE", f"/snapshots/{s['id']}", ok=202)
     cloud.no(400, "POST", "/snapshots", {"snapshot": {"volume_id": id, "force": False}}, version="3.66")
     s = cloud.api("POST", "/snapshots", snap, ok=202, version="3.66")["snapshot"]
     assert "user_id" in s and "user_id" not in cloud.api("GET", f"/snapshots/{s['id']}", version="3.40")["snapshot"]
