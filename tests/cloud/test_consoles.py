@@ -155,6 +155,14 @@ def test_a_token_ends_with_its_server_and_with_its_move(cloud):
         granted()
 
 
+def test_a_token_in_a_path_is_in_no_log(cloud, caplog, monkeypatch):
+    s = cloud.boot("one")
+    key = token(cloud, s)
+    monkeypatch.setattr(consoles, "granted", lambda *_: 1 / 0)  # whatever nobody expects
+    cloud.json("GET", f"/os-console-auth-tokens/{key}", token=cloud.admin, ok=500)
+    assert "failed" in caplog.text and key not in caplog.text
+
+
 # ---- the proxy
 
 

@@ -473,7 +473,9 @@ class Service:
         if isinstance(e, Trouble | Ended):
             self._fault(req, resp, e)
             return
-        log.exception("%s %s failed (%s)", req.method, req.path, req.context.request_id)
+        place = req.uri_template or ""
+        where = place if "token" in place else req.path  # a token may stand in the path itself
+        log.exception("%s %s failed (%s)", req.method, where, req.context.request_id)
         self._fault(req, resp, Ended(500, self.dialect.unexpected))
 
     def _nowhere(self, req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
