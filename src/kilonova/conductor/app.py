@@ -43,7 +43,6 @@ FLOWS: list[Workflow[Any]] = [
     live_migrate.live_migrate,
     evacuate.evacuate,
     watch.tidy,
-    rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
     precache.precache,
     attach.attach_volume, attach.detach_volume, attach.swap_volume,
     rebuild.rebuild, rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
