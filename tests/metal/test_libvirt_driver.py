@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import msgspec
 import pytest
@@ -37,7 +38,7 @@ from kilonova.model.machine import BlankSource, Disk, Identity, ImageSource, Mac
 from kilonova.model.options import Compute, Console, Libvirt
 from kilonova.model.server import Server
 from kilonova.store import consoles, servers
-from kilonova.virt.driver import Consoles, Driver, Held, Hotplugs
+from kilonova.virt.driver import Attends, Captures, Consoles, Driver, Held, Hotplugs, Rebuilds, Rescues, can
 from kilonova.virt.libvirt import host
 from kilonova.virt.libvirt.daemon import Private
 from kilonova.virt.libvirt.disks import ImageCache
@@ -249,6 +250,58 @@ def test_a_servers_life(lab: Lab) -> None:
         driver.destroy(machine.id)
     with pytest.raises(NotFound):
         driver.power(machine.id)
+
+
+def test_a_guest_is_copied_rescued_and_made_anew(lab: Lab, tmp_path: Path) -> None:
+    """Each guest counts its boots on its own disk: by that we know which disk it has."""
+    driver = lab.driver
+    assert all(can(driver, kind) for kind in (Captures, Rebuilds, Rescues, Attends))
+    with lab.spawned() as machine:
+        at = lab.says(machine, "login:", lab.says(machine, "boot 1 kernel up"))
+        for disk_format in ("raw", "qcow2"):
+            for _ in range(2):
+                driver.capture(machine.id, disk_format, disk_format, lambda said: None)
+            assert driver.power(machine.id) == "running"
+            with (tmp_path / disk_format).open("wb") as file:
+                for chunk in driver.captured(machine.id, disk_format):
+                    file.write(chunk)
+        assert next(h for h in driver.machines() if h.id == machine.id).captures == ["qcow2", "raw"]
+        for disk_format in ("raw", "qcow2"):
+            driver.drop_capture(machine.id, disk_format)
+        assert not list(lab.directory(machine).glob("*capture*"))
+        lab.images["copy"] = tmp_path / "qcow2"
+        source = lab.source("copy", "qcow2")
+        with lab.spawned(disks=[Disk("vda", source, size_bytes=256 * MIB, boot_index=0)]) as twin:
+            lab.says(twin, "boot 2 kernel up")
+
+        stats = driver.stats(machine.id)
+        assert (stats.state, [d.device for d in stats.disks]) == ("running", ["vda"])
+        assert stats.disks[0].read_bytes and stats.cpus[0].time
+        driver.crash_dump(machine.id)
+        with pytest.raises(Unsupported):
+            driver.set_password(machine.id, "hunter2")
+
+        own = lab.source("guest", "raw")
+        # Of two disks with the same label its kernel takes the first: the stable one is known by what QEMU was told.
+        for disk, stable in ((Disk("vda", own, boot_index=0), False), (Disk("vdb", own, boot_index=0), True)):
+            for _ in range(2):
+                driver.rescue(machine.id, disk, stable, "hunter2", lambda said: None)
+            at = lab.says(machine, "kernel up" if stable else "boot 1 kernel up", at)
+            domain = ElementTree.parse(lab.directory(machine) / "domain.xml")
+            orders = {d.find("target").get("dev"): d.find("boot") for d in domain.findall("devices/disk")}
+            assert [name for name, order in orders.items() if order is not None] == [disk.device]
+            assert [d.device for d in driver.stats(machine.id).disks] == ["vda", "vdb"]
+            at = lab.says(machine, "login:", at)
+            driver.stop(machine.id, timeout_s=0)
+            for _ in range(2):
+                driver.unrescue(machine.id)
+            at = lab.says(machine, "kernel up", at)
+            assert [d.device for d in driver.stats(machine.id).disks] == ["vda"]
+            assert not (lab.directory(machine) / "rescue").exists()
+
+        for _ in range(2):
+            driver.rebuild(machine, lambda said: None)
+        at = lab.says(machine, "boot 1 kernel up", at)
 
 
 def test_nothing_is_left(lab: Lab) -> None:

@@ -17,6 +17,12 @@ from kilonova.model.server import Server
 from kilonova.model.states import VERBS, Verb
 from kilonova.store import servers
 
+# Their root disk is not their host's to copy.
+VOLUME_BACKED = {
+    "backup": "Backup is not supported for volume-backed instances.",
+    "snapshot": "Images of volume-backed instances are not supported by this cloud yet. Make a snapshot of the volume.",
+}
+
 
 class Snapshot(msgspec.Struct, forbid_unknown_fields=True):
     name: Name
@@ -69,6 +75,8 @@ def _captured(
     check_metadata(call, metadata)
     with world.db.read() as tx:
         server = the_server(call, tx, id)
+    if server.volume_backed:
+        raise Invalid(VOLUME_BACKED[kind])
     servers.check(server, verb)
     run = world.ids.uuid()
     more = {} if backup_type is None else {"backup_type": backup_type}
@@ -114,9 +122,3 @@ def begun(call: Call, image_id: str | None, record: Any) -> None:
         if image_id is not None:
             call.world.neighbours.image.delete(image_id)
         raise
-
-
-def only_of_disks(server: Server) -> None:
-    """Raises Invalid where the server boots from a volume: its root disk is not the host's."""
-    if not server.image.id:
-        raise Invalid("The request is invalid.")

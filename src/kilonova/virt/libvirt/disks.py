@@ -145,7 +145,7 @@ class ImageCache:
             raise Refused(f"Image {source.image_id} is unacceptable: this host has no use for {source.disk_format!r}.")
         _, qemu_name, kept_as = known
         part, turned = self.directory / f"{key}.part", self.directory / f"{key}.part2"
-        with _room_for(part, turned, what=f"image {source.image_id}", needed=source.size_bytes):
+        with room_for(part, turned, what=f"image {source.image_id}", needed=source.size_bytes):
             size = self._stream(part, source, progress)
             size = self._measure(part, qemu_name, source.image_id) if qemu_name != "raw" else size
             if qemu_name != kept_as:
@@ -280,7 +280,7 @@ class Workshop:
         path = directory / f"disk.{disk.device}"
         if not path.exists():
             part = path.with_name(path.name + ".part")
-            with _room_for(part, what=f"the disk {disk.device}"):
+            with room_for(part, what=f"the disk {disk.device}"):
                 # -u: the header is written without opening what lies below; we know it.
                 qemu_img(
                     "create", "-q", "-u", "-f", "qcow2", "-F", below.format, "-b", below.path, str(part), str(size)
@@ -294,7 +294,7 @@ class Workshop:
         path = directory / f"disk.{disk.device}"
         if not path.exists():
             part = path.with_name(path.name + ".part")
-            with _room_for(part, what=f"the disk {disk.device}"):
+            with room_for(part, what=f"the disk {disk.device}"):
                 with part.open("wb") as file:
                     file.truncate(disk.size_bytes)
                 part.chmod(self.mode)
@@ -309,7 +309,7 @@ def config_drive(path: Path, content: Callable[[], bytes], mode: int) -> None:
     if path.exists():
         return
     part = path.with_name(path.name + ".part")
-    with _room_for(part, what="the config drive"):
+    with room_for(part, what="the config drive"):
         part.write_bytes(content())
         part.chmod(mode)
         part.replace(path)
@@ -377,7 +377,7 @@ def _run(command: list[str], timeout_s: float) -> bytes:
 
 
 @contextlib.contextmanager
-def _room_for(*parts: Path, what: str, needed: int = 0) -> Iterator[None]:
+def room_for(*parts: Path, what: str, needed: int = 0) -> Iterator[None]:
     """Inside, `parts` are being made; when that fails nothing is left of them. Full disks are said in plain words."""
     found = os.statvfs(parts[0].parent)
     free = found.f_bavail * found.f_frsize

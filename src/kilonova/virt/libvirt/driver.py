@@ -32,6 +32,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from kilonova.contracts.compute import Stats
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable, Unsupported
 from kilonova.model.console import Kind, Where
@@ -49,8 +50,10 @@ from kilonova.model.machine import (
     without_volume,
 )
 from kilonova.model.options import Compute, Libvirt
+from kilonova.model.plan import connected_as
+from kilonova.model.rescue import rescued
 from kilonova.virt.driver import Held, Power, Progress
-from kilonova.virt.libvirt import disks, hotplug, volumes, xml
+from kilonova.virt.libvirt import care, disks, hotplug, volumes, xml
 from kilonova.virt.libvirt import host as machine_host
 from kilonova.virt.libvirt.daemon import Link, Private, Running, library
 
@@ -207,7 +210,8 @@ class LibvirtDriver:
 
     def _held(self, id: str, power: Power) -> Held:
         ports, volumes = self._devices(id)
-        return Held(id, power, self._epoch(id), ports=ports, volumes=volumes)
+        copies = care.copies(self.instances / id)
+        return Held(id, power, self._epoch(id), captures=copies, ports=ports, volumes=volumes)
 
     def power(self, id: str) -> Power:
         """Raises NotFound where there is neither a domain nor a directory."""
@@ -329,6 +333,8 @@ class LibvirtDriver:
         for id in self._directories():
             if machine := self._machine(id):
                 used |= {d.source.image_id for d in machine.disks if isinstance(d.source, ImageSource)}
+            if (other := care.rescued_with(self.instances / id)) and isinstance(other.disk.source, ImageSource):
+                used.add(other.disk.source.image_id)
         return self.cache.evict(used, age)
 
     # ---- the simple verbs
@@ -525,6 +531,118 @@ class LibvirtDriver:
                 self._hear(told, "unplugged", min(left, hotplug.RETRY_S))
         return True
 
+    # ---- made anew
+
+    def rebuild(self, machine: Machine, progress: Progress) -> None:
+        """What it shall be is written down before its disks go, so that whoever does it again knows its volumes."""
+        id = machine.id
+        directory = self._directory(id)
+        before = self._machine(id)
+        if before is not None:
+            machine = connected_as(machine, before)
+            with self._alone(id):
+                with contextlib.suppress(NotFound):
+                    self._on(id, self._turned_off)
+                    self._on(id, self._forget_saved)
+                self._remember(machine)
+                care.forget_rescue(directory)
+                for file in directory.glob("disk.*"):
+                    file.unlink(missing_ok=True)
+        self.spawn(machine, progress)
+
+    # ---- another system for a while
+
+    def rescue(self, id: str, disk: Disk, stable: bool, admin_password: str, progress: Progress) -> None:
+        assert isinstance(disk.source, ImageSource)
+        machine, directory = self._known(id), self._directory(id)
+        other = care.Other(disk, stable)
+        if care.rescued_with(directory) == other and self.power(id) == "running":
+            return
+        base = self.cache.base(disk.source, progress)
+        progress("making disks")
+        meanwhile, of = rescued(machine, disk, stable, admin_password)
+        with self._alone(id):
+            with contextlib.suppress(NotFound):
+                self._on(id, self._turned_off)
+                self._on(id, self._forget_saved)
+            care.forget_rescue(directory)
+            apart = directory / care.RESCUE
+            apart.mkdir(mode=0o711 if self.shared else 0o700)
+            laid = care.places(self._laid(id), self.workshop.lay(disk, 0, apart, base), of)
+            place = msgspec.structs.replace(self._place(machine), disks=laid)
+            if machine.config_drive:
+                drive = apart / xml.CONFIG_DRIVE
+                disks.config_drive(drive, lambda: self.config_drive(meanwhile), self.mode)
+                place = msgspec.structs.replace(place, config_drive=str(drive))
+            self._define(meanwhile, place)
+            _put(apart / "rescue.json", msgspec.json.encode(other), 0o600)
+            self._run(meanwhile)
+
+    def unrescue(self, id: str) -> None:
+        machine, directory = self._known(id), self._directory(id)
+        with self._alone(id):
+            if (directory / care.RESCUE).is_dir():
+                with contextlib.suppress(NotFound):
+                    self._on(id, self._turned_off)
+                    self._on(id, self._forget_saved)
+                self._define(machine)
+                care.forget_rescue(directory)
+            self._run(machine)
+
+    # ---- images of its disk
+
+    def capture(self, id: str, image_id: str, disk_format: str, progress: Progress) -> None:
+        """A guest that runs is paused meanwhile: then QEMU has written down all that it knows of the disk."""
+        machine, directory = self._known(id), self._directory(id)
+        copy, held = care.copy_of(directory, image_id), directory / care.HELD
+        if not copy.exists():
+            progress("copying its disk")
+            if self.power(id) == "running":
+                held.touch()
+                self._on(id, lambda domain: domain.suspend())
+            try:
+                care.copied(machine, self._laid(id), copy, disk_format, 0o600)
+            finally:
+                self._go_on(id)
+        self._go_on(id)
+
+    def captured(self, id: str, image_id: str) -> Iterator[bytes]:
+        return care.pieces(care.copy_of(self._directory(id), image_id))
+
+    def drop_capture(self, id: str, image_id: str) -> None:
+        care.copy_of(self._directory(id), image_id).unlink(missing_ok=True)
+        with contextlib.suppress(NotFound):
+            self._go_on(id)
+
+    def _go_on(self, id: str) -> None:
+        """A guest that we paused ourselves runs again, whatever became of who did it."""
+        held = self._directory(id) / care.HELD
+        if held.exists():
+            self._on(id, lambda domain: domain.resume() if self._power_of(domain) == "paused" else None)
+            held.unlink(missing_ok=True)
+
+    # ---- what else a guest can be told
+
+    def set_password(self, id: str, password: str) -> None:
+        """By the agent in the guest. Raises Unsupported where it is to have none."""
+        properties = self._known(id).properties
+        if properties.get("hw_qemu_guest_agent", "").lower() not in ("yes", "true", "1", "on"):
+            raise Unsupported("The image of the server does not say that its guest has an agent (hw_qemu_guest_agent).")
+        user = properties.get("os_admin_user") or (
+            "Administrator" if properties.get("os_type") == "windows" else "root"
+        )
+        try:
+            self._on(id, lambda domain: domain.setUserPassword(user, password, 0))
+        except Unavailable:
+            raise Refused("The agent of the guest does not answer.") from None
+
+    def crash_dump(self, id: str) -> None:
+        self._on(id, lambda domain: domain.injectNMI(0))
+
+    def stats(self, id: str) -> Stats:
+        machine = self._known(id)
+        return self._on(id, lambda domain: care.stats(self.lib, domain, machine, self._power_of(domain)))
+
     # ---- the console, and news
 
     def console_log(self, id: str) -> bytes:
@@ -598,9 +716,9 @@ class LibvirtDriver:
                 return Refused(said, why=why)
         return Refused("The hypervisor of this host could not do it.", why=why)
 
-    def _define(self, machine: Machine) -> None:
+    def _define(self, machine: Machine, at: xml.Place | None = None) -> None:
         """Tells libvirt; the same again is no harm."""
-        text = xml.domain_xml(machine, self._place(machine))
+        text = xml.domain_xml(machine, at or self._place(machine))
         _put(self._directory(machine.id) / "domain.xml", text.encode(), 0o600)
         try:
             self.link.call(lambda conn: conn.defineXML(text))
