@@ -18,7 +18,6 @@ from kilonova.companions.volume.volumes import (
     got,
     got_to_change,
     image_of,
-    missing,
     remove,
     whose,
 )
@@ -631,6 +630,3 @@ def unmanage(call: Call, id: str) -> Reply:
     with call.world.db.read() as tx:
         got(call, tx, id, f"{ADMIN}:force_delete")
     raise Unsupported("Volumes of this service cannot be taken out of its care.")
-
-
-__all__ = ["missing", "rest", "spoilt", "unchanged"]

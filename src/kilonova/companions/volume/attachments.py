@@ -12,7 +12,7 @@ import msgspec
 
 from kilonova.companions.volume import frame
 from kilonova.companions.volume.frame import Collection, R, View, invalid_volume
-from kilonova.companions.volume.volumes import VOLUMES, got_to_change
+from kilonova.companions.volume.volumes import got_to_change
 from kilonova.companions.volume.world import World
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound
@@ -261,6 +261,3 @@ def drop(tx: Tx, world: World, v: Volume, a: Attachment) -> list[Attachment]:
     if v.status in (*STATUS.values(), "available"):
         settle(tx, v.id, world.clock.now())
     return store.attachments_of(tx, [v.id]).get(v.id, [])
-
-
-__all__ = ["VOLUMES", "connection", "drop", "follows", "settle", "view"]

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from kilonova.companions.volume import actions, frame, quotas, types
 from kilonova.companions.volume.frame import Collection, Flag, Metadata, Name, R, View, invalid_volume
-from kilonova.companions.volume.volumes import create_volume_from_another, got_to_change
+from kilonova.companions.volume.volumes import got_to_change
 from kilonova.companions.volume.volumes import missing as no_volume
 from kilonova.companions.volume.world import World, act, begin, end
 from kilonova.kit.db import Tx
@@ -393,6 +393,3 @@ def reset_status(call: Call, id: str) -> Reply:
         got(call, tx, id, "volume_extension:backup_admin_actions:reset_status")
         store.change(tx, Backup, id, status=call.body.status, updated_at=call.world.clock.now())
     return Reply(None)
-
-
-__all__ = ["create_volume_from_another"]

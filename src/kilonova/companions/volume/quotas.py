@@ -21,11 +21,11 @@ OF_ALL = "%default"
 
 # fmt: off
 SAID = {
-    "volumes":          "VolumeLimitExceeded: Maximum number of volumes allowed ({limit}) exceeded for quota 'volumes'.",
-    "gigabytes":        "VolumeSizeExceedsAvailableQuota: Requested volume or snapshot exceeds allowed gigabytes quota. Requested {n}G, quota is {limit}G and {used}G has been consumed.",
-    "snapshots":        "SnapshotLimitExceeded: Maximum number of snapshots allowed ({limit}) exceeded",
-    "backups":          "BackupLimitExceeded: Maximum number of backups allowed ({limit}) exceeded",
-    "backup_gigabytes": "VolumeBackupSizeExceedsAvailableQuota: Requested backup exceeds allowed Backup gigabytes quota. Requested {n}G, quota is {limit}G and {used}G has been consumed.",
+    "volumes":          "Maximum number of volumes allowed ({limit}) exceeded for quota 'volumes'.",
+    "gigabytes":        "Requested volume or snapshot exceeds allowed gigabytes quota. Requested {n}G, quota is {limit}G and {used}G has been consumed.",
+    "snapshots":        "Maximum number of snapshots allowed ({limit}) exceeded",
+    "backups":          "Maximum number of backups allowed ({limit}) exceeded",
+    "backup_gigabytes": "Requested backup exceeds allowed Backup gigabytes quota. Requested {n}G, quota is {limit}G and {used}G has been consumed.",
 }
 # fmt: on
 
@@ -59,9 +59,7 @@ def charge(tx: Tx, world: World, project: str, **wanted: int) -> None:
     size = wanted.get("gigabytes", 0)
     most = limits(tx, world, project)["per_volume_gigabytes"]
     if "volumes" in wanted and 0 <= most < size:
-        raise OverQuota(
-            f"VolumeSizeExceedsLimit: Requested volume size {size} is larger than maximum allowed limit {most}."
-        )
+        raise OverQuota(f"Requested volume size {size} is larger than maximum allowed limit {most}.")
     for resource, n in wanted.items():
         try:
             store.charge(tx, project, resource, n, known[resource])
@@ -69,7 +67,7 @@ def charge(tx: Tx, world: World, project: str, **wanted: int) -> None:
             now = store.shares(tx, project).get(resource)
             limit = limits(tx, world, project)[resource]
             said = SAID[resource].format(limit=limit, n=n, used=now.used if now else 0)
-            raise OverQuota(said.partition(": ")[2], why=said, code=e.code) from None
+            raise OverQuota(said, code=e.code) from None
 
 
 def discharge(tx: Tx, project: str, **given: int) -> None:
