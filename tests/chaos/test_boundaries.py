@@ -107,6 +107,70 @@ def rescue(cloud, name):
     s = cloud.boot(name)
     cloud.json("POST", f"/servers/{s.id}/action", {"rescue": None})
     cloud.settle()
+
+
+def a_volume(cloud, size=1):
+    """One that nobody has, of an earlier telling if there is one."""
+    found = [v.id for v in cloud.neighbours.volume.list(all_projects=True, status="available") if v.size_gb == size]
+    return found[0] if found else cloud.neighbours.volume.create(size, token=cloud.user.token).id
+
+
+def boot_from_volume(cloud, name):
+    """Its root is made of an image, its data lie there."""
+    root = {"boot_index": 0, "source_type": "image", "destination_type": "volume", "volume_size": 1}
+    root |= {"uuid": cloud.image_id, "delete_on_termination": True}
+    data = {"source_type": "volume", "destination_type": "volume", "uuid": a_volume(cloud)}
+    return cloud.boot(name, networks="none", imageRef="", block_device_mapping_v2=[root, data])
+
+
+def volumes_on_the_next_host(cloud, name):
+    cloud.states["h0"].broken = True
+    s = boot_from_volume(cloud, name)
+    cloud.states["h0"].broken = False
+    return s
+
+
+def delete_overtakes_boot_from_volume(cloud, name):
+    body = {"boot_index": 0, "source_type": "image", "destination_type": "volume", "volume_size": 1}
+    body |= {"uuid": cloud.image_id, "delete_on_termination": True}
+    s = cloud.boot(name, networks="none", imageRef="", block_device_mapping_v2=[body], settle=False)
+    for _ in range(int(name[1:]) % 7):
+        cloud.step()
+    s.delete()
+    return s
+
+
+def volume_attach_detach(cloud, name):
+    s, id = cloud.boot(name, networks="none"), a_volume(cloud)
+    path = f"/servers/{s.id}/os-volume_attachments"
+    cloud.json("POST", path, {"volumeAttachment": {"volumeId": id}})
+    cloud.settle()
+    assert [d.attachment_id is not None for d in s.row.devices] == [True]
+    cloud.json("DELETE", f"{path}/{id}", ok=202)
+    cloud.settle()
+    assert s.row.devices == []
+    return s
+
+
+def volume_swap(cloud, name):
+    s, old, new = cloud.boot(name, networks="none"), a_volume(cloud), a_volume(cloud, 2)
+    path = f"/servers/{s.id}/os-volume_attachments"
+    cloud.json("POST", path, {"volumeAttachment": {"volumeId": old}})
+    cloud.settle()
+    status = {"os-reset_status": {"migration_status": "migrating"}}
+    cloud.services.json("POST", f"/volume/v3/volumes/{old}/action", status, cloud.admin, ok=202)
+    cloud.json("PUT", f"{path}/{old}", {"volumeAttachment": {"volumeId": new}}, ok=202, token=cloud.admin)
+    cloud.settle()
+    assert [d.volume_id for d in s.row.devices] == [new]
+    return s
+
+
+def delete_overtakes_volume_attach(cloud, name):
+    s = cloud.boot(name, networks="none")
+    cloud.json("POST", f"/servers/{s.id}/os-volume_attachments", {"volumeAttachment": {"volumeId": a_volume(cloud)}})
+    for _ in range(int(name[1:]) % 4):
+        cloud.step()
+    s.delete()
     return s
 
 
@@ -118,6 +182,12 @@ ENDS = {
     reboot: "active",
     stop_start: "active",
     attach_detach: "active",
+    boot_from_volume: "active",
+    volumes_on_the_next_host: "active",
+    delete_overtakes_boot_from_volume: "deleted",
+    volume_attach_detach: "active",
+    volume_swap: "active",
+    delete_overtakes_volume_attach: "deleted",
     a_guest_ends: "stopped",
     next_host: "active",
     two_apart: "active",

@@ -43,6 +43,10 @@ NOBODY = "00000000-0000-0000-0000-000000000000"
 GROUPS = (None, None, None, "anti-affinity", "affinity", "soft-anti-affinity")
 
 
+ROOT = {"source_type": "image", "destination_type": "local", "boot_index": 0}
+BLANK = {"source_type": "blank", "destination_type": "volume", "volume_size": 1, "delete_on_termination": True}
+
+
 class User:
     """Remembers the servers it asked for, by the name it gave them."""
 
@@ -50,9 +54,13 @@ class User:
         self.sim, self.api, self.known = sim, Api(sim, "api"), dict[str, str]()
         self.groups = dict[str, str]()
 
-    def create(self, name: str, group: str | None = None) -> None:
-        """`group`: a policy; the servers that name the same are in one group."""
-        wish = {"name": name, "flavorRef": FLAVOR.id, "imageRef": self.sim.image_id, "networks": "auto"}
+    def create(self, name: str, group: str | None = None, volume: bool = False) -> None:
+        """`group`: a policy; the servers that name the same are in one group. `volume`: one is made with it, and goes
+        with it."""
+        image = self.sim.image_id
+        wish: dict[str, Any] = {"name": name, "flavorRef": FLAVOR.id, "imageRef": image, "networks": "auto"}
+        if volume:
+            wish["block_device_mapping_v2"] = [ROOT | {"uuid": image}, BLANK]
         hints = {} if group is None else {"os:scheduler_hints": {"group": self.group(group)}}
         status, body = self.api.ask("POST", "/servers", {"server": wish} | hints)
         if status == 202:
@@ -107,6 +115,22 @@ class User:
             if status == 200 and body["interfaceAttachments"]:
                 self.api.ask("DELETE", f"{path}/{body['interfaceAttachments'][-1]['port_id']}")
 
+    def attach_volume(self, name: str) -> None:
+        """One that nobody has; else a new one."""
+        if name in self.known:
+            free = [v.id for v in self.api.neighbours.volume.list(status="available")]
+            id = self.sim.dice.choice(free) if free else self.api.neighbours.volume.create(1).id
+            path = f"/servers/{self.known[name]}/os-volume_attachments"
+            self.api.ask("POST", path, {"volumeAttachment": {"volumeId": id}})
+
+    def detach_volume(self, name: str) -> None:
+        """The newest of its volumes."""
+        if name in self.known:
+            path = f"/servers/{self.known[name]}/os-volume_attachments"
+            status, body = self.api.ask("GET", path)
+            if status == 200 and body["volumeAttachments"]:
+                self.api.ask("DELETE", f"{path}/{body['volumeAttachments'][-1]['volumeId']}")
+
     def later(self, delay: float, what: Callable[..., None], *args: Any) -> None:
         self.sim.at(delay, self._go, what, *args)
 
@@ -122,12 +146,12 @@ def storm(sim: Sim, round: int = 0) -> None:
     user = User(sim)
     for i in range(10):
         name, born = f"s{round}-{i}", sim.dice.uniform(0, 120)
-        user.later(born, user.create, name, sim.dice.choice(GROUPS))
+        user.later(born, user.create, name, sim.dice.choice(GROUPS), sim.dice.random() < 0.2)
         for _ in range(sim.dice.randrange(4)):
             verb, said = sim.dice.choice(VERBS)
             user.later(born + sim.dice.uniform(5, 200), user.act, name, verb, said)
-        for _ in range(sim.dice.randrange(3)):
-            what = sim.dice.choice([user.attach, user.detach])
+        for _ in range(sim.dice.randrange(4)):
+            what = sim.dice.choice([user.attach, user.detach, user.attach_volume, user.detach_volume])
             user.later(born + sim.dice.uniform(5, 200), what, name)
         if sim.dice.random() < 0.5:
             journey(sim, user, name, born + sim.dice.uniform(20, 100))
@@ -194,6 +218,12 @@ def story(*acts: tuple[str, float]) -> Story:
                     user.later(when, user.attach, "s0")
                 case "detach":
                     user.later(when, user.detach, "s0")
+                case "create with volume":
+                    user.later(when, user.create, "s0", None, True)
+                case "attach volume":
+                    user.later(when, user.attach_volume, "s0")
+                case "detach volume":
+                    user.later(when, user.detach_volume, "s0")
                 case "abort":
                     user.later(when, user.abort, "s0")
                 case "its host is down":
@@ -229,6 +259,10 @@ STORIES: dict[str, Story] = {
     "attach, detach": story(("create", 5), ("attach", 60), ("detach", 120)),
     "delete overtakes attach": story(("create", 5), ("attach", 60), ("delete", 62)),
     "delete overtakes stop": story(("create", 5), ("os-stop", 100), ("delete", 101)),
+    "build with volume": story(("create with volume", 5)),
+    "build with volume, delete": story(("create with volume", 5), ("delete", 15)),
+    "attach, detach volume": story(("create", 5), ("attach volume", 60), ("detach volume", 120)),
+    "delete overtakes attach volume": story(("create", 5), ("attach volume", 60), ("delete", 62)),
     "snapshot": story(("create", 5), ("createImage", 100)),
     "shelve, unshelve": story(("create", 5), ("shelve", 60), ("unshelve", 120)),
     "delete overtakes shelve": story(("create", 5), ("shelve", 60), ("delete", 75)),

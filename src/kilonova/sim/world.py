@@ -114,6 +114,7 @@ class Sim:
         }
         self.volumes = _volumes(self.db, clock, self.ids, self.directory, self.services, self.realm.gate)
         self.services["volume"] = volume.make_service(self.volumes)
+        self.at(30, self._storage_goes_on)
         with self.db.read() as tx:
             self.user = Context(
                 **msgspec.json.decode((self.directory / "user.json").read_bytes())
@@ -130,6 +131,11 @@ class Sim:
     def close(self) -> None:
         self.db.close()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _storage_goes_on(self) -> None:
+        """As the service does now and then: who asked it may have died while it was at work."""
+        volume.resume(self.volumes)
+        self.at(30, self._storage_goes_on)
 
     # -- time
 
@@ -555,7 +561,7 @@ class Api(Process):
     def begin(self) -> None:
         sim = self.sim
         self.clock, self.db = SimClock(sim, self), SimDb(self)
-        near = self.near(self.clock)
+        self.neighbours = near = self.near(self.clock)
         for part in (near.image, near.network, near.volume):
             part.session = _AsOurselves(part.session)  # type: ignore[assignment]
         book = HostBook(sim.db, self.clock, CONFIG)
