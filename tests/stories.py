@@ -45,7 +45,7 @@ from tests.cloud.embedded import Embedded, Person
 ACTS = (
     *("spawn", "destroy", "start", "stop", "reboot", "pause", "rebuild", "rescue", "unrescue"),
     *("capture", "captured", "drop_capture"),
-    *("attach_nic", "detach_nic", "attach_volume", "detach_volume", "swap_volume"),
+    *("attach_nic", "detach_nic", "attach_volume", "detach_volume", "extend_volume", "swap_volume"),
 )
 
 

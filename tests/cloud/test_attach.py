@@ -245,6 +245,23 @@ def test_a_request_that_comes_too_late_is_told_so(cloud):
     s.delete()
 
 
+def test_a_volume_grows_under_its_guest(cloud):
+    """The volume service makes it larger, and says so."""
+    s, id = cloud.boot(networks="none"), made(cloud)
+    attach(cloud, s, id, tag="data")
+    more = {"OpenStack_API_Version": "volume 3.42"}
+    body = {"os-extend": {"new_size": 3}}
+    cloud.services.json("POST", f"/volume/v3/volumes/{id}/action", body, cloud.user.token, ok=202, **more)
+    event = {"name": "volume-extended", "server_uuid": s.id, "tag": id}
+    for _ in "ab":
+        cloud.json("POST", "/os-server-external-events", {"events": [event]}, token=cloud.admin)
+        cloud.settle()
+    disk = machine(s).disks[1]
+    assert (disk.size_bytes >> 30, disk.tag, s.row.devices[0].size) == (3, "data", 3)
+    assert s.events()[-1] == ("compute_extend_volume", "Success")
+    s.delete()
+
+
 # ---- several servers
 
 

@@ -424,6 +424,10 @@ def test_volumes_come_and_go(lab: Lab, guest: Path, tmp_path: Path) -> None:
         for _ in range(2):
             driver.attach_volume(machine.id, data)
         assert held(machine) == [root.volume_id, one.volume_id]
+        os.truncate(tmp_path / "one", 128 * MIB)
+        driver.extend_volume(machine.id, one.volume_id, 128 * MIB)
+        os.truncate(tmp_path / "two", 128 * MIB)
+        assert driver._on(machine.id, lambda domain: domain.blockInfo("vdb"))[0] == 128 * MIB
         for _ in range(2):
             driver.swap_volume(machine.id, one.volume_id, Disk("vdc", two, serial=two.volume_id))
         assert held(machine) == [root.volume_id, two.volume_id] and (tmp_path / "two").read_bytes()[:4] == b"mine"

@@ -9,7 +9,7 @@ from kilonova.api.bodies import Uuid, dashed
 from kilonova.api.registry import R, World, cause
 from kilonova.api.verbs import begun
 from kilonova.contracts.compute import DetachNic
-from kilonova.contracts.jobs import DetachInterface, Readdress
+from kilonova.contracts.jobs import DetachInterface, ExtendVolume, Readdress
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict
 from kilonova.kit.routes import Call, Reply
@@ -17,7 +17,7 @@ from kilonova.kit.versions import UNSET, UnsetType, was
 from kilonova.kit.workflow import noted, start
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS
-from kilonova.store import servers
+from kilonova.store import block_devices, servers
 
 Name51 = Literal["network-changed", "network-vif-deleted", "network-vif-plugged", "network-vif-unplugged"]
 Name76 = Name51 | Literal["volume-extended"]
@@ -81,6 +81,11 @@ def _heeded(call: Call, tx: Tx, taken: list[tuple[Event, Server]]) -> list[str]:
     runs += [start(tx, "readdress", Readdress(id), id=world.ids.uuid(), subject=id, now=now) for id in changed]
     for e, s in taken:
         if e.name == "volume-extended":
+            device = block_devices.of_volume(s, dashed(str(e.tag)))
+            if device is not None and world.hosts.speaks(s.host, ExtendVolume.__name__):
+                job, why = ExtendVolume(s, device), cause(call, "extend_volume")
+                runs.append(start(tx, "extend_volume", job, id=world.ids.uuid(), subject=s.id, now=now, cause=why))
+                continue
             noted(tx, id=world.ids.uuid(), subject=s.id, now=now, cause=cause(call, "extend_volume"), host=s.host,
                   event="compute_extend_volume")  # fmt: skip
         elif e.name == "power-update":

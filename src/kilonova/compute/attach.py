@@ -5,7 +5,7 @@ from typing import Any
 
 from kilonova.compute.host import Host, power_of
 from kilonova.compute.interfaces import hotplugs
-from kilonova.contracts.compute import AttachVolume, DetachVolume, Done, SwapVolume
+from kilonova.contracts.compute import AttachVolume, DetachVolume, Done, ExtendVolume, SwapVolume
 from kilonova.kit.errors import NotFound
 
 
@@ -26,10 +26,16 @@ def detach_volume(host: Host, m: DetachVolume) -> Done:
             return Done()
 
 
+def extend_volume(host: Host, m: ExtendVolume) -> Done:
+    with host.at_work(m.server, "extend_volume"):
+        hotplugs(host).extend_volume(m.server, m.volume_id, m.size_bytes)
+        return Done(power_of(host, m.server))
+
+
 def swap_volume(host: Host, m: SwapVolume) -> Done:
     with host.at_work(m.server, "swap_volume"):
         hotplugs(host).swap_volume(m.server, m.volume_id, m.disk)
         return Done(power_of(host, m.server))
 
 
-HANDLERS: list[Callable[[Any, Any], Any]] = [attach_volume, detach_volume, swap_volume]
+HANDLERS: list[Callable[[Any, Any], Any]] = [attach_volume, detach_volume, extend_volume, swap_volume]

@@ -44,7 +44,7 @@ FLOWS: list[Workflow[Any]] = [
     evacuate.evacuate,
     watch.tidy,
     precache.precache,
-    attach.attach_volume, attach.detach_volume, attach.swap_volume,
+    attach.attach_volume, attach.detach_volume, attach.extend_volume, attach.swap_volume,
     rebuild.rebuild, rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
     shelve.shelve, shelve.offload, shelve.unshelve, delete.soft_delete, delete.restore,
 ]  # fmt: skip

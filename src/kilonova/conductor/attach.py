@@ -11,9 +11,10 @@ import msgspec
 
 from kilonova.conductor import volumes
 from kilonova.conductor.world import World
-from kilonova.contracts.compute import AttachVolume, DetachVolume, Done, SwapVolume
+from kilonova.contracts.compute import AttachVolume, DetachVolume, Done, ExtendVolume, SwapVolume
 from kilonova.contracts.jobs import AttachVolume as AttachJob
 from kilonova.contracts.jobs import DetachVolume as DetachJob
+from kilonova.contracts.jobs import ExtendVolume as ExtendJob
 from kilonova.contracts.jobs import SwapVolume as SwapJob
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
@@ -174,6 +175,36 @@ def kept(tx: Tx, id: str, device: str, now: float) -> None:
         block_devices.change(tx, id, device, now, busy="")
     except NotFound:
         pass
+
+
+# ---- larger
+
+
+@workflow
+def extend_volume(run: Run, job: ExtendJob) -> None:
+    """The volume service has made it larger already; there is no way back."""
+    id, device = job.server.id, job.device
+    run.when_alone()
+    host = run(place, id, device.uuid, "detach_volume").host
+    size_gb = run(sized, device.volume_id or "")
+    if host is not None:
+        run(grow, id, host, device.volume_id or "", size_gb)
+    run(extended, id, device.uuid, size_gb, run.now)
+
+
+@effect
+def sized(world: World, key: str, volume: str) -> int:
+    return world.neighbours.volume.show(volume).size_gb
+
+
+@command(patience_s=300, event="compute_extend_volume")
+def grow(id: str, host: str, volume: str, size_gb: int) -> To[Done]:
+    return To(host, ExtendVolume(server=id, volume_id=volume, size_bytes=size_gb * disks.GIB))
+
+
+@record
+def extended(tx: Tx, id: str, device: str, size_gb: int, now: float) -> None:
+    block_devices.change(tx, id, device, now, size=size_gb)
 
 
 # ---- swap

@@ -226,6 +226,15 @@ class SwapVolume(Call[Done], frozen=True):
     disk: Disk
 
 
+@compute
+class ExtendVolume(Call[Done], frozen=True):
+    """The volume is so large now: its guest is to see it. Not there: done."""
+
+    server: str
+    volume_id: str
+    size_bytes: int
+
+
 class Seen(msgspec.Struct, frozen=True):
     """What a host has of a server, just now. `kept`: the epoch of an older machine beside it."""
 

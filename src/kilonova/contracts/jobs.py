@@ -76,6 +76,14 @@ class DetachVolume(msgspec.Struct, frozen=True):
 
 
 @jobs
+class ExtendVolume(msgspec.Struct, frozen=True):
+    """ "extend_volume": the volume service says that it is larger now; its guest is to see it."""
+
+    server: Server
+    device: Device
+
+
+@jobs
 class SwapVolume(msgspec.Struct, frozen=True):
     """ "swap_volume": another volume takes the device's place. `migrating`: the volume service waits to hear of it."""
 

@@ -187,6 +187,10 @@ class Hotplugs(Protocol):
         """As `detach_nic`; and the host lets go of the volume."""
         ...
 
+    def extend_volume(self, id: str, volume_id: str, size_bytes: int) -> None:
+        """The volume is so large by now, and the guest sees it. No such volume: nothing to do."""
+        ...
+
     def swap_volume(self, id: str, volume_id: str, disk: Disk) -> None:
         """Copy what is on it to the new one, under the guest's hands, and go on there. Done already: nothing to do.
 

@@ -50,6 +50,7 @@ TRAITS = [
     "COMPUTE_RESCUE_BFV",
     "COMPUTE_VOLUME_ATTACH",
     "COMPUTE_VOLUME_ATTACH_WITH_TAG",
+    "COMPUTE_VOLUME_EXTEND",
     "COMPUTE_VOLUME_MULTI_ATTACH",
     "HW_ARCH_X86_64",
     "OWNER_NOVA",
@@ -330,6 +331,13 @@ class SimDriver:
             raise Refused("The guest does not let go of it.")
         self._act("detach_volume", may_fail=not anyway)
         self._become(id, m, without_volume(m.machine, volume_id))
+
+    def extend_volume(self, id: str, volume_id: str, size_bytes: int) -> None:
+        m = self._there(id)
+        for disk in m.machine.disks:
+            if disk.serial == volume_id and disk.size_bytes != size_bytes:
+                self._act("extend_volume")
+                self._become(id, m, with_volume(m.machine, msgspec.structs.replace(disk, size_bytes=size_bytes)))
 
     def swap_volume(self, id: str, volume_id: str, disk: Disk) -> None:
         m = self._there(id)

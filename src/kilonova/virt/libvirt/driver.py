@@ -485,6 +485,17 @@ class LibvirtDriver:
                 self._define(machine)
                 self._lay(id, {name: laid for name, laid in self._laid(id).items() if name != disk.device})
 
+    def extend_volume(self, id: str, volume_id: str, size_bytes: int) -> None:
+        with self._alone(id):
+            machine = self._known(id)
+            disk = _disk_of(machine, volume_id)
+            if disk is None:
+                return
+            flags = self.lib.VIR_DOMAIN_BLOCK_RESIZE_BYTES
+            if self._on(id, lambda domain: domain.isActive()):
+                self._on(id, lambda domain: domain.blockResize(disk.device, size_bytes, flags))
+            self._remember(with_volume(machine, msgspec.structs.replace(disk, size_bytes=size_bytes)))
+
     def swap_volume(self, id: str, volume_id: str, disk: Disk) -> None:
         """QEMU copies, and goes on with the copy when both are alike; off, the bytes are copied as they lie."""
         assert isinstance(disk.source, VolumeSource)
