@@ -96,6 +96,8 @@ class Cloud:
         for i, ram in ((1, 64), (2, 128)):
             flavor = {"id": f"tempest{i}", "name": f"tempest{i}", "ram": ram, "vcpus": 1, "disk": 1}
             c.post("/compute/v2.1/flavors", {"flavor": flavor})
+        kind = {"name": "multiattach", "extra_specs": {"multiattach": "<is> True"}}
+        c.post(f"/volume/v3/{c.project_id}/types", {"volume_type": kind})
         networks = {n["name"]: n["id"] for n in c.get("/network/v2.0/networks")["networks"]}
         return {"image": images[0], "image_alt": images[1], "public": networks.get("public", "")}
 
@@ -154,8 +156,13 @@ def configuration(cloud: Cloud, made: dict[str, str], directory: Path) -> str:
             "swift": False,
             "horizon": False,
         },
-        "validation": {"run_validation": False},
-        "volume": {"build_timeout": 60, "catalog_type": "block-storage", "max_microversion": "3.71"},
+        "validation": {"run_validation": False, "connect_method": "fixed"},
+        "volume": {
+            "volume_type_multiattach": "multiattach",
+            "build_timeout": 60,
+            "catalog_type": "block-storage",
+            "max_microversion": "3.71",
+        },
         "volume-feature-enabled": {"multi_backend": False, "backup": True, "api_v3": True},
     }
     for name, options in sections.items():

@@ -200,10 +200,29 @@ def test_a_screen_is_seen(cloud):
             seen += ws.recv(timeout=10)
 
 
-def test_who_is_not_let_in(cloud):
+def test_a_browser_is_given_the_viewer_and_nothing_else(cloud, tmp_path):
+    (tmp_path / "novnc").mkdir()
+    (tmp_path / "novnc/vnc_auto.html").write_text("<html>noVNC</html>")
+    (tmp_path / "novnc/app.js").write_text("let a")
+    (tmp_path / "secret").write_text("not for you")
+    with proxied(cloud, viewer=tmp_path / "novnc") as url:
+
+        def asked(path):
+            plain = http.client.HTTPConnection(url.removeprefix("ws://"))
+            plain.request("GET", path)
+            answer = plain.getresponse()
+            return answer.status, answer.headers["Content-Type"], answer.read()
+
+        assert asked("/vnc_auto.html?path=%3Ftoken%3Dx") == (200, "text/html", b"<html>noVNC</html>")
+        assert asked("/app.js")[:2] == (200, "text/javascript")
+        for bad in ("/", "/nothing", "/../secret", "/%2e%2e/secret", "/app.js/x", "/%00", "//etc/passwd"):
+            assert asked(bad)[0] == 404
+
+
+def test_who_is_not_let_in(cloud, tmp_path):
     s = cloud.boot("one")
     key = token(cloud, s)
-    with proxied(cloud, connections_max=1) as url:
+    with proxied(cloud, connections_max=1, viewer=tmp_path / "none") as url:
         for bad in ("", "?token=", "?token=nonsense", f"?key={key}", "?token=%00", "?path=%3Ftoken%3Dx"):
             assert refused(f"{url}/{bad}") == 403
         assert refused(f"{url}/?token={key}", origin="https://elsewhere.example.org") == 403
@@ -212,7 +231,8 @@ def test_who_is_not_let_in(cloud):
             assert refused(f"{url}/?token={key}") == 503
         plain = http.client.HTTPConnection(url.removeprefix("ws://"))
         plain.request("GET", f"/vnc_auto.html?token={key}")
-        assert plain.getresponse().status == 404
+        answer = plain.getresponse()
+        assert answer.status == 503 and b"novnc" in answer.read()
         plain.close()
         cloud.clock.sleep(601)
         assert refused(f"{url}/?token={key}") == 403

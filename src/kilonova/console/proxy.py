@@ -15,10 +15,12 @@ from collections.abc import Awaitable
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
+from kilonova.console.viewer import page
 from kilonova.console.watch import Tail, door
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Db
@@ -85,9 +87,9 @@ class Proxy:
         """None: let in. Everything else is answered in HTTP, before there is a websocket."""
         headers = request.headers
         if headers.get("Upgrade", "").lower() != "websocket":
-            return connection.respond(
-                http.HTTPStatus.NOT_FOUND, "Consoles speak websocket here; a viewer brings its own page.\n"
-            )
+            found = await asyncio.to_thread(page, self.options.viewer, request.path)
+            told = Headers({"Content-Type": found.type, "Content-Length": str(len(found.body)), "Connection": "close"})
+            return Response(found.status, found.status.phrase, told, found.body)
         if not self._same_origin(headers.get("Origin"), headers.get("Host", "")):
             return connection.respond(http.HTTPStatus.FORBIDDEN, "This page is of another origin.\n")
         if len(self.open) >= self.options.connections_max:
@@ -95,7 +97,7 @@ class Proxy:
         try:
             grant = await asyncio.to_thread(self._granted, token_of(request.path))
         except Trouble:
-            return connection.respond(http.HTTPStatus.FORBIDDEN, "The token is not known, or has expired.\n")
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "")  # no word: some take it for the console's
         except Exception:
             log.exception("a console's token could not be looked up")
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "The database does not answer.\n")

@@ -477,6 +477,9 @@ class Console(Struct, frozen=True):
         tuple[str, ...],
         Meta(description="Names of other hosts whose pages may open consoles.", examples=[["dashboard.example.org"]]),
     ] = ()
+    viewer: A[Path, Meta(description="Where noVNC's files lie, for who opens a screen in a browser.")] = Path(
+        "/usr/share/novnc"
+    )
     vnc_base_url: A[
         str | None,
         Meta(

@@ -32,7 +32,7 @@ def _of_metadata(text: str, column: str = "metadata") -> Any:
         said = msgspec.json.decode(text.replace("'", '"'), type=dict[str, str])
     except (msgspec.DecodeError, ValueError):
         raise Invalid(f"Invalid input received: {frame.plain(text)} is no filter for metadata.") from None
-    return sa.and_(*(store.has_metadata(Volume, k, v, column) for k, v in said.items()))
+    return sa.and_(sa.true(), *(store.has_metadata(Volume, k, v, column) for k, v in said.items()))
 
 
 def _of_type(text: str) -> Any:
