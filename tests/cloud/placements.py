@@ -30,6 +30,12 @@ def who(token: str) -> Context:
     return PEOPLE[token]
 
 
+NAMES = ("resource_", "inventories", "allocations", "consumers", "traits", "marks")
+TABLES = [t for t in meta.sorted_tables if t.name.startswith(NAMES)]
+# Made once: a policy is slow to make. Whoever asks is answered out of his own world.
+SERVICE: Any = placement.make_service(placement.World(None, None, Ids()), who)  # type: ignore[arg-type]
+
+
 class Placement:
     """`file`: on disk, for tests with threads."""
 
@@ -38,11 +44,10 @@ class Placement:
             self.db = Db("sqlite://", poolclass=sa.StaticPool, connect_args={"check_same_thread": False})
         else:
             self.db = Db(f"sqlite:///{file}", threads=80)
-        meta.create_all(self.db.engine)
+        meta.create_all(self.db.engine, tables=TABLES)
         self.clock, self.ids = Hand(), Ids(random.Random(1))
         self.world = placement.World(self.db, self.clock, self.ids, options.Placement(**config), random.Random(1))
-        self.app = placement.make_service(self.world, who)
-        self.carrier = Inside(self.app, "http://cloud.test/placement")
+        self.carrier = Inside(SERVICE, "http://cloud.test/placement")
 
     def ask(
         self, method: str, path: str, body: Any = None, v: int = NEWEST, token: str = "service", **more: str
@@ -53,6 +58,7 @@ class Placement:
             body = msgspec.json.encode(body)
         if body is not None:
             headers.setdefault("Content-Type", "application/json")
+        SERVICE.world = self.world
         return self.carrier.send(method, path, {k: x for k, x in headers.items() if x}, body)
 
     def say(
