@@ -107,6 +107,7 @@ def rescue(cloud, name):
     s = cloud.boot(name)
     cloud.json("POST", f"/servers/{s.id}/action", {"rescue": None})
     cloud.settle()
+    return s
 
 
 def a_volume(cloud, size=1):

@@ -58,6 +58,26 @@ def used(s):
 # ---- attach and detach
 
 
+def test_a_server_on_no_host_has_its_volumes_all_the_same(cloud):
+    s = cloud.boot()
+    s.act("shelve")
+    cloud.settle()
+    assert s.status == "SHELVED_OFFLOADED"
+    id, other = made(cloud), made(cloud)
+    attach(cloud, s, id)
+    attach(cloud, s, other)
+    assert [seen(cloud, v)["status"] for v in (id, other)] == ["in-use", "in-use"]
+    assert sorted(a["volumeId"] for a in listed(cloud, s)) == sorted([id, other])
+    detach(cloud, s, other)
+    assert seen(cloud, other)["status"] == "available"
+    s.act("unshelve")
+    cloud.settle()
+    assert s.status == "ACTIVE" and [serial for _, serial in used(s)] == [id]
+    detach(cloud, s, id)
+    assert seen(cloud, id)["status"] == "available" and used(s) == []
+    cloud.check()
+
+
 def test_a_volume_comes_and_goes(cloud):
     s, id = cloud.boot(networks="none"), made(cloud)
     said = attach(cloud, s, id, tag="data")

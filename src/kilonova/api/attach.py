@@ -21,7 +21,7 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, Unsupported
 from kilonova.kit.routes import Call, Reply
 from kilonova.kit.versions import UNSET, UnsetType, since, until
-from kilonova.kit.workflow import noted, start
+from kilonova.kit.workflow import start
 from kilonova.model import disks
 from kilonova.model.devices import Device
 from kilonova.model.server import Server
@@ -146,8 +146,7 @@ def create(call: Call, server_id: str) -> MadeBody | Reply:
     device = _wanted(call, server, wish)
     with reserved(call, {server.id: [device]}) as got:
         device, run = world.db.run(_begun, call, server.id, got[server.id][0], wish.device)
-    if run:
-        world.wake(run)
+    world.wake(run)
     if call.version >= 101:
         return Reply(None)
     return MadeBody(
@@ -207,8 +206,8 @@ def _wanted(call: Call, server: Server, wish: Wish) -> Device:
     )
 
 
-def _begun(tx: Tx, call: Call, id: str, device: Device, name: str | None) -> tuple[Device, str | None]:
-    """The device is written, and its run is started; a server without a host has it at once."""
+def _begun(tx: Tx, call: Call, id: str, device: Device, name: str | None) -> tuple[Device, str]:
+    """The device is written, and its run is started."""
     world: World = call.world
     now = world.clock.now()
     unlocked(call, the_server(call, tx, id))
@@ -218,10 +217,6 @@ def _begun(tx: Tx, call: Call, id: str, device: Device, name: str | None) -> tup
         raise Invalid(f"Invalid volume: volume {device.volume_id} already attached")
     device = msgspec.structs.replace(device, name=_name(server, device, name))
     why = cause(call, "attach_volume")
-    if server.host is None:
-        block_devices.add(tx, id, device, now)
-        noted(tx, id=world.ids.uuid(), subject=id, now=now, cause=why, event="api_attach_volume")
-        return device, None
     device = msgspec.structs.replace(device, busy="attaching")
     block_devices.add(tx, id, device, now)
     job = AttachJob(server, device)

@@ -51,6 +51,8 @@ def attach_volume(run: Run, job: AttachJob) -> None:
         way = run(connect, job.server.id, job.device, host)
         run(plug_in, job.server, host, job.device, way.connection)
         run(volumes.complete, [way.attachment_id])
+    else:
+        run(volumes.complete, [job.device.attachment_id or ""])  # no host has it, and it is taken all the same
     run(attached, job.server.id, job.device.uuid, run.now)
 
 

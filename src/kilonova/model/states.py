@@ -126,6 +126,9 @@ _REBOOTS = frozenset(
 
 _VOLUMES = "active paused stopped resized soft-delete shelved shelved_offloaded"  # may come and go
 
+# Whatever runs may be overtaken, but not the server's end, nor the same again.
+_LIVING = frozenset(Task) - {Task.deleting, Task.soft_deleting, Task.rebuilding}
+
 # fmt: off
 VERBS: dict[str, Verb] = {v.name: v for v in (
     #    verb           from                                          busy as              ends as
@@ -149,7 +152,7 @@ VERBS: dict[str, Verb] = {v.name: v for v in (
     Verb("confirm",     _vm("resized"),                               Task.resize_confirming, None,      "confirmResize", "confirmResize"),
     Verb("revert",      _vm("resized"),                               Task.resize_reverting, None,       "revertResize", "revertResize"),
     Verb("live_migrate", _vm("active paused"),                        Task.migrating,      None,         "os-migrateLive", "live-migration", host=True),
-    Verb("evacuate",    _vm("active stopped error"),                  Task.rebuilding,     None,         "evacuate", "evacuate", over=None, host=True),
+    Verb("evacuate",    _vm("active stopped error"),                  Task.rebuilding,     None,         "evacuate", "evacuate", over=_LIVING, host=True),
     Verb("force_delete", frozenset(VM) - {VM.deleted},                Task.deleting,       VM.deleted,   "forceDelete", "delete", over=None, launched=False),
     Verb("soft_delete", frozenset(VM) - {VM.deleted},                 Task.soft_deleting,  VM.soft_deleted, "delete", "delete", over=None),
     Verb("restore",     _vm("soft-delete"),                           Task.restoring,      VM.active,    "restore", "restore", host=True),
