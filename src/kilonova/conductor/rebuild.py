@@ -35,6 +35,7 @@ def rebuild(run: Run, job: Rebuild) -> None:
     s, was = job.server, job.server.vm_state
     assert s.host is not None
     run.if_undone(broken, s, run.id, run.now)
+    run.when_alone()  # who plugs or unplugs something must be done: it is made of what is written then
     if job.before is not None:
         try:
             run(fits, s)
@@ -90,7 +91,8 @@ class Present(msgspec.Struct, frozen=True):
 def present(world: World, key: str, server: Server) -> Present:
     with world.db.read() as tx:
         zone = hosts.zones(tx).get(server.host or "", world.config.api.default_availability_zone)
-    return Present(ports.present(world, server), zone)
+        now = servers.get(tx, server.id)
+    return Present(ports.present(world, now), zone)
 
 
 # ---- a root disk that is a volume

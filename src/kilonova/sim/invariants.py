@@ -286,9 +286,13 @@ def _devices(tx: Tx, all: list[Server], disks: Mapping[str, Mapping[str, list[st
         there[a.server_id or ""][a.id] = a
     for s in all:
         mine, alive = [d for d in s.devices if d.is_volume], s.deleted_at is None
-        found = {a.volume_id: (a.id, a.status, a.host) for a in there.pop(s.id, {}).values()}
-        status = "attached" if s.host else "reserved"
-        wanted = {d.volume_id: (d.attachment_id, status, s.host) for d in mine if alive and d.attachment_id}
+        # Of a server on no host both are right: it came with it (reserved), or was attached there (in use).
+        legal = ("attached",) if s.host else ("reserved", "attached")
+        found = {
+            a.volume_id: (a.id, "as it should" if a.status in legal else a.status, a.host)
+            for a in there.pop(s.id, {}).values()
+        }
+        wanted = {d.volume_id: (d.attachment_id, "as it should", s.host) for d in mine if alive and d.attachment_id}
         if found != wanted:
             said.append(f"{s.id} ({s.vm_state}) has attachments {found}, written are {wanted}")
         said += [f"device {d.uuid} of {s.id} is {d.busy}" for d in mine if d.busy]
