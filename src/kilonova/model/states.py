@@ -126,8 +126,18 @@ _REBOOTS = frozenset(
 
 _VOLUMES = "active paused stopped resized soft-delete shelved shelved_offloaded"  # may come and go
 
-# Whatever runs may be overtaken, but not the server's end, nor the same again.
-_LIVING = frozenset(Task) - {Task.deleting, Task.soft_deleting, Task.rebuilding}
+# Whatever runs may be overtaken, but not the server's end, nor the same again, nor what takes it off its host: that ends
+# by itself where the host is gone, and then it can be asked again.
+_LIVING = frozenset(Task) - {
+    Task.deleting,
+    Task.soft_deleting,
+    Task.rebuilding,
+    Task.shelving,
+    Task.shelving_image_pending_upload,
+    Task.shelving_image_uploading,
+    Task.shelving_offloading,
+    Task.unshelving,
+}
 
 # fmt: off
 VERBS: dict[str, Verb] = {v.name: v for v in (
