@@ -4,6 +4,8 @@ Until it has gone all can be undone, and it runs where it was.  When the source 
 target is asked, which is told to expect nobody any longer: no answer is no answer.
 """
 
+import msgspec
+
 from kilonova.conductor import moves, ports
 from kilonova.conductor.moves import Goal, Joined
 from kilonova.conductor.ports import Plugged
@@ -42,6 +44,7 @@ def live_migrate(run: Run, job: LiveMigrate) -> None:
     with run.attempt():
         try:
             run(queued, job, run.now)
+            job = msgspec.structs.replace(job, server=moves.alone(run, job.server))
             run(moves.able, job.server.host or "", "SendAway", "Stay")
             run(turn, job, run.now)
             goal, joined, landing = land_somewhere(run, job)

@@ -16,19 +16,40 @@ from kilonova.conductor.world import World
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import NoCapacity, Trouble, Unavailable, Unsupported
-from kilonova.kit.workflow import Run, effect
+from kilonova.kit.workflow import Run, effect, record
 from kilonova.model.ask import amounts, ask
+from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.host import Place
 from kilonova.model.machine import Machine
 from kilonova.model.plan import plan
-from kilonova.model.server import Server
-from kilonova.store import hosts, migrations, placement, server_groups
+from kilonova.model.server import Plug, Server
+from kilonova.store import hosts, migrations, placement, server_groups, servers
 from kilonova.store.migrations import Status
 
 log = logging.getLogger(__name__)
 TURNS = 10  # that places are asked for: claims may be lost to others
 NO_HOST = "No valid host was found. There are not enough hosts available."
+
+
+class Own(msgspec.Struct, frozen=True):
+    """What comes along."""
+
+    plugs: list[Plug]
+    devices: list[Device]
+
+
+def alone(run: Run, server: Server) -> Server:
+    """The server as it is once nobody plugs or unplugs anything any more: its machine is planned of that."""
+    run.when_alone()
+    o = run(own, server.id)
+    return msgspec.structs.replace(server, plugs=o.plugs, devices=o.devices)
+
+
+@record
+def own(tx: Tx, id: str) -> Own:
+    s = servers.get(tx, id)
+    return Own(s.plugs, s.devices)
 
 
 class Goal(msgspec.Struct, frozen=True):

@@ -29,6 +29,8 @@ def resize(run: Run, job: Resize) -> None:
     s = job.server
     assert s.host is not None
     run.if_undone(stayed, job, run.id, run.now)
+    job = msgspec.structs.replace(job, server=(s := moves.alone(run, s)))
+    assert s.host is not None
     old = run(home, s.host, s.node)
     run(able, s.host, "Depart", "Stay", "Return", "Drop")
     goal = find(run, job)
@@ -207,6 +209,8 @@ def revert(run: Run, job: Settle) -> None:
     s = job.server
     assert s.host is not None
     run.if_undone(undecided, job, run.id, run.now)
+    job = msgspec.structs.replace(job, server=(s := moves.alone(run, s)))
+    assert s.host is not None
     old = run(kept, job.migration)
     back, there = run(home, old.host, old.node), run(home, s.host, s.node)
     epoch = run(returning, job, run.now)
