@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import sqlalchemy as sa
-from msgspec import Meta
+from msgspec import UNSET, Meta
 
 from kilonova.companions.volume.world import World
 from kilonova.kit.clock import iso_us, parsed
@@ -347,3 +347,13 @@ METADATA_MAX = 128
 def few_enough(metadata: Mapping[str, str]) -> None:
     if len(metadata) > METADATA_MAX:
         raise Invalid(f"Invalid input received: more than {METADATA_MAX} items of metadata.")
+
+
+def named(said: Any) -> dict[str, Any]:
+    """What a change says of name and description, by today's words or their elder ones."""
+    values: dict[str, Any] = {}
+    for name, elder in (("name", "display_name"), ("description", "display_description")):
+        value = getattr(said, name) if getattr(said, name) is not UNSET else getattr(said, elder)
+        if value is not UNSET:
+            values[name] = value
+    return values

@@ -203,11 +203,7 @@ class ChangeBody(msgspec.Struct):
 @R.put("/v3/snapshots/{id}", body=ChangeBody, policy="volume:update_snapshot", late=True)
 def update(call: Call, id: str) -> View:
     said = call.body.snapshot
-    values: dict[str, Any] = {}
-    for name, elder in (("name", "display_name"), ("description", "display_description")):
-        value = getattr(said, name) if getattr(said, name) is not UNSET else getattr(said, elder)
-        if value is not UNSET:
-            values[name] = value
+    values = frame.named(said)
     with call.world.db.tx() as tx:
         got(call, tx, id, "volume:update_snapshot")
         store.change(tx, Snapshot, id, updated_at=call.world.clock.now(), **values)

@@ -549,11 +549,7 @@ class ChangeBody(msgspec.Struct):
 @R.put("/v3/volumes/{id}", body=ChangeBody, policy="volume:update", late=True)
 def update(call: Call, id: str) -> View:
     said = call.body.volume
-    values: dict[str, Any] = {}
-    for name, elder in (("name", "display_name"), ("description", "display_description")):
-        value = getattr(said, name) if getattr(said, name) is not UNSET else getattr(said, elder)
-        if value is not UNSET:
-            values[name] = value
+    values = frame.named(said)
     if said.metadata is not UNSET:
         frame.few_enough(said.metadata or {})
         values["metadata"] = said.metadata or {}
