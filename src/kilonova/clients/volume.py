@@ -351,13 +351,18 @@ MADE_FOR = "kilonova:device"  # in the metadata of a volume that was made for a 
 
 
 def given_back(volumes: Volumes, server_id: str, volume_id: str | None, device: str) -> None:
-    """What was reserved for this device of the server, or made for it, is so no longer. Nothing there: done."""
+    """What was reserved for this device of the server, or made for it, is so no longer. Nothing there: done.
+
+    A volume that was made for it may have been free for a moment, and found by somebody: then it is theirs.
+    """
     if volume_id is not None:
         for a in volumes.attachments(server_id=server_id, volume_id=volume_id):
             volumes.release(a.id)
         return
     for v in volumes.list(all_projects=True, metadata={MADE_FOR: device}):
-        if v.status not in ("deleting", "error_deleting"):
+        if any(a.server_id != server_id for a in volumes.attachments(volume_id=v.id)):
+            volumes.unmark(v.id)
+        elif v.status not in ("deleting", "error_deleting"):
             erased(volumes, v)
 
 
