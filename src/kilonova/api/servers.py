@@ -1,7 +1,7 @@
 """Servers: lists, one, its name and notes, its end; and the acts that need no host."""
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, field
@@ -170,6 +170,7 @@ def restore(call: Call, id: str) -> None:
 
 
 Many = list[str]
+F = TypeVar("F", Server, pages.Short)
 
 
 class Query(msgspec.Struct):
@@ -264,28 +265,30 @@ IGNORED_SORTS = frozenset(
 @R.get("/v2.1/servers", query=Query, strict="2.75", policy="os_compute_api:servers:index")
 def index(call: Call) -> dict[str, Any]:
     with call.world.db.read() as tx:
-        found, limit = _found(call, tx, "index")
+        found, limit = _found(call, tx, "index", pages.short_page)
     return _page(call, [views.short(call, s) for s in found], found, limit, "servers")
 
 
 @R.get("/v2.1/servers/detail", query=Query, strict="2.75", policy="os_compute_api:servers:detail")
 def detail(call: Call) -> dict[str, Any]:
     with call.world.db.read() as tx:
-        found, limit = _found(call, tx, "detail")
+        found, limit = _found(call, tx, "detail", pages.page)
         more = about(call, tx, found)
     return _page(
         call, [views.server(call, s, more[s.id], listed=True) for s in found], found, limit, "servers", "detail"
     )
 
 
-def _page(call: Call, shown: list[Any], found: list[Server], limit: int, *path: str) -> dict[str, Any]:
+def _page(
+    call: Call, shown: list[Any], found: Sequence[Server | pages.Short], limit: int, *path: str
+) -> dict[str, Any]:
     body: dict[str, Any] = {"servers": shown}
     if found and len(found) == limit:
         body["servers_links"] = next_link(call, found[-1].id, *path)
     return body
 
 
-def _found(call: Call, tx: Tx, which: str) -> tuple[list[Server], int]:
+def _found(call: Call, tx: Tx, which: str, read: Callable[[Tx, pages.Page], list[F]]) -> tuple[list[F], int]:
     said = {f: v for f in Query.__struct_fields__ if (v := getattr(call.query, f))}
     limit = page_limit(call, said["limit"][-1] if "limit" in said else None)
     sort = _sorting(call, said.pop("sort_key", []), said.pop("sort_dir", []))
@@ -294,7 +297,7 @@ def _found(call: Call, tx: Tx, which: str) -> tuple[list[Server], int]:
     where = _conditions(call, _allowed(call, said), which)
     if where is None or limit == 0:
         return [], limit
-    return pages.page(tx, pages.Page(where, sort, limit, marker)), limit
+    return read(tx, pages.Page(where, sort, limit, marker)), limit
 
 
 def _allowed(call: Call, said: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -307,9 +310,9 @@ def _allowed(call: Call, said: dict[str, list[str]]) -> dict[str, list[str]]:
     return {k: v for k, v in said.items() if k in known or k in ("deleted", "tenant_id")}
 
 
-def _conditions(call: Call, said: dict[str, list[str]], which: str) -> list[Any] | None:
+def _conditions(call: Call, said: dict[str, list[str]], which: str) -> list[pages.Condition] | None:
     """What the page must fulfil; None where nothing can."""
-    where: list[Any] = []
+    where: list[pages.Condition] = []
     where += _whose(call, said, which)
     where += _which_life(call, said)
     if "status" in said:
@@ -343,7 +346,7 @@ def _conditions(call: Call, said: dict[str, list[str]], which: str) -> list[Any]
     return where
 
 
-def _whose(call: Call, said: dict[str, list[str]], which: str) -> list[Any]:
+def _whose(call: Call, said: dict[str, list[str]], which: str) -> list[pages.Condition]:
     everybody = False
     if "all_tenants" in said:
         text = said["all_tenants"][-1]
@@ -355,7 +358,7 @@ def _whose(call: Call, said: dict[str, list[str]], which: str) -> list[Any]:
     return [pages.is_one_of("project_id", [call.context.project_id or ""])]
 
 
-def _which_life(call: Call, said: dict[str, list[str]]) -> list[Any]:
+def _which_life(call: Call, said: dict[str, list[str]]) -> list[pages.Condition]:
     since_, before = _moment(said, "changes_since"), _moment(said, "changes_before")
     if since_ is not None and before is not None and since_ > before:
         raise Invalid("The value of changes-since must be less than or equal to changes-before.")
@@ -363,7 +366,7 @@ def _which_life(call: Call, said: dict[str, list[str]]) -> list[Any]:
     admin = call.context.is_admin
     if "deleted" in said and admin:
         if said["deleted"][-1].lower() in ("true", "1", "yes", "on", "t", "y"):
-            return [*where, pages.dead() | pages.soft_deleted()]
+            return [*where, pages.dead_or_soft_deleted()]
         where.append(pages.alive())
     elif not where:
         where.append(pages.alive())
@@ -396,7 +399,7 @@ def _bool(text: str, name: str) -> bool:
     raise Invalid(f"Invalid value for {name}: {text[:60]}")
 
 
-def _sorting(call: Call, keys: list[str], directions: list[str]) -> list[tuple[Any, bool]]:
+def _sorting(call: Call, keys: list[str], directions: list[str]) -> list[tuple[str, bool]]:
     if any(d not in ("asc", "desc") for d in directions):
         raise Invalid(f"Unknown sort direction, must be one of: asc, desc ({directions[0][:20]})")
     if len(directions) > len(keys) and keys:
@@ -412,7 +415,7 @@ def _sorting(call: Call, keys: list[str], directions: list[str]) -> list[tuple[A
         if key in ("host", "node") and not call.context.is_admin:
             raise Forbidden("Only administrators can sort servers by host or node")
         if not ignored:
-            sort.append((pages.SORTS[key], desc))
+            sort.append((key, desc))
     return sort
 
 

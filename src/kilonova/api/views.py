@@ -13,6 +13,7 @@ from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, since
 from kilonova.model.server import Server, host_id
 from kilonova.model.states import status
+from kilonova.store.server_pages import Short
 
 EXTENDED = "os_compute_api:os-extended-server-attributes"
 HOST_STATUS = "os_compute_api:servers:show:host_status"
@@ -140,9 +141,15 @@ def _may(call: Call, rule: str, s: Server) -> bool:
     return bool(known)
 
 
-def short(call: Call, s: Server) -> dict[str, Any]:
+class ShortView(msgspec.Struct):
+    id: str
+    name: str
+    links: list[dict[str, str]]
+
+
+def short(call: Call, s: Short) -> ShortView:
     """A row of the list without details."""
-    return {"id": s.id, "name": s.name, "links": links(call, "servers", s.id)}
+    return ShortView(s.id, s.name, links(call, "servers", s.id))
 
 
 def _rest(call: Call, s: Server, more: Shown, view: ServerView) -> None:

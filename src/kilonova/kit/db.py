@@ -10,6 +10,7 @@ wants to write can be refused half-way, and no waiting will help it.
 """
 
 import random
+import re
 import sqlite3
 import threading
 import time
@@ -125,6 +126,11 @@ class Db:
 def claim(tx: Tx, statement: sa.Update, parameters: dict[str, Any] | None = None) -> bool:
     """Did this one conditional UPDATE take what it wanted? No RETURNING: MariaDB has none on UPDATE."""
     return bool(tx.execute(statement, parameters or {}).rowcount)
+
+
+def anywhere(text: str) -> str:
+    """LIKE's pattern for this text at any place, for `LIKE … ESCAPE '/'`."""
+    return "%" + re.sub(r"([%_/])", r"/\1", text) + "%"
 
 
 def _pragmas(dbapi: Any, _: Any) -> None:

@@ -8,12 +8,13 @@ takes 8.  A build sends forty of them.  For what stands in the source once and i
 this file does the same with a tenth of that: it binds by position, calls the driver through the dialect (so that the
 count and the misfits of `kit/db.py` are the same), and gives the rows as named tuples.
 
-Not for statements made anew each time, nor for `IN (…)` with a list: those have another text each time.
+A list's statement depends on what is asked, but people ask in few ways: `Shapes` keeps one for each of them, its values
+as parameters.  Not for `IN (…)` with a list of any length: that has another text each time.
 """
 
 import operator
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
@@ -50,6 +51,22 @@ class Ready:
         return compiled.send(tx, many)
 
     _execute_on_scalar = None
+
+
+class Shapes:
+    """Statements by the shape of the question that they answer; the last `most` of them."""
+
+    def __init__(self, most: int = 256) -> None:
+        self.most, self.known = most, dict[Hashable, Any]()
+
+    def of(self, shape: Hashable, write: Callable[[], S]) -> S:
+        """The one that `write` wrote when this was first asked. It must not depend on anything but `shape`."""
+        found = self.known.get(shape)
+        if found is None:
+            if len(self.known) >= self.most:
+                self.known.clear()  # strangers have asked all sorts of things; what is usual comes back at once
+            found = self.known[shape] = ready(write())
+        return cast("S", found)
 
 
 class _Compiled:

@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from kilonova.kit.db import Tx, meta
+from kilonova.kit.db import Tx, anywhere, meta
 from kilonova.kit.errors import Conflict, Invalid, NotFound
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import Shapes, ready
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
 
@@ -120,34 +120,51 @@ def flavors(
     marker: str | None = None,
 ) -> list[Flavor]:
     """A page. `project_id` sees public flavors and those it was given; None sees all. Raises Invalid: no such marker."""
-    f = FLAVORS.c
-    where: list[sa.ColumnElement[bool]] = []
-    if project_id is not None:
-        mine = sa.select(ACCESS.c.flavor).where(ACCESS.c.project_id == project_id)
-        where.append(
-            f.is_public
-            if public
-            else ~f.is_public & f.id.in_(mine)
-            if public is False
-            else f.is_public | f.id.in_(mine)
-        )
-    elif public is not None:
-        where.append(f.is_public == public)
-    if disabled is not None:
-        where.append(f.disabled == disabled)
-    where += [f.memory_mb >= min_memory_mb, f.disk_gb >= min_disk_gb]
-    if name is not None:
-        where.append(f.name.contains(name, autoescape=True))
-    column = SORTS[sort]
-    key: Any = sa.func.coalesce(column, 0 if sort == "updated_at" else "") if column.nullable else column
+    values: dict[str, Any] = {"mine": project_id, "off": disabled, "memory": min_memory_mb, "disk": min_disk_gb}
+    values |= {"piece": anywhere(name or ""), "most": limit}
     if marker is not None:
-        at = tx.execute(sa.select(key, f.number).where(f.id == marker)).first()
+        at = tx.execute(PAGES.of(("marker", sort), lambda: _place(sort)), {"marker": marker}).first()
         if at is None:
             raise Invalid(f"marker [{marker}] not found")
-        value, number = at
-        where.append((key < value if desc else key > value) | ((key == value) & (f.number > number)))
-    order = [key.desc() if desc else key.asc(), f.number]
-    return [_flavor(r) for r in tx.execute(sa.select(FLAVORS).where(*where).order_by(*order).limit(limit))]
+        values |= {"at": at[0], "number": at[1]}
+    shape = (project_id is not None, public, disabled is not None, name is not None, sort, desc, marker is not None)
+    return [_flavor(r) for r in tx.execute(PAGES.of(shape, lambda: _page(*shape)), values)]
+
+
+PAGES = Shapes()
+
+
+def _page(
+    mine: bool, public: bool | None, disabled: bool, name: bool, sort: str, desc: bool, marker: bool
+) -> sa.Select[Any]:
+    """A list of flavors as it is asked for."""
+    f, given = FLAVORS.c, sa.bindparam
+    where: list[sa.ColumnElement[bool]] = [f.memory_mb >= given("memory"), f.disk_gb >= given("disk")]
+    if mine:
+        allowed = f.id.in_(sa.select(ACCESS.c.flavor).where(ACCESS.c.project_id == given("mine")))
+        where.append(f.is_public if public else ~f.is_public & allowed if public is False else f.is_public | allowed)
+    elif public is not None:
+        where.append(f.is_public == public)
+    if disabled:
+        where.append(f.disabled == given("off"))
+    if name:
+        where.append(f.name.like(given("piece"), escape="/"))
+    key = _key(sort)
+    if marker:
+        at = given("at", type_=key.type)
+        where.append((key < at if desc else key > at) | ((key == at) & (f.number > given("number"))))
+    query = sa.select(FLAVORS).where(*where).order_by(key.desc() if desc else key.asc(), f.number)
+    return query.limit(given("most", type_=sa.Integer))
+
+
+def _place(sort: str) -> sa.Select[Any]:
+    """Where a marker stands."""
+    return sa.select(_key(sort), FLAVORS.c.number).where(FLAVORS.c.id == sa.bindparam("marker"))
+
+
+def _key(sort: str) -> Any:
+    column = SORTS[sort]
+    return sa.func.coalesce(column, 0 if sort == "updated_at" else "") if column.nullable else column
 
 
 def change_flavor(tx: Tx, id: str, now: float, **facts: Any) -> Flavor:

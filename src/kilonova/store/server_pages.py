@@ -1,14 +1,20 @@
-"""Pages of servers: what a list asks for, as one statement with a keyset, so that page 1,000 costs what page 1 does."""
+"""Pages of servers: what a list asks for, as one statement with a keyset, so that page 1,000 costs what page 1 does.
+
+Conditions are values: what they look like (`shape`), and what they compare with.  Lists of the same shapes are the same
+statement (`kit/ready.py`).
+"""
 
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
 
 from kilonova.kit.clock import parsed
-from kilonova.kit.db import Tx
+from kilonova.kit.db import Tx, anywhere
 from kilonova.kit.errors import Invalid
+from kilonova.kit.ready import Shapes
 from kilonova.model.server import Server
 from kilonova.model.states import VM, states_of
 from kilonova.store.servers import SELECT, T, of
@@ -74,29 +80,78 @@ SEARCHED: dict[str, sa.ColumnElement[Any]] = {
     "progress": sa.cast(T.c.progress, sa.String(12)),
     "auto_disk_config": T.c.disk_config,
 }
+CHANGED = sa.func.coalesce(T.c.updated_at, T.c.created_at)
 _PLAIN = re.compile(r"^[\w\s@:,/=-]*$")
 _RUNAWAY = re.compile(r"[*+?}]\s*\)\s*[*+{]|\([^)]*\|[^)]*\)\s*[*+{]")  # a repeated repetition can take for ever
 
 
-class Page(msgspec.Struct, frozen=True):
-    """What a list asks for. `where` are conditions from this module; `sort` pairs of (column, descending)."""
+class Condition(NamedTuple):
+    """A piece of WHERE: `write` is given a parameter for each of `values`, and depends on nothing but `shape`."""
 
-    where: list[Any] = []
-    sort: list[tuple[Any, bool]] = []
+    shape: tuple[Any, ...]
+    write: Callable[..., Any]
+    values: tuple[Any, ...] = ()
+
+
+class Page(msgspec.Struct, frozen=True):
+    """What a list asks for. `where` are conditions from this module; `sort` pairs of (key of SORTS, descending)."""
+
+    where: list[Condition] = []
+    sort: list[tuple[str, bool]] = []
     limit: int = 1000
     marker: str | None = None
 
 
+class Short(NamedTuple):
+    """A row of a list without details."""
+
+    id: str
+    name: str
+
+
+SHORT = sa.select(T.c.id, T.c.name)
+PAGES = Shapes()
+
+
 def page(tx: Tx, p: Page) -> list[Server]:
     """SELECT … WHERE <conditions> AND <after the marker> ORDER BY <keys>, number DESC LIMIT n. Raises Invalid: no such marker."""
-    keys = [*[(_never_null(c), desc) for c, desc in p.sort or [(T.c.created_at, True)]], (T.c.number, True)]
-    query = SELECT.where(*p.where).order_by(*[c.desc() if desc else c.asc() for c, desc in keys]).limit(p.limit)
+    return list(map(of, _rows(tx, SELECT, p)))
+
+
+def short_page(tx: Tx, p: Page) -> list[Short]:
+    """The same servers, with no more than is shown in a list of names."""
+    return list(map(Short._make, _rows(tx, SHORT, p)))
+
+
+def _rows(tx: Tx, select: sa.Select[Any], p: Page) -> Sequence[Any]:
+    sort = tuple(p.sort) or (("created_at", True),)
+    values: dict[str, Any] = {"page_limit": p.limit}
     if p.marker is not None:
-        at = tx.execute(sa.select(*[c for c, _ in keys]).where(T.c.id == p.marker)).first()
+        at = tx.execute(PAGES.of(("marker", sort), lambda: _place(sort)), {"page_marker": p.marker}).first()
         if at is None:
             raise Invalid(f"marker [{p.marker}] not found")
-        query = query.where(_after(keys, tuple(at)))
-    return list(map(of, tx.execute(query).all()))
+        values |= {f"page_at{i}": v for i, v in enumerate(at)}
+    values |= {f"page_w{i}_{j}": v for i, c in enumerate(p.where) for j, v in enumerate(c.values)}
+    shape = (select is SHORT, sort, p.marker is not None, *[c.shape for c in p.where])
+    return tx.execute(PAGES.of(shape, lambda: _statement(select, p, sort)), values).all()
+
+
+def _statement(select: sa.Select[Any], p: Page, sort: tuple[tuple[str, bool], ...]) -> sa.Select[Any]:
+    keys = _keys(sort)
+    where = [c.write(*[sa.bindparam(f"page_w{i}_{j}") for j in range(len(c.values))]) for i, c in enumerate(p.where)]
+    if p.marker is not None:
+        where.append(_after(keys, [sa.bindparam(f"page_at{i}", type_=c.type) for i, (c, _) in enumerate(keys)]))
+    order = [c.desc() if desc else c.asc() for c, desc in keys]
+    return select.where(*where).order_by(*order).limit(sa.bindparam("page_limit", type_=sa.Integer))
+
+
+def _place(sort: tuple[tuple[str, bool], ...]) -> sa.Select[Any]:
+    """Where a marker stands."""
+    return sa.select(*[c for c, _ in _keys(sort)]).where(T.c.id == sa.bindparam("page_marker"))
+
+
+def _keys(sort: tuple[tuple[str, bool], ...]) -> list[tuple[Any, bool]]:
+    return [*[(_never_null(SORTS[name]), desc) for name, desc in sort], (T.c.number, True)]
 
 
 def _never_null(column: Any) -> Any:
@@ -106,7 +161,7 @@ def _never_null(column: Any) -> Any:
     return sa.func.coalesce(column, 0 if isinstance(column.type, sa.Double | sa.Integer) else "")
 
 
-def _after(keys: list[tuple[Any, bool]], at: tuple[Any, ...]) -> sa.ColumnElement[bool]:
+def _after(keys: list[tuple[Any, bool]], at: list[Any]) -> sa.ColumnElement[bool]:
     """(a, b, c) beyond the marker's: a > x OR (a = x AND (b > y OR …))."""
     (column, desc), value = keys[0], at[0]
     beyond: sa.ColumnElement[bool] = column < value if desc else column > value
@@ -116,32 +171,30 @@ def _after(keys: list[tuple[Any, bool]], at: tuple[Any, ...]) -> sa.ColumnElemen
 # ---- conditions
 
 
-def alive() -> Any:
-    return T.c.deleted_at.is_(None)
+def alive() -> Condition:
+    return Condition(("alive",), lambda: T.c.deleted_at.is_(None))
 
 
-def dead() -> Any:
-    return T.c.deleted_at.is_not(None)
+def dead_or_soft_deleted() -> Condition:
+    return Condition(("gone",), lambda: T.c.deleted_at.is_not(None) | (T.c.vm_state == str(VM.soft_deleted)))
 
 
-def not_soft_deleted() -> Any:
-    return T.c.vm_state != str(VM.soft_deleted)
+def not_soft_deleted() -> Condition:
+    return Condition(("not soft-deleted",), lambda: T.c.vm_state != str(VM.soft_deleted))
 
 
-def soft_deleted() -> Any:
-    return T.c.vm_state == str(VM.soft_deleted)
-
-
-def is_one_of(name: str, values: list[str]) -> Any:
+def is_one_of(name: str, values: list[str]) -> Condition:
     column = EXACT[name]
-    return column == values[0] if len(values) == 1 else column.in_(values)
+    if len(values) == 1:
+        return Condition(("is", name), lambda value: column == value, (values[0],))
+    return Condition(("is one of", name, len(values)), lambda *each: column.in_(each), tuple(values))
 
 
-def matches(name: str, pattern: str) -> Any:
+def matches(name: str, pattern: str) -> Condition:
     """Raises Invalid for what no engine can search for, or one might search for for ever."""
     column = SEARCHED[name]
     if _PLAIN.match(pattern):
-        return column.contains(pattern, autoescape=True)
+        return Condition(("contains", name), lambda value: column.like(value, escape="/"), (anywhere(pattern),))
     try:
         re.compile(pattern)
     except re.error:
@@ -152,47 +205,54 @@ def matches(name: str, pattern: str) -> Any:
         raise Invalid(
             f"Invalid input for query parameters {name}. The pattern repeats a repetition; it cannot be searched for."
         )
-    return column.regexp_match(pattern)
+    return Condition(("matches", name), column.regexp_match, (pattern,))
 
 
-def has_status(statuses: list[str]) -> Any | None:
+def has_status(statuses: list[str]) -> Condition | None:
     """None: there is no such status."""
-    some = []
-    for status in statuses:
-        for vm, tasks in states_of(status).items():
-            here = T.c.vm_state == str(vm)
-            some.append(here if tasks is None else here & T.c.task_state.in_([str(t) for t in tasks]))
-    return sa.or_(*some) if some else None
+    states = [state for s in statuses for state in states_of(s).items()]
+
+    def here(vm: VM, tasks: Any) -> Any:
+        found = T.c.vm_state == str(vm)
+        return found if tasks is None else found & T.c.task_state.in_([sa.literal_column(f"'{t}'") for t in tasks])
+
+    return Condition(("status", *statuses), lambda: sa.or_(*[here(*s) for s in states])) if states else None
 
 
-def updated(since: float | None, before: float | None) -> list[Any]:
-    at = sa.func.coalesce(T.c.updated_at, T.c.created_at)
-    return ([at >= since] if since is not None else []) + ([at < before + 1] if before is not None else [])
+def updated(since: float | None, before: float | None) -> list[Condition]:
+    after = [Condition(("since",), lambda value: value <= CHANGED, (since,))] if since is not None else []
+    return after + (
+        [Condition(("before",), lambda value: value > CHANGED, (before + 1,))] if before is not None else []
+    )
 
 
-def tagged(tags: list[str], *, any: bool, negated: bool) -> Any:
-    each = [T.c.tags.contains(f",{t},", autoescape=True) for t in tags]
-    some = sa.or_(*each) if any else sa.and_(*each)
-    return sa.not_(some) if negated else some
+def tagged(tags: list[str], *, any: bool, negated: bool) -> Condition:
+    def write(*each: Any) -> Any:
+        has = [T.c.tags.like(tag, escape="/") for tag in each]
+        some = sa.or_(*has) if any else sa.and_(*has)
+        return sa.not_(some) if negated else some
+
+    return Condition(("tags", len(tags), any, negated), write, tuple(anywhere(f",{t},") for t in tags))
 
 
-def is_locked(locked: bool) -> Any:
-    return T.c.locked_by.is_not(None) if locked else T.c.locked_by.is_(None)
+def is_locked(locked: bool) -> Condition:
+    column = T.c.locked_by
+    return Condition(("locked", locked), lambda: column.is_not(None) if locked else column.is_(None))
 
 
-def has_config_drive(yes: bool) -> Any:
-    return T.c.config_drive == yes
+def has_config_drive(yes: bool) -> Condition:
+    return Condition(("config drive",), lambda value: T.c.config_drive == value, (yes,))
 
 
-def has_address(pattern: str, version: int) -> Any:
+def has_address(pattern: str, version: int) -> Condition:
     """A plain piece of an address, searched in what is known of the NICs. Raises Invalid."""
     if not re.fullmatch(r"\^?[0-9a-fA-F.:]*\$?", pattern.replace("\\.", ".")):
         raise Invalid(f"Invalid input for query parameters ip. Value: {pattern[:60]}. It is no piece of an address.")
     text = pattern.replace("\\.", ".").strip("^$")
-    return T.c.plugs.contains(f'"address":"{text}', autoescape=True)
+    return Condition(("address",), lambda value: T.c.plugs.like(value, escape="/"), (anywhere(f'"address":"{text}'),))
 
 
-def on_day(name: str, text: str) -> Any:
+def on_day(name: str, text: str) -> Condition:
     """`created_at` and its like: the moment's beginning, as a prefix of its ISO form. Raises Invalid."""
     column = {"created_at": T.c.created_at, "launched_at": T.c.launched_at, "terminated_at": T.c.terminated_at}[name]
     try:
@@ -201,4 +261,5 @@ def on_day(name: str, text: str) -> Any:
         raise Invalid(
             f"Invalid input for query parameters {name}. Value: {text[:60]}. It is no moment in ISO 8601."
         ) from None
-    return (column >= at) & (column < at + (86400 if len(text) == 10 else 1))
+    until = at + (86400 if len(text) == 10 else 1)
+    return Condition(("on day", name), lambda first, last: (column >= first) & (column < last), (at, until))
