@@ -35,6 +35,27 @@ def test_operators_see_which_rule_turned_away_how_many(tmp_path):
         assert mine["message"] == said and "details" not in mine
 
 
+def test_operators_see_why_a_server_could_not_move(tmp_path):
+    """Of moves and rebuilds as of builds; a user hears of no rule."""
+    with telling(tmp_path) as cloud:
+        s = cloud.boot()
+        away = sorted(cloud.states.keys() - {s.row.host})
+        with cloud.db.tx() as tx:
+            for host in away:
+                hosts.set_service(tx, hosts.service_of(tx, host).uuid, cloud.clock.now(), disabled=True)
+        for told in ({"migrate": None}, {"os-migrateLive": {"host": None, "block_migration": "auto"}}):
+            cloud.json("POST", f"/servers/{s.id}/action", told, ok=202, token=cloud.admin)
+            cloud.settle()
+            (last, *_) = cloud.json("GET", f"/servers/{s.id}/os-instance-actions", token=cloud.admin)["instanceActions"]
+            path = f"/servers/{s.id}/os-instance-actions/{last['request_id']}"
+            event = cloud.json("GET", path, token=cloud.admin)["instanceAction"]["events"][-1]
+            assert event["result"] == "Error"
+            assert event["details"].endswith("Of 3 hosts: enabled turned away 2, not_avoided turned away 1.")
+            (theirs,) = {str(e.get("details")) for e in cloud.json("GET", path)["instanceAction"]["events"]}
+            assert theirs == "None"
+        cloud.check()
+
+
 def test_servers_go_to_others_or_away_from_them(tmp_path):
     with telling(tmp_path) as cloud:
         one = cloud.boot("one")

@@ -318,6 +318,27 @@ def test_metrics():
     assert loose.names() == {"a", "c"} and first(loose) == "a"
 
 
+def test_providers_that_are_not_for_servers():
+    house = House()
+    for name in "ab":
+        house.host(name, traits=["OWNER_NOVA"])
+    assert house.names() == {"a", "b"}
+    b = next(n.uuid for n in house.tx(hosts.nodes) if n.host == "b")
+    house.tx(providers.set_traits, b, ["OWNER_CYBORG"])
+    assert house.names() == {"a"}
+    house.host("c", traits=[])  # of an older release: then nobody is asked
+    assert house.names() == ALL
+
+
+def test_hosts_that_a_routed_network_reaches():
+    house = cloud()
+    aggregate(house, "one", "ab")
+    aggregate(house, "two", "bc")
+    assert house.names(member_of=[["u-one"]]) == {"a", "b"}
+    assert house.names(member_of=[["u-one"], ["u-two", "u-three"]]) == {"b"}
+    assert house.choose(member_of=[["u-three"]]).why == {"segments": 3}
+
+
 # ---- NUMA
 
 
@@ -525,7 +546,12 @@ def test_amounts(specs, expect):
             {"COMPUTE_SECURITY_TPM_2_0", "COMPUTE_SECURITY_TPM_CRB", "COMPUTE_SECURITY_TPM_SECRET_SECURITY_HOST"},
             set(),
         ),
-        ({}, {"hw_tpm_version": "1.2"}, {"COMPUTE_SECURITY_TPM_1_2", "COMPUTE_SECURITY_TPM_TIS"}, set()),
+        (
+            {},
+            {"hw_tpm_version": "1.2"},
+            {"COMPUTE_SECURITY_TPM_1_2", "COMPUTE_SECURITY_TPM_TIS", "COMPUTE_SECURITY_TPM_SECRET_SECURITY_USER"},
+            set(),
+        ),
         ({"hw:cpu_thread_policy": "isolate"}, {}, set(), {"HW_CPU_HYPERTHREADING"}),
         ({"hw:cpu_thread_policy": "require"}, {}, {"HW_CPU_HYPERTHREADING"}, set()),
         ({"os:secure_boot": "required"}, {}, {"COMPUTE_SECURITY_UEFI_SECURE_BOOT"}, set()),

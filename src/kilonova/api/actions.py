@@ -97,7 +97,7 @@ def _event(call: Call, server: Server, e: workflow.Event, whole: bool, details: 
         if whole:
             shown["host"] = e.host or ""
     if details:
-        shown["details"] = e.fault.said if e.fault else None
+        shown["details"] = (e.fault.detail or e.fault.said) if e.fault else None
     return shown
 
 

@@ -96,6 +96,14 @@ class Subnet(msgspec.Struct, frozen=True):
     name: str | None = ""
     project_id: str | None = ""
     ipv6_address_mode: str | None = None
+    segment_id: str | None = None
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """A part of a routed network; in Placement a provider of the same id, with the aggregate of the hosts that it reaches."""
+
+    id: str
+    network_id: str
 
 
 class SecurityRule(msgspec.Struct, frozen=True):
@@ -254,6 +262,13 @@ class Network:
             if several := list(wanted):
                 return self._several("subnets", name, several, Subnet, filters, token)
         return self._list("subnets", Subnet, filters, token) if filters else []
+
+    def segments(self, network_id: str) -> list[Segment]:
+        """Of this network; none where the service knows of no segments."""
+        try:
+            return self._list("segments", Segment, {"network_id": network_id}, None)
+        except NotFound:
+            return []
 
     def security_groups(
         self, *, token: str | None = None, ids: Iterable[str] = (), **filters: str | Sequence[str] | None

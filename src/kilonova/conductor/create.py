@@ -5,7 +5,7 @@ from contextlib import suppress
 import msgspec
 
 from kilonova.clients.volume import given_back
-from kilonova.conductor import ports, volumes
+from kilonova.conductor import ports, volumes, wishes
 from kilonova.conductor.ports import Plugged
 from kilonova.conductor.volumes import Connected
 from kilonova.conductor.world import World
@@ -170,6 +170,8 @@ def choose(world: World, key: str, job: Build, tried: list[str], fresh: bool) ->
     wanted = ask(job.server, host=job.host, node=job.node, forced=job.forced)
     if tried:
         wanted = msgspec.structs.replace(wanted, avoid=tried)
+    if isinstance(job.networks, list):
+        wanted = wishes.of_new(world, wanted, job.networks)
     return world.choose(Choose(server=job.server.id, ask=wanted, most=attempts - len(tried), fresh=fresh))
 
 

@@ -43,11 +43,12 @@ def evacuate(run: Run, job: Evacuate) -> None:
 def somewhere(run: Run, job: Evacuate, s: Server, old: Place) -> tuple[Goal, Joined, int]:
     tried: list[str] = []
     last: Trouble | None = None
+    chosen = Chosen()
     for turn in range(moves.TURNS):
-        places = run(choose, job, s, tried, turn > 0).places
-        if not places:
+        chosen = run(choose, job, s, tried, turn > 0)
+        if not chosen.places:
             break
-        for place in places:
+        for place in chosen.places:
             tried.append(place.host)
             with run.attempt():
                 try:
@@ -60,7 +61,7 @@ def somewhere(run: Run, job: Evacuate, s: Server, old: Place) -> tuple[Goal, Joi
                 except Trouble as e:
                     last = e
                     raise
-    raise moves.nowhere(last, tried)
+    raise moves.nowhere(last, tried, chosen)
 
 
 def stop(run: Run, job: Evacuate, s: Server, goal: Goal, power_state: int) -> int:

@@ -68,11 +68,12 @@ def live_migrate(run: Run, job: LiveMigrate) -> None:
 def land_somewhere(run: Run, job: LiveMigrate) -> tuple[Goal, Joined, Landing]:
     tried: list[str] = []
     last: Trouble | None = None
+    chosen = Chosen()
     for turns in range(moves.TURNS):
-        places = run(choose, job, tried, turns > 0).places
-        if not places:
+        chosen = run(choose, job, tried, turns > 0)
+        if not chosen.places:
             break
-        for place in places:
+        for place in chosen.places:
             tried.append(place.host)
             with run.attempt():
                 try:
@@ -82,7 +83,7 @@ def land_somewhere(run: Run, job: LiveMigrate) -> tuple[Goal, Joined, Landing]:
                 except Trouble as e:
                     last = e
                     raise
-    raise moves.nowhere(last, tried)
+    raise moves.nowhere(last, tried, chosen)
 
 
 def sent(run: Run, job: LiveMigrate, goal: Goal, landing: Landing) -> None:

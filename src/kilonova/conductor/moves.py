@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kilonova.conductor import ports, volumes
+from kilonova.conductor import ports, volumes, wishes
 from kilonova.conductor.ports import Plugged
 from kilonova.conductor.volumes import Connected
 from kilonova.conductor.world import World
@@ -82,7 +82,7 @@ def choice(
 ) -> Chosen:
     """Where could it go, with this flavor? What it was asked to be, and near to whom, holds as on its first day."""
     wanted = ask(msgspec.structs.replace(server, flavor=flavor), host=host, forced=forced)
-    wanted = msgspec.structs.replace(wanted, avoid=avoid)
+    wanted = wishes.of_living(world, msgspec.structs.replace(wanted, avoid=avoid), server)
     return world.choose(Choose(server=server.id, ask=wanted, most=world.config.scheduler.attempts, fresh=fresh))
 
 
@@ -179,6 +179,9 @@ def _(world: World, key: str, server: Server, to: Place, back: Place) -> None:
         log.warning("ports of %s are not back on %s: %s", server.id, back.host, e.said)
 
 
-def nowhere(last: Trouble | None, tried: list[str]) -> Trouble:
-    """What the user is told when no place was found; if just one was asked, what that one said."""
-    return last if last is not None and len(tried) == 1 else NoCapacity(NO_HOST)
+def nowhere(last: Trouble | None, tried: list[str], chosen: Chosen) -> Trouble:
+    """What the user is told when no place was found; if just one was asked, what that one said. Operators hear why."""
+    if last is not None and len(tried) == 1:
+        return last
+    said = f" Last trouble: {last.said}" if last is not None else ""
+    return NoCapacity(NO_HOST, detail=f"{NO_HOST} {chosen.explained()}{said}")

@@ -70,8 +70,9 @@ def broken(tx: Tx, server: Server, run: str, now: float) -> None:
 def fits(world: World, key: str, server: Server) -> None:
     """Raises NoCapacity where its host cannot run this image."""
     wanted: Ask = msgspec.structs.replace(ask(server, host=server.host), amounts={}, in_place=True)
-    if not world.choose(Choose(server=server.id, ask=wanted, most=1)).places:
-        raise NoCapacity(NO_HOST)
+    chosen = world.choose(Choose(server=server.id, ask=wanted, most=1))
+    if not chosen.places:
+        raise NoCapacity(NO_HOST, detail=f"{NO_HOST} {chosen.explained()}")
 
 
 @record

@@ -50,11 +50,12 @@ def find(run: Run, job: Resize) -> Goal:
     """A place that is claimed and ready; the next, where one cannot have it. Until here its user notices nothing."""
     tried: list[str] = []
     last: Trouble | None = None
+    chosen = Chosen()
     for turn in range(moves.TURNS):
-        places = run(choose, job, tried, turn > 0).places
-        if not places:
+        chosen = run(choose, job, tried, turn > 0)
+        if not chosen.places:
             break
-        for place in places:
+        for place in chosen.places:
             tried.append(place.host)
             with run.attempt():
                 try:
@@ -64,7 +65,7 @@ def find(run: Run, job: Resize) -> Goal:
                 except Trouble as e:
                     last = e
                     raise
-    raise moves.nowhere(last, tried)
+    raise moves.nowhere(last, tried, chosen)
 
 
 @effect(event="conductor_migrate_server")

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
-from kilonova.conductor import ports, volumes
+from kilonova.conductor import ports, volumes, wishes
 from kilonova.conductor.capture import STEPS as COPIES
 from kilonova.conductor.capture import drop_image, on_its_way, put_down
+from kilonova.conductor.moves import nowhere
 from kilonova.conductor.ports import Plugged
 from kilonova.conductor.verbs import STEPS, timeout_s
 from kilonova.conductor.volumes import Connected
@@ -22,7 +23,7 @@ from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.bus import To
 from kilonova.kit.clock import iso
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Conflict, HostGone, NoCapacity, NotFound, Trouble
+from kilonova.kit.errors import Conflict, HostGone, NotFound, Trouble
 from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import FOREVER, Run, command, effect, record, start, workflow
 from kilonova.model.ask import amounts_of, ask
@@ -35,7 +36,6 @@ from kilonova.model.states import VERBS, VM, PowerState, Task
 from kilonova.store import compare, placement, server_groups, servers
 
 log = logging.getLogger(__name__)
-NO_HOST = "No valid host was found. There are not enough hosts available."
 TURNS = 10  # that places are asked for: claims may be lost to others
 KEEP_TRYING_S = 86_400.0  # an image service that is away for longer keeps what it has
 
@@ -237,12 +237,12 @@ def unshelve(run: Run, job: Unshelve) -> None:
 def land(run: Run, job: Unshelve, image: Image | None) -> None:
     """A place that is claimed and has it; the next, where one cannot have it."""
     s, tried, last = job.server, list[str](), None
-    epoch = s.epoch
+    epoch, chosen = s.epoch, Chosen()
     for turn in range(TURNS):
-        places = run(choose, job, tried, turn > 0).places
-        if not places:
+        chosen = run(choose, job, tried, turn > 0)
+        if not chosen.places:
             break
-        for place in places:
+        for place in chosen.places:
             epoch += 1
             tried.append(place.host)
             with run.attempt():
@@ -254,7 +254,7 @@ def land(run: Run, job: Unshelve, image: Image | None) -> None:
                     raise
     if tried and volumes.has_volumes(s):
         run(kept, s, run(volumes.rest, s), run.now)
-    raise last if last is not None and len(tried) == 1 else NoCapacity(NO_HOST)
+    raise nowhere(last, tried, chosen)
 
 
 def settle_on(run: Run, s: Server, image: Image | None, place: Place, epoch: int) -> None:
@@ -292,7 +292,7 @@ def choose(world: World, key: str, job: Unshelve, tried: list[str], fresh: bool)
     attempts = 1 if job.host else world.config.scheduler.attempts
     if len(tried) >= attempts:
         return Chosen()
-    wanted = msgspec.structs.replace(ask(job.server, host=job.host), avoid=tried)
+    wanted = wishes.of_living(world, msgspec.structs.replace(ask(job.server, host=job.host), avoid=tried), job.server)
     return world.choose(Choose(server=job.server.id, ask=wanted, most=attempts - len(tried), fresh=fresh))
 
 

@@ -292,7 +292,11 @@ def events(tx: Tx, run: str) -> list[Event]:
         if e.event is not None:
             same = found.get((e.event, e.host))
             found[e.event, e.host] = e if same is None else _joined(same, e)
-    return list(found.values())
+    shown = list(found.values())
+    if shown and not any(e.fault for e in shown) and (fault := fault_of(tx, run)) is not None:
+        # Every step did well, and what they said was not enough: that is how the last of them ended.
+        shown[-1] = msgspec.structs.replace(shown[-1], result=shown[-1].finished and "Error", fault=fault)
+    return shown
 
 
 def _joined(one: Event, two: Event) -> Event:

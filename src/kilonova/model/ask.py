@@ -39,6 +39,7 @@ class Ask(msgspec.Struct, frozen=True):
     far: list[str] = []  # hosts of servers that it shall not be with
     group_id: str | None = None
     in_place: bool = False  # it is there already: may it run this image?
+    member_of: list[list[str]] = []  # of each list, in one of these aggregates (Placement API)
     company: Company | None = None
 
 

@@ -261,6 +261,9 @@ class Scheduler(Struct, frozen=True):
     isolate_aggregates: A[
         bool, Meta(description="Aggregates with `trait:X = required` take only servers that require X.")
     ] = False
+    routed_networks: A[
+        bool, Meta(description="Only hosts in the aggregates of the segments that a server's networks are made of.")
+    ] = False
     metrics: A[
         dict[str, float], Meta(description="What hosts measure, and how it weighs (rule and taste `metrics`).")
     ] = {}
@@ -269,7 +272,6 @@ class Scheduler(Struct, frozen=True):
     image_properties_weights: A[
         dict[str, float], Meta(description="Weights of properties (taste `image_properties`); empty, each weighs 1.")
     ] = {}
-    choices_max: A[int, Meta(description="Hosts that are weighed for one request, at most.", ge=1)] = 1000
     shuffle_best: A[int, Meta(description="Chooses by lot among so many of the best hosts.", ge=1)] = 1
     max_instances_per_host: A[int, Meta(description="Servers on a host, at most; 0 is no limit.", ge=0)] = 0
 

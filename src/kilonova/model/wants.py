@@ -96,8 +96,7 @@ def _followed(specs: Mapping[str, str], properties: Mapping[str, str]) -> set[st
     if version := said("tpm_version"):
         found.add(f"COMPUTE_SECURITY_TPM_{version.replace('.', '_')}")
         found.add("COMPUTE_SECURITY_TPM_CRB" if said("tpm_model") == "tpm-crb" else "COMPUTE_SECURITY_TPM_TIS")
-        if secret := said("tpm_secret_security"):
-            found.add(f"COMPUTE_SECURITY_TPM_SECRET_SECURITY_{secret.upper()}")
+        found.add(f"COMPUTE_SECURITY_TPM_SECRET_SECURITY_{(said('tpm_secret_security') or 'user').upper()}")
     if said("cpu_thread_policy") == "require":
         found.add("HW_CPU_HYPERTHREADING")
     if specs.get("os:secure_boot", properties.get("os_secure_boot")) == "required":

@@ -47,6 +47,14 @@ def _wanted(said: Said) -> set[str]:
     return {k.removeprefix("trait:") for k, values in said.items() if k.startswith("trait:") and "required" in values}
 
 
+@rule()
+def segments(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Hosts that the server's routed networks reach: they are in an aggregate of one of the segments of each."""
+    if not ask.member_of:
+        return ...
+    return groups(hosts, [all(not uuids.isdisjoint(one_of) for one_of in ask.member_of) for uuids in hosts.members])
+
+
 @rule(standard=False)
 def aggregate_extra_specs(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     """The flavor's extra specs against what the host's aggregates say."""

@@ -14,6 +14,7 @@ CHAPTERS = (rules, aggregates, hints, loads)
 
 ALWAYS = (
     "enabled",
+    "ours",
     "named",
     "not_avoided",
     "zone",
@@ -23,6 +24,7 @@ ALWAYS = (
     "image_devices",
     "own_aggregates",
     "isolated_aggregates",
+    "segments",
 )
 """What Placement and its pre-filters see to in Nova, whatever filters are enabled."""
 

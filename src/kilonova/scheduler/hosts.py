@@ -74,6 +74,7 @@ class Hosts:
         self.kind: Ints = np.zeros(n, np.int64)  # rows of one kind have the same facts
         self.group: Ints = np.zeros(n, np.int64)  # rows of one group are in the same aggregates
         self.groups: list[dict[str, set[str]]] = [{}]
+        self.members: list[frozenset[str]] = [frozenset()]  # of each group, by the uuids of the aggregates
         self.traits: npt.NDArray[np.uint64] = np.zeros((n, 1), np.uint64)
         self.trait_of: dict[str, int] = {}
         self.waits: dict[int, deque[tuple[float, Floats]]] = {}
@@ -203,6 +204,7 @@ class Hosts:
                     for k, v in said[id].metadata.items():
                         merged.setdefault(k, set()).update(part.strip() for part in v.split(","))
                 self.groups.append(merged)
+                self.members.append(frozenset(said[id].uuid for id in ids))
             self.group[i] = known[ids]
 
     def _traits(self, of: dict[str, set[str]]) -> None:

@@ -30,6 +30,7 @@ class View:
         self.now, self.down_after_s, self.options = now, down_after_s, options
 
 
+OURS = "OWNER_NOVA"
 STANDARD_TRAITS = frozenset(os_traits.get_traits())
 RULES: dict[str, tuple[Rule, bool]] = {}
 TASTES: dict[str, tuple[Taste, float]] = {}
@@ -66,6 +67,14 @@ def taste(weight: float, *, needs: tuple[str, ...] = ()) -> Callable[[Taste], Ta
 def enabled(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     some = "COMPUTE_STATUS_DISABLED" in hosts.trait_of
     return ~(hosts.disabled | hosts.with_trait("COMPUTE_STATUS_DISABLED")) if some else ~hosts.disabled
+
+
+@rule()
+def ours(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Providers that are for servers; asked as soon as every host knows to say so."""
+    if not hosts.kinds or any(OURS not in facts.traits for facts in hosts.kinds):
+        return ...
+    return hosts.with_trait(OURS)
 
 
 @rule()

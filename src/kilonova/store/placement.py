@@ -246,7 +246,8 @@ def offer(
     A class that is no longer offered goes when nobody holds any of it, and else has nothing left to give.  What others
     wrote on it stays: traits that were not offered (`before` are those of the last time), and classes that no host of ours tells of.
     """
-    there = tx.execute(sa.select(PROVIDERS.c.name).where(PROVIDERS.c.uuid == provider)).scalar()
+    # The row is locked before its inventories, as by who claims; a report that says nothing new moves no generation.
+    there = tx.execute(sa.select(PROVIDERS.c.name).where(PROVIDERS.c.uuid == provider).with_for_update()).scalar()
     if there is None:
         row = {"uuid": provider, "name": name, "generation": 0, "root": provider, "created_at": now, "changed_at": now}
         tx.execute(sa.insert(PROVIDERS), row)
@@ -295,7 +296,8 @@ def _marked(tx: Tx, provider: str, wanted: set[str], before: set[str]) -> bool:
 def withdraw(tx: Tx, provider: str) -> None:
     """Remove a host's provider with all it offers, and its children. Raises Conflict while somebody holds something."""
     p = PROVIDERS.c
-    all = list(tx.execute(sa.select(p.uuid).where((p.uuid == provider) | (p.root == provider))).scalars())
+    mine = sa.select(p.uuid).where((p.uuid == provider) | (p.root == provider)).order_by(p.uuid).with_for_update()
+    all = list(tx.execute(mine).scalars())
     if tx.execute(sa.select(ALLOCATIONS.c.consumer).where(ALLOCATIONS.c.provider.in_(all)).limit(1)).first():
         raise Conflict(f"Resource provider {provider} has allocations.", code="placement.resource_provider.inuse")
     for table in (INVENTORIES, PROVIDER_TRAITS, PROVIDER_AGGREGATES):
@@ -366,6 +368,12 @@ def bears(tx: Tx, provider: str, trait: str) -> bool:
     """Has the provider this trait?"""
     t = PROVIDER_TRAITS.c
     return tx.execute(sa.select(t.trait).where(t.provider == provider, t.trait == trait)).first() is not None
+
+
+def aggregates_of(tx: Tx, providers: Collection[str]) -> set[str]:
+    """All in which one of these is."""
+    t = PROVIDER_AGGREGATES.c
+    return set(tx.execute(sa.select(t.aggregate).where(t.provider.in_(list(providers)))).scalars())
 
 
 def traits(tx: Tx) -> dict[str, set[str]]:

@@ -248,6 +248,7 @@ def _topology() -> dict[str, object]:
 
 # What this driver does for every machine.
 ALWAYS = {
+    "OWNER_NOVA",
     "COMPUTE_DEVICE_TAGGING",
     "COMPUTE_IMAGE_TYPE_RAW",
     "COMPUTE_IMAGE_TYPE_AMI",
