@@ -15,6 +15,7 @@ from kilonova.contracts.jobs import Delete, Restore, SoftDelete
 from kilonova.kit.clock import parsed
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound
+from kilonova.kit.ready import Condition
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, since, was
 from kilonova.kit.workflow import faults_of, noted, signal, start
@@ -310,9 +311,9 @@ def _allowed(call: Call, said: dict[str, list[str]]) -> dict[str, list[str]]:
     return {k: v for k, v in said.items() if k in known or k in ("deleted", "tenant_id")}
 
 
-def _conditions(call: Call, said: dict[str, list[str]], which: str) -> list[pages.Condition] | None:
+def _conditions(call: Call, said: dict[str, list[str]], which: str) -> list[Condition] | None:
     """What the page must fulfil; None where nothing can."""
-    where: list[pages.Condition] = []
+    where: list[Condition] = []
     where += _whose(call, said, which)
     where += _which_life(call, said)
     if "status" in said:
@@ -346,7 +347,7 @@ def _conditions(call: Call, said: dict[str, list[str]], which: str) -> list[page
     return where
 
 
-def _whose(call: Call, said: dict[str, list[str]], which: str) -> list[pages.Condition]:
+def _whose(call: Call, said: dict[str, list[str]], which: str) -> list[Condition]:
     everybody = False
     if "all_tenants" in said:
         text = said["all_tenants"][-1]
@@ -358,7 +359,7 @@ def _whose(call: Call, said: dict[str, list[str]], which: str) -> list[pages.Con
     return [pages.is_one_of("project_id", [call.context.project_id or ""])]
 
 
-def _which_life(call: Call, said: dict[str, list[str]]) -> list[pages.Condition]:
+def _which_life(call: Call, said: dict[str, list[str]]) -> list[Condition]:
     since_, before = _moment(said, "changes_since"), _moment(said, "changes_before")
     if since_ is not None and before is not None and since_ > before:
         raise Invalid("The value of changes-since must be less than or equal to changes-before.")

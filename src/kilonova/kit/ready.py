@@ -15,7 +15,7 @@ as parameters.  Not for `IN (…)` with a list of any length: that has another t
 import operator
 from collections import namedtuple
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import sqlalchemy as sa
 
@@ -51,6 +51,26 @@ class Ready:
         return compiled.send(tx, many)
 
     _execute_on_scalar = None
+
+
+class Condition(NamedTuple):
+    """A piece of WHERE: `write` is given a parameter for each of `values`, and depends on nothing but `shape`.
+
+    No shape: it is another each time, and so is the statement that holds it.
+    """
+
+    shape: Hashable
+    write: Callable[..., Any]
+    values: tuple[Any, ...] = ()
+
+
+def written(where: Sequence[Condition]) -> list[Any]:
+    """Conditions in SQLAlchemy's words, to be executed with their `given`."""
+    return [c.write(*[sa.bindparam(f"w{i}_{j}") for j in range(len(c.values))]) for i, c in enumerate(where)]
+
+
+def given(where: Sequence[Condition]) -> dict[str, Any]:
+    return {f"w{i}_{j}": value for i, c in enumerate(where) for j, value in enumerate(c.values)}
 
 
 class Shapes:

@@ -15,7 +15,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import OverQuota
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import Condition, Shapes, given, ready, written
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -408,13 +408,22 @@ def among(tx: Tx, kind: type[S], column: str, values: Iterable[str], *where: Any
 
 
 def page(
-    tx: Tx, kind: type[S], where: Sequence[Any], order: Sequence[Any], limit: int | None, offset: int = 0
+    tx: Tx, kind: type[S], where: Sequence[Condition], order: Sequence[tuple[str, Any, bool]], limit: int | None
 ) -> list[S]:
-    """One page in one query."""
-    query = _ALL[kind].where(*where).order_by(*order)
-    if limit is not None:
-        query = query.limit(limit)
-    return [kind(*row) for row in tx.execute(query)]
+    """One page in one query, in the order of these columns; each with its name, and whether downwards."""
+
+    def write() -> Any:
+        query = _ALL[kind].where(*written(where)).order_by(*[c.desc() if down else c.asc() for _, c, down in order])
+        return query if limit is None else query.limit(sa.bindparam("most", type_=sa.Integer))
+
+    values = given(where) | ({} if limit is None else {"most": limit})
+    if any(c.shape is None or len(c.values) > 3 for c in where):
+        return [kind(*row) for row in tx.execute(write(), values)]
+    shape = (kind, *[c.shape for c in where], *[(name, down) for name, _, down in order], limit is None)
+    return [kind(*row) for row in tx.execute(_PAGES.of(shape, write), values)]
+
+
+_PAGES = Shapes()
 
 
 def add(tx: Tx, thing: msgspec.Struct) -> None:
@@ -460,12 +469,21 @@ def _parts(ids: Iterable[str]) -> Iterable[list[str]]:
     return (known[i : i + IN_ONE_QUERY] for i in range(0, len(known), IN_ONE_QUERY))
 
 
-def _by(tx: Tx, query: sa.Select[Any], column: sa.Column[Any], ids: Iterable[str]) -> list[Any]:
-    """`query` gives (id, what…) for those ids."""
-    several = list(ids)
-    if len(several) == 1:
-        return list(tx.execute(query.where(column == several[0])))
-    return [row for part in _parts(several) for row in tx.execute(query.where(column.in_(part)))]
+class By:
+    """A query that gives (id, what…), for those ids; few ones are its daily bread."""
+
+    FEW = 8
+
+    def __init__(self, query: sa.Select[Any], id: Any) -> None:
+        self.query, self.id, self.shapes = query, id, Shapes()
+
+    def of(self, tx: Tx, ids: Iterable[str]) -> list[Any]:
+        several = list(ids)
+        if 0 < len(several) <= self.FEW:
+            names = [f"id{i}" for i in range(len(several))]
+            query = self.shapes.of(len(names), lambda: self.query.where(self.id.in_([sa.bindparam(n) for n in names])))
+            return list(tx.execute(query, dict(zip(names, several, strict=True))))
+        return [row for part in _parts(several) for row in tx.execute(self.query.where(self.id.in_(part)))]
 
 
 def _pairs(tx: Tx, query: sa.Select[Any]) -> list[tuple[str, int]]:
@@ -586,20 +604,29 @@ def reorder(tx: Tx, port_id: str, order: Sequence[Address]) -> None:
         )
 
 
+_ADDRESSES = By(
+    sa.select(addresses.c.port_id, addresses.c.subnet_id, addresses.c.address).order_by(addresses.c.position),
+    addresses.c.port_id,
+)
+
+
 def addresses_of(tx: Tx, port_ids: Iterable[str]) -> dict[str, list[Address]]:
     """By port, in the port's own order."""
-    query = sa.select(addresses.c.port_id, addresses.c.subnet_id, addresses.c.address).order_by(addresses.c.position)
     found: dict[str, list[Address]] = {}
-    for id, subnet, address in _by(tx, query, addresses.c.port_id, port_ids):
+    for id, subnet, address in _ADDRESSES.of(tx, port_ids):
         found.setdefault(id, []).append(Address(subnet, address))
     return found
 
 
+_GROUPS = By(
+    sa.select(port_groups.c.port_id, port_groups.c.group_id).order_by(port_groups.c.group_id), port_groups.c.port_id
+)
+
+
 def groups_of(tx: Tx, port_ids: Iterable[str]) -> dict[str, list[str]]:
     """Ids of security groups by port."""
-    query = sa.select(port_groups.c.port_id, port_groups.c.group_id).order_by(port_groups.c.group_id)
     found: dict[str, list[str]] = {}
-    for id, group in _by(tx, query, port_groups.c.port_id, port_ids):
+    for id, group in _GROUPS.of(tx, port_ids):
         found.setdefault(id, []).append(group)
     return found
 
@@ -627,11 +654,15 @@ def fullness(tx: Tx) -> dict[str, int]:
     return dict(_pairs(tx, query))
 
 
+_SUBNETS = By(
+    sa.select(subnets.c.network_id, subnets.c.id).order_by(subnets.c.created_at, subnets.c.id), subnets.c.network_id
+)
+
+
 def subnets_of(tx: Tx, network_ids: Iterable[str]) -> dict[str, list[str]]:
     """Ids of subnets by network."""
-    query = sa.select(subnets.c.network_id, subnets.c.id).order_by(subnets.c.created_at, subnets.c.id)
     found: dict[str, list[str]] = {}
-    for network, id in _by(tx, query, subnets.c.network_id, network_ids):
+    for network, id in _SUBNETS.of(tx, network_ids):
         found.setdefault(network, []).append(id)
     return found
 
@@ -643,20 +674,29 @@ def rules_of(tx: Tx, group_ids: Iterable[str]) -> dict[str, list[Rule]]:
     return found
 
 
+_MEMBERS = By(
+    sa.select(port_groups.c.group_id, addresses.c.address).join_from(
+        port_groups, addresses, addresses.c.port_id == port_groups.c.port_id
+    ),
+    port_groups.c.group_id,
+)
+_ALLOWED = By(
+    sa.select(port_groups.c.group_id, ports.c.allowed_address_pairs)
+    .join_from(port_groups, ports, ports.c.id == port_groups.c.port_id)
+    .where(ports.c.allowed_address_pairs != []),
+    port_groups.c.group_id,
+)
+
+
 def members(tx: Tx, group_ids: Iterable[str]) -> dict[str, list[str]]:
     """The addresses of all ports of a group, by group; with those that its ports may use besides."""
-    joined = port_groups.join(addresses, addresses.c.port_id == port_groups.c.port_id)
-    query = sa.select(port_groups.c.group_id, addresses.c.address).select_from(joined)
     found: dict[str, list[str]] = {}
     wanted = list(group_ids)
     if not wanted:
         return found
-    for group, address in _by(tx, query, port_groups.c.group_id, wanted):
+    for group, address in _MEMBERS.of(tx, wanted):
         found.setdefault(group, []).append(address)
-    pairs = sa.select(port_groups.c.group_id, ports.c.allowed_address_pairs).join_from(
-        port_groups, ports, ports.c.id == port_groups.c.port_id
-    )
-    for group, allowed in _by(tx, pairs.where(ports.c.allowed_address_pairs != []), port_groups.c.group_id, wanted):
+    for group, allowed in _ALLOWED.of(tx, wanted):
         found.setdefault(group, []).extend(address for address, _ in allowed)
     return found
 

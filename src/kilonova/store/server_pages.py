@@ -5,7 +5,7 @@ statement (`kit/ready.py`).
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from kilonova.kit.clock import parsed
 from kilonova.kit.db import Tx, anywhere
 from kilonova.kit.errors import Invalid
-from kilonova.kit.ready import Shapes
+from kilonova.kit.ready import Condition, Shapes, given, written
 from kilonova.model.server import Server
 from kilonova.model.states import VM, states_of
 from kilonova.store.servers import SELECT, T, of
@@ -85,14 +85,6 @@ _PLAIN = re.compile(r"^[\w\s@:,/=-]*$")
 _RUNAWAY = re.compile(r"[*+?}]\s*\)\s*[*+{]|\([^)]*\|[^)]*\)\s*[*+{]")  # a repeated repetition can take for ever
 
 
-class Condition(NamedTuple):
-    """A piece of WHERE: `write` is given a parameter for each of `values`, and depends on nothing but `shape`."""
-
-    shape: tuple[Any, ...]
-    write: Callable[..., Any]
-    values: tuple[Any, ...] = ()
-
-
 class Page(msgspec.Struct, frozen=True):
     """What a list asks for. `where` are conditions from this module; `sort` pairs of (key of SORTS, descending)."""
 
@@ -131,14 +123,14 @@ def _rows(tx: Tx, select: sa.Select[Any], p: Page) -> Sequence[Any]:
         if at is None:
             raise Invalid(f"marker [{p.marker}] not found")
         values |= {f"page_at{i}": v for i, v in enumerate(at)}
-    values |= {f"page_w{i}_{j}": v for i, c in enumerate(p.where) for j, v in enumerate(c.values)}
+    values |= given(p.where)
     shape = (select is SHORT, sort, p.marker is not None, *[c.shape for c in p.where])
     return tx.execute(PAGES.of(shape, lambda: _statement(select, p, sort)), values).all()
 
 
 def _statement(select: sa.Select[Any], p: Page, sort: tuple[tuple[str, bool], ...]) -> sa.Select[Any]:
     keys = _keys(sort)
-    where = [c.write(*[sa.bindparam(f"page_w{i}_{j}") for j in range(len(c.values))]) for i, c in enumerate(p.where)]
+    where = written(p.where)
     if p.marker is not None:
         where.append(_after(keys, [sa.bindparam(f"page_at{i}", type_=c.type) for i, (c, _) in enumerate(keys)]))
     order = [c.desc() if desc else c.asc() for c, desc in keys]

@@ -21,6 +21,7 @@ from kilonova.kit.clock import iso, parsed
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound, OverQuota
 from kilonova.kit.http import Dialect
+from kilonova.kit.ready import Condition
 from kilonova.kit.routes import Call, Context, Reply, Routes
 from kilonova.store import networks as store
 
@@ -333,8 +334,8 @@ def kept(thing: S | None) -> S:
 
 
 class Page(NamedTuple):
-    where: list[Any]
-    order: list[tuple[Any, bool]]
+    where: list[Condition]
+    order: list[tuple[str, Any, bool]]  # its name, the column, downwards
     limit: int | None
     marker: str | None
     reverse: bool
@@ -350,7 +351,7 @@ def asked(call: Call) -> dict[str, list[str]]:
     return found
 
 
-def listing(call: Call, kind: Kind[S], *extra: Any) -> View:
+def listing(call: Call, kind: Kind[S], *extra: Condition) -> View:
     """`{"networks": […], "networks_links": […]}` as the query asks for it."""
     context: Context = call.context
     everything = sees_all(call, kind)
@@ -359,11 +360,12 @@ def listing(call: Call, kind: Kind[S], *extra: Any) -> View:
     page = _page(kind, wanted)
     where = [*page.where, *extra]
     if not everything:
-        where.append(kind.scope(context.project_id or "-"))
+        where.append(Condition("mine", kind.scope, (context.project_id or "-",)))
     with call.world.db.read() as tx:
         if page.marker is not None:
-            where.append(_after(tx, kind, page))
-        order = [_direction(column, down != page.reverse) for column, down in page.order]
+            beyond = _after(tx, kind, page)
+            where.append(Condition(None, lambda: beyond))
+        order = [(name, column, down != page.reverse) for name, column, down in page.order]
         things = store.page(tx, kind.struct, where, order, page.limit)
         if page.reverse:
             things.reverse()
@@ -408,8 +410,8 @@ def _page(kind: Kind[Any], wanted: dict[str, list[str]]) -> Page:
             raise bad(
                 f"'{printable(way)}' is invalid value for sort_dirs, valid value is 'asc' and 'desc'", "HTTPBadRequest"
             )
-        order.append((_sortable(known[key]), way == "desc"))
-    order.append((kind.table.c.id, bool(order) and order[-1][1]))
+        order.append((key, _sortable(known[key]), way == "desc"))
+    order.append(("id", kind.table.c.id, bool(order) and order[-1][2]))
     return Page(
         where=[_filter(kind, known, name, values) for name, values in wanted.items() if name not in CONTROL],
         order=order,
@@ -437,19 +439,15 @@ def _sortable(column: Any) -> Any:
     return sa.func.coalesce(column, "" if isinstance(column.type, sa.String) else -1)
 
 
-def _direction(column: Any, down: bool) -> Any:
-    return column.desc() if down else column.asc()
-
-
 def _after(tx: Tx, kind: Kind[Any], page: Page) -> Any:
     """The SQL of what follows the marker: greater in the first column, or the same there and greater in the next …"""
     assert page.marker is not None
-    ends = [c for c, _ in page.order]
+    ends = [c for _, c, _ in page.order]
     found = tx.execute(sa.select(*ends).where(kind.table.c.id == page.marker)).first() if is_uuid(page.marker) else None
     if found is None:
         raise kind.gone(page.marker)
     steps = []
-    for i, (column, down) in enumerate(page.order):
+    for i, (_, column, down) in enumerate(page.order):
         beyond = column < found[i] if down != page.reverse else column > found[i]
         steps.append(sa.and_(*(c == found[j] for j, c in enumerate(ends[:i])), beyond))
     return sa.or_(*steps)
@@ -472,25 +470,31 @@ def _href(call: Call, marker: str, reverse: bool) -> str:
     return f"{call.url}{call.path}?{urllib.parse.urlencode(whole)}"
 
 
-def _filter(kind: Kind[Any], known: dict[str, Any], name: str, values: list[str]) -> Any:
+def _filter(kind: Kind[Any], known: dict[str, Any], name: str, values: list[str]) -> Condition:
     """One attribute is any of these values. Raises Invalid: a filter nobody knows would find too much."""
     if name in kind.filters:
-        return kind.filters[name](values)
+        return Condition(None, lambda: kind.filters[name](values))
     if name in _TAG_FILTERS:
-        return _TAG_FILTERS[name](kind.table.c.tags, [t for v in values for t in v.split(",")])
+        tags = [t for v in values for t in v.split(",")]
+        return Condition(None, lambda: _TAG_FILTERS[name](kind.table.c.tags, tags))
     if name == "changed_since":
         try:
-            return kind.table.c.updated_at >= parsed(values[-1])
+            return Condition(name, lambda at: kind.table.c.updated_at >= at, (parsed(values[-1]),))
         except (ValueError, OverflowError):
             raise bad(f"Bad changed_since value: {printable(values[-1])}", "HTTPBadRequest") from None
     if name not in known:
         raise bad(f"['{printable(name)}'] is invalid attribute for filtering", "HTTPBadRequest")
     column = known[name]
     if column.name in ("created_at", "updated_at"):
-        return sa.or_(*(_moment(column, v) for v in values))
-    wanted = [_value(name, column, v) for v in values]
-    fits = column.in_(wanted) if len(wanted) > 1 else column == wanted[0]
-    return sa.or_(fits, column.is_(None)) if column.nullable and "" in values else fits
+        return Condition(None, lambda: sa.or_(*(_moment(column, v) for v in values)))
+    absent = column.nullable and "" in values
+    wanted = tuple(_value(name, column, v) for v in values)
+
+    def write(*each: Any) -> Any:
+        fits = column.in_(each) if len(each) > 1 else column == each[0]
+        return sa.or_(fits, column.is_(None)) if absent else fits
+
+    return Condition((name, len(wanted), absent), write, wanted)
 
 
 def _value(name: str, column: Any, text: str) -> Any:
