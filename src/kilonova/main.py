@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "the same, with a first server that boots before your eyes",
     "down": "stop the cloud that `up` started",
     "status": "is it up, where, and how is it",
+    "db": "its schema, step by step; a copy in another database; what is long dead goes",
     "hosts": "what they have, what is used of it, and why a server would not go there",
     "sim": "a whole cloud in one thread, on virtual time, from a seed, with faults",
     "config": "what can be chosen, and what was",
@@ -34,6 +35,7 @@ def main() -> int:
         "demo": _demo,
         "down": _down,
         "status": _status,
+        "db": _db,
         "hosts": _hosts,
         "sim": _sim,
         "config": _config,
@@ -114,6 +116,12 @@ def _status(words: list[str]) -> int:
     from kilonova.cli import status
 
     return status.main(_parser("status"), words)
+
+
+def _db(words: list[str]) -> int:
+    from kilonova.cli import db
+
+    return db.main(_parser("db"), words)
 
 
 def _hosts(words: list[str]) -> int:

@@ -20,6 +20,11 @@ SOURCE = Path(images.__file__).parents[2]
 
 def said(home: Path, *words: str, status: int = 1) -> str:
     """What `kilonova …` says on its way out."""
+    return run(home, *words, status=status)[-1]
+
+
+def run(home: Path, *words: str, status: int = 0) -> list[str]:
+    """The lines that `kilonova …` says."""
     env = os.environ | {"HOME": str(home), "PYTHONPATH": str(SOURCE), "TMPDIR": str(home)}
     for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
         env.pop(name, None)
@@ -35,7 +40,7 @@ def said(home: Path, *words: str, status: int = 1) -> str:
     )
     assert done.returncode == status, done
     assert "Traceback" not in done.stdout + done.stderr
-    return (done.stdout + done.stderr).strip().splitlines()[-1]
+    return (done.stdout + done.stderr).strip().splitlines()
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from kilonova.console.watch import Tail
 from kilonova.kit.ask import Asker
 from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Ids, WallClock
-from kilonova.kit.db import Db, Tx, meta
+from kilonova.kit.db import Db, Tx
 from kilonova.kit.ends import Ends
 from kilonova.kit.errors import Refused
 from kilonova.kit.health import Health, Metrics
@@ -43,7 +43,7 @@ from kilonova.metadata.drive import config_drive
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.scheduler.select import Scheduler
-from kilonova.store import catalog, hosts, servers
+from kilonova.store import catalog, evolve, hosts, servers
 from kilonova.store.notices import Outbox
 from kilonova.virt.driver import Driver
 
@@ -372,28 +372,17 @@ def open_db(config: options.Config, state: StateDir) -> Db:
     url = config.database.url.reveal() or f"sqlite:///{state.path / 'kilonova.db'}"
     db = Db(url, threads=config.api.threads + config.workers.threads + config.volume.threads + 8)
     try:
-        meta.create_all(db.engine)
-        strange = misfits(db)
+        if db.sqlite:  # nobody else works with it: what a new release needs is done here and now
+            now = evolve.standing(db)
+            if now.have and now.pending and not now.unknown:
+                from kilonova.store.evolve.upgrade import upgrade
+
+                upgrade(db, finish=True, say=log.info)
+        evolve.ready(db)
     except sa.exc.SQLAlchemyError as e:
         said = str(getattr(e, "orig", e)).splitlines()[0]
         raise Refused(f"The database cannot be used: {said}.", why=str(e)) from None
-    if strange:
-        raise Refused(
-            f"The database was made by another version of Kilonova: {'; '.join(strange[:3])}. Use that version, or begin "
-            "anew: kilonova down --purge."
-        )
     return db
-
-
-def misfits(db: Db) -> list[str]:
-    """What keeps us from working with a database that is there already: columns that it, or we, do not know."""
-    found = []
-    for (_, name), columns in sa.inspect(db.engine).get_multi_columns().items():
-        if (table := meta.tables.get(name)) is not None:
-            theirs, ours = {c["name"] for c in columns}, {c.name for c in table.columns}
-            found += [f"the table {name} has no {c}" for c in sorted(ours - theirs)]
-            found += [f"the table {name} has a {c}" for c in sorted(theirs - ours)]
-    return found
 
 
 def purge(config: options.Config, state: StateDir) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 
 from kilonova.cli import config as configuration
-from kilonova.cli.state import is_home
+from kilonova.cli import database
 from kilonova.kit.clock import WallClock
 from kilonova.kit.db import Db, Tx
-from kilonova.kit.errors import Invalid, NotFound
+from kilonova.kit.errors import Invalid
 from kilonova.model import wants
 from kilonova.model.ask import Ask
 from kilonova.model.flavor import Flavor
@@ -44,19 +44,11 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     if (chosen.what == "why") != (chosen.flavor is not None):
         parser.error("hosts why FLAVOR")
     config = configuration.read(chosen.config, {})
-    db = _database(config, chosen.state_dir)
+    db = database.opened(config, chosen.state_dir)
     try:
         return _why(db, config, chosen) if chosen.what == "why" else _list(db, config, chosen)
     finally:
         db.close()
-
-
-def _database(config: Config, directory: Path) -> Db:
-    """Raises NotFound where no cloud was."""
-    file = directory.absolute() / "kilonova.db"
-    if not (url := config.database.url.reveal()) and not (is_home(directory) and file.exists()):
-        raise NotFound(f"No cloud lives in {directory}.")
-    return Db(url or f"sqlite:///{file}", threads=2)
 
 
 # ---- list

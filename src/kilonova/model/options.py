@@ -287,7 +287,7 @@ class Workers(Struct, frozen=True):
     build_timeout_s: A[
         float, Meta(description="How long a server may take to be built; then it is in error.", gt=0)
     ] = 1800.0
-    keep_runs_s: A[float, Meta(description="A journal that ended is kept so long beyond its server.", ge=0)] = 604_800.0
+    keep_runs_s: A[float, Meta(description="`kilonova db purge` leaves what ended within that time.", ge=0)] = 604_800.0
 
 
 class Metadata(Struct, frozen=True):
