@@ -75,7 +75,7 @@ def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
     plugged = run(plug, job, place)
     if volumes.has_volumes(job.server):
         run(mapping, job.server, run.now)
-        connected = run(volumes.connect, job.server, place.host)
+        connected = volumes.connected(run, job.server, place.host)
         run(spawning, job.server, plugged, run.now, connected.devices)
         done = run(spawn, job, place, claimed, plugged, connected)
         run(volumes.complete, [d.attachment_id or "" for d in connected.devices if d.is_volume])

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from kilonova.conductor import ports, volumes
+from kilonova.conductor import moves, ports, volumes
 from kilonova.conductor.capture import on_its_way
 from kilonova.conductor.ports import Plugged
 from kilonova.conductor.verbs import STEPS
@@ -35,7 +35,9 @@ def rebuild(run: Run, job: Rebuild) -> None:
     s, was = job.server, job.server.vm_state
     assert s.host is not None
     run.if_undone(broken, s, run.id, run.now)
-    run.when_alone()  # who plugs or unplugs something must be done: it is made of what is written then
+    s = moves.alone(run, s)  # who plugs or unplugs something must be done: it is made of what is written then
+    assert s.host is not None
+    job = msgspec.structs.replace(job, server=s)
     if job.before is not None:
         try:
             run(fits, s)
@@ -113,7 +115,7 @@ def reimage(run: Run, server: Server, image_id: str) -> Root:
     """A volume that a host has cannot be written by its service: it is let go of, written, and had again."""
     root = next(d for d in server.devices if d.boot_index == 0 and d.is_volume)
     assert root.volume_id is not None and server.host is not None
-    run(let_go, server.id, root.volume_id)
+    run(let_go, server.id, root)
     run(write, root.volume_id, image_id)
     run(written, root.volume_id)
     again = run(connect, server, root, server.host)
@@ -127,14 +129,14 @@ def off(server: str, host: str) -> To[Done]:
 
 
 @effect
-def let_go(world: World, key: str, server: str, volume: str) -> None:
+def let_go(world: World, key: str, server: str, root: Device) -> None:
     """Reserved all the while, so that nobody else takes it."""
+    volume = root.volume_id or ""
     there = [a for a in world.neighbours.volume.attachments(server_id=server) if a.volume_id == volume]
     if not any(a.status == volumes.RESERVED for a in there):
         world.neighbours.volume.reserve(volume, server)
-    for a in there:
-        if a.status != volumes.RESERVED:
-            world.neighbours.volume.release(a.id)
+    for id in volumes.attachments_of([root]):
+        world.neighbours.volume.release(id)
 
 
 @effect

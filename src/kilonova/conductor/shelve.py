@@ -260,7 +260,7 @@ def land(run: Run, job: Unshelve, image: Image | None) -> None:
 def settle_on(run: Run, s: Server, image: Image | None, place: Place, epoch: int) -> None:
     run(claim, s, place, epoch, run.now)
     plugged = run(plug, s, place)
-    connected = run(volumes.connect, s, place.host) if volumes.has_volumes(s) else None
+    connected = volumes.connected(run, s, place.host) if volumes.has_volumes(s) else None
     run(on_its_way, s, Task.spawning, run.now)
     done = run(spawn, s, image, place, epoch, plugged, connected)
     run.no_return()

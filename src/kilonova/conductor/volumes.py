@@ -16,7 +16,7 @@ from kilonova.clients.volume import given_back
 from kilonova.conductor.world import World
 from kilonova.kit.errors import Conflict, Invalid, NotFound, Unavailable
 from kilonova.kit.reconcile import reconciler
-from kilonova.kit.workflow import effect, first_try
+from kilonova.kit.workflow import Run, effect, first_try
 from kilonova.model.devices import Device
 from kilonova.model.server import Server
 from kilonova.store import block_devices, compare, hosts, servers
@@ -63,25 +63,58 @@ def reserve(world: World, key: str, server: str, volume: str) -> str:
     return reserved(world, server, volume, [] if first_try() else _attachments(world, server)).id
 
 
+def connected(run: Run, server: Server, host: str) -> Connected:
+    """All its volumes, to this host."""
+    return run(connect, msgspec.structs.replace(server, devices=run(free, server)), host)
+
+
+@effect
+def free(world: World, key: str, server: Server) -> list[Device]:
+    """The devices of a server on no host, each with an attachment that is there; a new one where it has none.
+
+    Undone with the server's other ones, by `release`.
+    """
+    there = _attachments(world, server.id)
+    own = {d.volume_id or "": a.id for d in server.devices for a in there if a.id == d.attachment_id}
+    return _each_with(world, server, there, own)
+
+
+def _each_with(world: World, server: Server, there: Sequence[Attachment], own: dict[str, str]) -> list[Device]:
+    """Its devices, each with an attachment that leads to no host: a reserved one, or its own, or else a new one."""
+    free = own | {a.volume_id: a.id for a in there if a.status == RESERVED}
+    devices = []
+    for d in server.devices:
+        if d.is_volume:
+            id = d.volume_id or ""
+            mine = free[id] if id in free else world.neighbours.volume.reserve(id, server.id).id
+            d = msgspec.structs.replace(d, attachment_id=mine)
+        devices.append(d)
+    return devices
+
+
 @effect
 def connect(world: World, key: str, server: Server, host: str) -> Connected:
-    """All its volumes, to this host."""
-    mine = [d for d in server.devices if d.is_volume]
-    there, told = _attachments(world, server.id), connector(world, host)
+    """Its attachments, as they were free, lead to this host."""
+    told = connector(world, host)
     devices, connections = {}, {}
-    for d in mine:
-        a = world.neighbours.volume.connect(reserved(world, server.id, d.volume_id or "", there).id, told | _mounted(d))
-        devices[d.uuid] = msgspec.structs.replace(d, attachment_id=a.id)
-        connections[d.volume_id or ""] = info_of(a, d)
+    for d in server.devices:
+        if d.is_volume:
+            a = world.neighbours.volume.connect(d.attachment_id or "", told | _mounted(d))
+            devices[d.uuid] = msgspec.structs.replace(d, attachment_id=a.id)
+            connections[d.volume_id or ""] = info_of(a, d)
     return Connected([devices.get(d.uuid, d) for d in server.devices], connections)
 
 
 @connect.undo
 def _(world: World, key: str, server: Server, host: str) -> None:
-    """As they were: reserved, and no host told."""
+    """Others take their place, and no host is told of those.
+
+    Only of these: who comes to this late, when the server has been given to another host since, finds them gone.
+    """
     there = _attachments(world, server.id)
+    mine = {d.attachment_id for d in server.devices}
     for a in there:
-        if a.status != RESERVED:
+        if a.status != RESERVED and a.id in mine:
             if not any(o.volume_id == a.volume_id and o.status == RESERVED for o in there):
                 world.neighbours.volume.reserve(a.volume_id, server.id)
             world.neighbours.volume.release(a.id)
@@ -103,9 +136,13 @@ def carry(world: World, key: str, server: Server, host: str) -> Connected:
 
 @carry.undo
 def _(world: World, key: str, server: Server, host: str) -> None:
-    old = {d.attachment_id for d in server.devices}
-    for a in _attachments(world, server.id):
-        if a.id not in old:
+    """But for what it has by now: who comes to this late may find that it was carried elsewhere since."""
+    there = _attachments(world, server.id)
+    with world.db.read() as tx:
+        now = servers.get(tx, server.id)
+    kept = {d.attachment_id for d in (*server.devices, *now.devices)}
+    for a in there:
+        if a.id not in kept:
             world.neighbours.volume.release(a.id)
 
 
@@ -123,17 +160,11 @@ def attachments_of(devices: Iterable[Device]) -> list[str]:
 @effect(patience_s=1e9)
 def rest(world: World, key: str, server: Server) -> list[Device]:
     """No host has them any longer, nor can anybody else: its devices, each with an attachment that leads to no host."""
-    there, devices = _attachments(world, server.id), []
-    for d in server.devices:
-        if d.is_volume:
-            mine = [a for a in there if a.volume_id == d.volume_id]
-            free = next((a for a in mine if a.status == RESERVED), None)
-            free = free or world.neighbours.volume.reserve(d.volume_id or "", server.id)
-            for a in mine:
-                if a.id != free.id:
-                    world.neighbours.volume.release(a.id)
-            d = msgspec.structs.replace(d, attachment_id=free.id)
-        devices.append(d)
+    devices = _each_with(world, server, _attachments(world, server.id), {})
+    kept = {d.attachment_id for d in devices}
+    for id in attachments_of(server.devices):
+        if id not in kept:
+            world.neighbours.volume.release(id)
     return devices
 
 
