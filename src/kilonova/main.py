@@ -12,6 +12,7 @@ from kilonova.kit.errors import Trouble
 COMMANDS = {
     "up": "a cloud on this machine, in the foreground; Ctrl-C stops it, the next `up` goes on",
     "demo": "the same, with a first server that boots before your eyes",
+    "serve": "some roles of a cloud of many machines, over a database and a broker",
     "down": "stop the cloud that `up` started",
     "status": "is it up, where, and how is it",
     "db": "its schema, step by step; a copy in another database; what is long dead goes",
@@ -33,6 +34,7 @@ def main() -> int:
     command: Callable[[list[str]], int] | None = {
         "up": _up,
         "demo": _demo,
+        "serve": _serve,
         "down": _down,
         "status": _status,
         "db": _db,
@@ -90,6 +92,12 @@ def _demo(words: list[str]) -> int:
     from kilonova.cli import up
 
     return up.main(words, demo=True)
+
+
+def _serve(words: list[str]) -> int:
+    from kilonova.cli import serve
+
+    return serve.main(words)
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

@@ -1,47 +1,48 @@
-"""A whole cloud in one process: who is made in which order, handed what, and ended in the other order.
+"""A cloud in one process, or the roles of it that this process has: who is made in which order, handed what, and ended.
 
 Nothing here decides anything; it is the wiring of parts that know nothing of each other.
 """
 
-import functools
 import logging
 import random
 import socket
-import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import sqlalchemy as sa
 
 from kilonova import placement
 from kilonova.api import app as compute_api
+from kilonova.api import policies
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World
+from kilonova.cli.parts import Companions, Everybody, Hosts, Process, carriers_of, login_of
 from kilonova.cli.state import Secrets, StateDir
-from kilonova.clients import Account, Carrier, Compute, Image, Inside, Login, Session, neighbours
-from kilonova.companions import identity, image, network, volume
-from kilonova.companions.wires import Wires, guestfwd
+from kilonova.clients import Carrier, Compute, Inside, Outside, RemoteIdentity, Session, neighbours
+from kilonova.companions import identity, network, volume
+from kilonova.companions.wires import Wires
 from kilonova.companions.wires.ground import Ground
-from kilonova.compute.agent import ComputeHost, Images
-from kilonova.compute.sims import SimHosts
+from kilonova.conductor import addresses
 from kilonova.conductor.app import Conductor
 from kilonova.console.proxy import Proxy
 from kilonova.console.watch import Tail
+from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.ask import Asker
-from kilonova.kit.bus import MemoryBus
-from kilonova.kit.clock import Ids, WallClock
+from kilonova.kit.bus import Wake, letter
+from kilonova.kit.clock import Clock, Ids, WallClock
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.ends import Ends
 from kilonova.kit.errors import Refused
-from kilonova.kit.health import Health, Metrics
-from kilonova.kit.http import Mount, Server, Service, Wsgi
+from kilonova.kit.health import Check, Health, Metrics
+from kilonova.kit.http import Mount, Server, Wsgi
+from kilonova.kit.policy import Policy
 from kilonova.kit.reconcile import Reconcilers, reconciler
 from kilonova.kit.structs import learn
 from kilonova.kit.workflow import RUNS
 from kilonova.metadata.app import service as metadata_service
-from kilonova.metadata.drive import config_drive
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
+from kilonova.scheduler.app import SCHEDULERS, SchedulerRole
 from kilonova.scheduler.select import Scheduler
 from kilonova.store import catalog, evolve, hosts, servers
 from kilonova.store.notices import Outbox
@@ -60,13 +61,25 @@ FLAVORS = (
 )
 
 
-REOPEN_S = 10.0  # a host that did not come up is tried again
+ROLES = {
+    "api": "the Compute API",
+    "placement": "the Placement API",
+    "metadata": "what guests ask about themselves",
+    "conductor": "carries runs, hears hosts, mends",
+    "scheduler": "chooses hosts, where [scheduler] apart says so",
+    "compute": "a host: runs servers; has no database",
+    "console": "the proxy for screens and serial lines, and for what happens",
+    "companions": "identity, images, networks and volumes of our own; one process at a time",
+}
+ALL = frozenset(ROLES) - {"scheduler"}
+ANSWER_S = 30.0  # so long a scheduler of its own may think
 
 
 class Cloud:
-    """`listener` is bound already, and `url` what clients call it; `inner` is the same address in a user namespace.
-    At `consoles` the screens of servers are looked at, if at all.
+    """Some roles of a cloud, or all, in this process. `listener` is bound already, and `url` what clients call it;
+    `inner` is the same address in a user namespace.  At `consoles` the screens of servers are looked at, if at all.
 
+    Neighbours of this process are called inside it, all others over HTTP; hosts and conductors are on the bus anyhow.
     `start` returns when the API answers; what is still on its way stands at `/readyz`.
     """
 
@@ -75,141 +88,87 @@ class Cloud:
         config: options.Config,
         state: StateDir,
         secrets: Secrets,
-        listener: socket.socket,
+        listener: socket.socket | None,
         url: str,
         inner: socket.socket | None = None,
         consoles: socket.socket | None = None,
+        roles: frozenset[str] = ALL,
     ) -> None:
-        self.config, self.state, self.secrets, self.url = config, state, secrets, url
-        self.clock, self.ids, self.dice = WallClock(), Ids(), random.Random()
-        self.name = config.compute.host or socket.gethostname()
-        self.metrics, self.bus, self.db = Metrics(), MemoryBus(), open_db(config, state)
-        self.outbox = Outbox(config.notifications, ids=self.ids, me=self.name)
-        if self.outbox.on:
-            self.db.listen(self.outbox.happened)
-        self.born = self.clock.now()
-        self.failed = ""  # what keeps hosts from coming up, in a sentence
+        self.config, self.state, self.secrets, self.url, self.roles = config, state, secrets, url, roles
+        self.process = p = Process(config, state, None if roles <= {"compute"} else lambda: open_db(config, state))
+        self.clock, self.ids, self.metrics, self.bus, self.name = p.clock, p.ids, p.metrics, p.bus, p.name
+        self.doors = p.doors
+        self.outbox = Outbox(config.notifications, ids=p.ids, me=p.name)
+        if p.has_db:
+            self.db = p.db
+            if self.outbox.on:
+                p.db.listen(self.outbox.happened)
+            _measure(p.metrics, p.db)
+        self.whole = roles >= ALL
+        self.ground = _ground(config, state) if "compute" in roles else None
 
-        self.realm = identity.open_realm(
-            self.db, self.clock, self.ids, config.identity, state.path / "identity", config.api.public_url
+        self.companions = self._companions() if "companions" in roles else None
+        carriers = self.companions.carriers if self.companions else carriers_of(config)
+        self.login = self.companions.login if self.companions else login_of(config, secrets.service_password)
+        self.neighbours = neighbours(p.clock, self.login, **carriers)
+        self.gate = (
+            self.companions.realm.gate
+            if self.companions
+            else RemoteIdentity(self.neighbours.identity, p.clock, config.identity.token_cache_s)
         )
-        self.first = identity.bootstrap(
-            self.realm,
-            state.path / "identity",
-            admin_password=secrets.admin_password,
-            service_password=secrets.service_password,
-            region=config.identity.region,
-        )
-        self.images = image.open_store(
-            self.db, self.clock, self.ids, config.image, config.image.directory or state.path / "images"
-        )
-        image.recover(self.images)
-
-        self.ground = _ground(config, state)
-        wires, apart = self._wires_of_hosts()
-        self.networks = network.World(self.db, self.clock, self.ids, config.network, wires, apart)
-        network.bootstrap(self.networks, self.first.admin_project_id, way_out=wires is None or bool(wires))
-        self.doors: dict[str, Service] = {}
-        self.turns = threading.RLock()
-        self._open("identity", identity.service(self.realm, config.policy.file))
-        self._open("image", image.service(self.images, self.realm.gate, config.policy.file))
-        self._open("network", network.make_service(self.networks, self.realm.gate, config.policy.file))
-
-        login = Login(identity.SERVICE_USER, self.first.service_password)
-        inside: dict[str, Carrier] = {name: Inside(app, f"{url}/{name}") for name, app in self.doors.items()}
-        self.volumes = self._volumes(inside, login)
-        self._open("volume", volume.make_service(self.volumes, config.policy.file))
-        inside["volume"] = Inside(self.doors["volume"], f"{url}/volume")
-        self.neighbours = neighbours(self.clock, login, **inside)
-        inventory = placement.World(self.db, self.clock, self.ids, config.placement)
-        self._open("placement", placement.make_service(inventory, self.realm.gate, config.policy.file))
-        self.metadata = metadata_service(
-            self.db, self.neighbours.network, config, clock=self.clock, ids=self.ids, secret=secrets.metadata_secret
-        )
-        self.wires = _wires(self.ground, self.metadata, secrets, self.clock, state)
-        if self.wires is not None and apart:
+        if "placement" in roles:
+            inventory = placement.World(p.db, p.clock, p.ids, config.placement)
+            p.open("placement", placement.make_service(inventory, self.gate, config.policy.file))
+        self.metadata: Wsgi | None = None
+        if "metadata" in roles:
+            self.metadata = metadata_service(
+                p.db, self.neighbours.network, config, clock=p.clock, ids=p.ids, secret=secrets.metadata_secret
+            )
+        self.wires = _wires(self.ground, self.metadata, secrets, p.clock, state) if self.metadata else None
+        if self.wires is not None and self.companions is not None and self.companions.networks.apart:
             self.wires.serve_programs(state.metadata, self._project_of)
 
-        self.db.run(_furnish, self.clock.now())
-        down_after_s = config.compute.host_down_after_s
-        self.scheduler = Scheduler(
-            self.db, clock=self.clock, dice=random.Random(), options=config.scheduler, down_after_s=down_after_s
-        )
-        self.conductor = Conductor(
-            f"{self.name}-conductor",
-            self.db,
-            self.bus,
-            self.neighbours,
-            self.scheduler.choose,
-            clock=self.clock,
-            ids=self.ids,
-            dice=random.Random(),
-            config=config,
-        )
-        self.networks.told = self.conductor.readdress
-        self.ends = Ends(self.db, self.clock)
-        self.conductor.engine.ended = self.ends.told
-        self.asker = Asker(self.bus, clock=self.clock, ids=self.ids)
-        self.console_url = "" if consoles is None else _beside(url, consoles.getsockname()[1])
-        world = World(
-            self.db,
-            self.clock,
-            self.ids,
-            config,
-            self.neighbours,
-            HostBook(self.db, self.clock, config),
-            self.conductor.wake,
-            self.asker.ask,
-            self.ends.wait,
-            outbox=self.outbox,
-            console_url=self.console_url,
-        )
-        self._open("compute", compute_api.service(world, self.realm.gate, policy_file=config.policy.file))
+        if roles & {"api", "companions", "conductor"}:
+            p.db.run(_furnish, p.clock.now())
+        self.scheduler: Scheduler | SchedulerRole | None = None
+        self.asker = Asker(p.bus, clock=p.clock, ids=p.ids) if roles & {"api", "conductor"} else None
+        self.conductor = self._conductor() if "conductor" in roles else None
+        self.schedules = self._schedules() if "scheduler" in roles else None
+        self.console_url = _console_url(config, url, consoles)
+        if "api" in roles:
+            self._api()
+        if self.companions is not None:
+            self._tell_of(self.companions)
+        self.hosts = None
+        if "compute" in roles:
+            before = self._wired if self.companions is not None else lambda: None
+            self.hosts = Hosts(p, self.neighbours.image, self.ground, before=before, alone=not self.whole)
 
-        told = Session(
-            "compute",
-            Inside(self.doors["compute"], f"{url}/compute"),
-            self.clock,
-            Account(inside["identity"], login, self.clock),
-        )
-        self.volumes.grown = Compute(told).extended
-
-        self.health = Health(
-            self.metrics, alive={"database": self._database}, ready={"database": self._database, "hosts": self._hosts}
-        )
-        apps = {f"/{name}": app for name, app in self.doors.items()}
-        whole = Mount({**apps, "/metadata": self.metadata}, self.health)
-        self.servers = [Server(whole, listener, threads=config.api.threads)]
+        self.health = Health(p.metrics, alive=self._checks(alive=True), ready=self._checks(alive=False))
+        apps: dict[str, Wsgi] = {f"/{name}": app for name, app in p.doors.items()}
+        if self.metadata is not None:
+            apps["/metadata"] = self.metadata
+        door = Mount(apps, self.health)
+        self.servers = [Server(door, listener, threads=config.api.threads)] if listener is not None else []
         if inner is not None:
-            self.servers.append(Server(whole, inner, threads=2))
-        self.proxy = None
-        if consoles is not None:
-            may, most = self.doors["compute"].policy.allows, config.console.connections_max
-            tail = Tail(self.db, self.clock, self.realm.gate, may, most=most)
-            self.proxy = Proxy(self.db, consoles, clock=self.clock, options=config.console, tail=tail)
-        self.upkeep = Reconcilers(
-            self,
-            [rewired, keys_rotated, policies_read, bases_evicted, volumes_resumed],
-            clock=self.clock,
-            dice=random.Random(),
-        )
-        self.host: ComputeHost | SimHosts | None = None
-        self.driver: Driver | None = None
-        self.closing = threading.Event()
-        self.opening = threading.Thread(target=self._open_hosts, name="hosts", daemon=True)
-        _measure(self.metrics, self.db)
+            self.servers.append(Server(door, inner, threads=2))
+        self.proxy = self._proxy(consoles) if "console" in roles and consoles is not None else None
+        self.upkeep = Reconcilers(self, UPKEEP, clock=p.clock, dice=random.Random())
 
     def start(self) -> None:
         learn()
-        if self.volumes.crew is not None:
-            self.volumes.crew.start()
-        volume.recover(self.volumes)
-        self.conductor.start()
+        if self.companions is not None:
+            self.companions.start()
+        if self.conductor is not None:
+            self.conductor.start()
+        if self.schedules is not None:
+            self.schedules.start()
         for server in self.servers:
             server.start()
         if self.proxy is not None:
             self.proxy.start()
-        self.opening.start()
+        if self.hosts is not None:
+            self.hosts.start()
         self.upkeep.start()
 
     def close(self) -> None:
@@ -218,123 +177,151 @@ class Cloud:
             server.stop()
         if self.proxy is not None:
             self.proxy.stop()
-        self.closing.set()
-        self.opening.join(30)
         self.upkeep.close()
-        self.conductor.close()
-        if self.volumes.crew is not None:
-            self.volumes.crew.close()
-        if self.host is not None:
-            self.host.close()
-        if self.driver is not None:
-            self.driver.close()
-        self.asker.close()
+        for part in (self.conductor, self.schedules, self.companions, self.hosts):
+            if part is not None:
+                part.close()
+        if self.asker is not None:
+            self.asker.close()
         if self.wires is not None:
             self.wires.close()
         self.bus.close()
-        self.db.close()
+        if self.process.has_db:
+            self.db.close()
 
-    # ---- hosts
-
-    def _open_hosts(self) -> None:
-        """A hypervisor may take its time, and may not be there yet; the API answers meanwhile."""
-        while not self.closing.is_set():
-            if self._opened():
-                return
-            self.closing.wait(REOPEN_S)
-
-    def _opened(self) -> bool:
-        try:
-            if self.wires is not None:
-                network.rewire(self.networks)
-            if self.config.compute.driver == "sim":
-                self.host = SimHosts(
-                    self.bus,
-                    clock=self.clock,
-                    options=self.config.sim,
-                    compute=self.config.compute,
-                    directory=self.state.path / "hosts",
-                    images=Images(self.neighbours.image),
-                )
-            else:
-                self.driver = self._libvirt()
-                self.host = ComputeHost(
-                    self.name,
-                    self.driver,
-                    self.bus,
-                    clock=self.clock,
-                    options=self.config.compute,
-                    threads=self.config.workers.host_threads,
-                    directory=self.state.path / "hosts" / self.name,
-                    host_ip="127.0.0.1",
-                    images=Images(self.neighbours.image),
-                )
-            self.host.start()
-        except Exception as e:
-            self.failed = str(e) or type(e).__name__
-            log.exception("no host came up; it is tried again")
-            if self.driver is not None:
-                self.driver.close()
-                self.driver = None
-            return False
-        self.failed = ""
-        return True
-
-    def _libvirt(self) -> Driver:
-        from kilonova.virt.libvirt.driver import LibvirtDriver
-
-        learn()
-        compute = self.config.compute
-        drive = functools.partial(
-            config_drive,
-            clock=self.clock,
-            ids=self.ids,
-            options=self.config.metadata,
-            format=compute.config_drive_format,
-        )
-        return LibvirtDriver(
-            self.state.path / "hosts" / self.name,
-            options=self.config.libvirt,
-            compute=compute,
-            clock=self.clock,
-            ids=self.ids,
-            fetch=Images(self.neighbours.image).fetch,
-            config_drive=drive,
-            netns=self.ground.netns_path if self.ground else None,
-            carry=lambda id: guestfwd.command(id, str(self.state.metadata)),
-            outside=self.config.network.forward,
-        )
+    @property
+    def driver(self) -> Driver | None:
+        return self.hosts.driver if self.hosts is not None else None
 
     # ---- parts
 
-    def _open(self, name: str, service: Service) -> None:
-        service.observe = self.metrics.observer(name)
-        if self.db.engine.dialect.name == "sqlite":
-            service.turns = self.turns
-        self.doors[name] = service
+    def _companions(self) -> Companions:
+        services = None if self.whole else _services(self.config)
+        wires, apart = self._wires_of_hosts()
+        return Companions(self.process, self.secrets, self.url, services=services, wires=wires, apart=apart)
 
-    def _volumes(self, inside: dict[str, Carrier], login: Login) -> volume.World:
-        config = self.config.volume
-        account = Account(inside["identity"], login, self.clock)
-        return volume.open_store(
-            self.db,
-            self.clock,
-            self.ids,
-            config,
-            config.directory or self.state.path / "volumes",
-            images=Image(Session("image", inside["image"], self.clock, account)),
-            host=self.name,
-            authenticate=self.realm.gate,
-            crew=volume.Crew(config.threads),
-        )
+    def _wires_of_hosts(self) -> tuple[dict[str, Callable[..., None]] | None, Container[str]]:
+        """On this machine there is one host, with a data plane or by QEMU alone; simulated ones have none.
 
-    def _wires_of_hosts(self) -> tuple[dict[str, Callable[..., None]] | None, frozenset[str]]:
-        """On this machine there is one host, with a data plane or by QEMU alone; simulated ones have none."""
+        Hosts that are processes of their own have no networks from us: real ones are alone with QEMU.
+        """
+        if not self.whole:
+            return (None, Everybody()) if self.config.network.plane == "slirp" else (None, frozenset())
         if self.ground is None:
             return None, frozenset()
         if not self.ground.wired:
             return {}, frozenset({self.name} if self.ground.kind == "qemu" else ())
         return {self.name: lambda wiring: self.wires.apply(wiring) if self.wires else None}, frozenset()
+
+    def _conductor(self) -> Conductor:
+        p, config = self.process, self.config
+        return Conductor(
+            f"{self._called}-conductor",
+            p.db,
+            p.bus,
+            self.neighbours,
+            self._asked_over_the_bus if self._apart else self._own_scheduler().choose,
+            clock=p.clock,
+            ids=p.ids,
+            dice=random.Random(),
+            config=config,
+        )
+
+    @property
+    def _apart(self) -> bool:
+        """Are schedulers processes of their own?"""
+        return self.config.scheduler.apart and self.process.on_wire
+
+    @property
+    def _called(self) -> str:
+        return self.config.workers.name or self.name
+
+    def _own_scheduler(self) -> Scheduler:
+        p, config = self.process, self.config
+        self.scheduler = Scheduler(
+            p.db,
+            clock=p.clock,
+            dice=random.Random(),
+            options=config.scheduler,
+            down_after_s=config.compute.host_down_after_s,
+            default_zone=config.api.default_availability_zone,
+            build_failures_max=config.compute.build_failures_max,
+        )
+        return self.scheduler
+
+    def _asked_over_the_bus(self, m: Choose) -> Chosen:
+        assert self.asker is not None
+        return self.asker.ask(SCHEDULERS, m, ANSWER_S)
+
+    def _schedules(self) -> SchedulerRole:
+        p = self.process
+        return SchedulerRole(
+            f"{self._called}-scheduler",
+            p.db,
+            p.bus,
+            self._own_scheduler(),
+            clock=p.clock,
+            ids=p.ids,
+            dice=random.Random(),
+            threads=self.config.workers.threads,
+        )
+
+    def _api(self) -> None:
+        p, config = self.process, self.config
+        assert self.asker is not None
+        ends = Ends(p.db, p.clock)
+        if self.conductor is not None:
+            self.conductor.engine.ended = ends.told
+        world = World(
+            p.db,
+            p.clock,
+            p.ids,
+            config,
+            self.neighbours,
+            HostBook(p.db, p.clock, config),
+            self._wake,
+            self.asker.ask,
+            ends.wait,
+            outbox=self.outbox,
+            console_url=self.console_url,
+        )
+        p.open("compute", compute_api.service(world, self.gate, policy_file=config.policy.file))
+
+    def _wake(self, run: str) -> None:
+        """This run was begun, and is committed. A hint."""
+        if self.conductor is not None:
+            self.conductor.wake(run)
+        else:
+            self.bus.send("conductor", letter(Wake(run)))
+
+    def _tell_of(self, companions: Companions) -> None:
+        """Companions tell the Compute API of what became of volumes, and servers of what became of their addresses."""
+        compute = self.doors.get("compute")
+        carrier: Carrier = (
+            Inside(compute, f"{self.url}/compute") if compute else Outside(_services(self.config)["compute"])
+        )
+        told = Session("compute", carrier, self.clock, companions.account)
+        companions.volumes.grown = Compute(told).extended
+        if self.conductor is not None:
+            companions.networks.told = self.conductor.readdress
+        else:
+            companions.networks.told = lambda servers: addresses.changed(self, servers)
+
+    def started(self, runs: list[str]) -> None:
+        """These runs were begun here, and are committed."""
+        for run in runs:
+            self._wake(run)
+
+    def _proxy(self, consoles: socket.socket) -> Proxy:
+        p, config = self.process, self.config
+        compute = self.doors.get("compute")
+        policy = compute.policy if compute else Policy(policies.RULES, config.policy.file)
+        tail = Tail(p.db, p.clock, self.gate, policy.allows, most=config.console.connections_max)
+        return Proxy(p.db, consoles, clock=p.clock, options=config.console, tail=tail)
+
+    def _wired(self) -> None:
+        if self.wires is not None and self.companions is not None:
+            network.rewire(self.companions.networks)
 
     def _project_of(self, server: str) -> str | None:
         """Who asks for metadata through QEMU is a server that there is."""
@@ -342,22 +329,63 @@ class Cloud:
             found = servers.find(tx, [server])
         return found[server].project_id if server in found else None
 
+    # ---- health
+
+    def _checks(self, *, alive: bool) -> dict[str, Check]:
+        found: dict[str, Check] = {}
+        if self.process.has_db:
+            found["database"] = self._database
+        if not alive and self.process.on_wire and self.roles & {"api", "conductor", "scheduler", "compute"}:
+            found["bus"] = lambda: "" if getattr(self.bus, "up", True) else "The broker cannot be reached."
+        if not alive and self.hosts is not None:
+            found["hosts"] = self._hosts
+        return found
+
     def _database(self) -> str:
         with self.db.read() as tx:
             tx.execute(sa.text("SELECT 1"))
         return ""
 
     def _hosts(self) -> str:
-        """Ready when a server could be placed somewhere."""
-        if self.failed:
-            return self.failed
+        """Ready when a server could be placed somewhere; a host alone, when it works."""
+        assert self.hosts is not None
+        if self.hosts.failed:
+            return self.hosts.failed
+        if not self.process.has_db:
+            return "" if self.hosts.host is not None else "It is not there yet."
         now = self.clock.now()
         with self.db.read() as tx:
             found = hosts.services(tx, binary="nova-compute")
         up = any(
-            s.up(now, self.config.compute.host_down_after_s) and s.last_seen and s.last_seen >= self.born for s in found
+            s.up(now, self.config.compute.host_down_after_s) and s.last_seen and s.last_seen >= self.process.born
+            for s in found
         )
         return "" if up else "No host has reported yet."
+
+
+def _services(config: options.Config) -> dict[str, str]:
+    """The catalog of a cloud whose roles are processes of their own. Raises Refused for what nobody said."""
+    api, own = (config.api.public_url or "").rstrip("/"), (config.companions.url or "").rstrip("/")
+    for name, said in (("[api] public_url", api), ("[companions] url", own)):
+        if not said:
+            raise Refused(f"Nobody says what clients call this cloud: set {name}.")
+    ours = {
+        "identity": f"{own}/identity",
+        "image": f"{own}/image",
+        "network": f"{own}/network",
+        "block-storage": f"{own}/volume/v3",
+        "volumev3": f"{own}/volume/v3",
+    }
+    placed = (config.placement.url or f"{api}/placement").rstrip("/")
+    return ours | {"compute": f"{api}/compute/v2.1", "placement": placed}
+
+
+def _console_url(config: options.Config, url: str, consoles: socket.socket | None) -> str:
+    if config.console.public_url is not None:
+        return config.console.public_url.rstrip("/")
+    if consoles is not None:
+        return _beside(url, consoles.getsockname()[1])
+    return _beside(url, config.console.port)
 
 
 def _beside(url: str, port: int) -> str:
@@ -422,7 +450,7 @@ def _ground(config: options.Config, state: StateDir) -> Ground | None:
     return ground
 
 
-def _wires(ground: Ground | None, app: Wsgi, secrets: Secrets, clock: WallClock, state: StateDir) -> Wires | None:
+def _wires(ground: Ground | None, app: Wsgi, secrets: Secrets, clock: Clock, state: StateDir) -> Wires | None:
     if ground is None:
         return None
     return Wires(
@@ -455,13 +483,15 @@ def _measure(metrics: Metrics, db: Db) -> None:
 @reconciler(every_s=15)
 def rewired(cloud: Cloud) -> list[str]:
     """The host's networks are what the tables say."""
-    return network.rewire(cloud.networks) if cloud.wires is not None else []
+    return network.rewire(cloud.companions.networks) if cloud.wires is not None and cloud.companions is not None else []
 
 
 @reconciler(every_s=300)
 def keys_rotated(cloud: Cloud) -> list[str]:
     """Tokens get a new key now and then."""
-    return ["tokens have a new key"] if identity.rotate_when_due(cloud.realm, cloud.config.identity) else []
+    if cloud.companions is None or not identity.rotate_when_due(cloud.companions.realm, cloud.config.identity):
+        return []
+    return ["tokens have a new key"]
 
 
 @reconciler(every_s=5)
@@ -475,13 +505,19 @@ def policies_read(cloud: Cloud) -> list[str]:
 @reconciler(every_s=10)
 def volumes_resumed(cloud: Cloud) -> list[str]:
     """What had to wait for a neighbour, or was left by who failed, is gone on with."""
-    volume.resume(cloud.volumes)
+    if cloud.companions is not None:
+        volume.resume(cloud.companions.volumes)
     return []
 
 
 @reconciler(every_s=3600)
 def bases_evicted(cloud: Cloud) -> list[str]:
     """Copies of images that no server has used for long make room."""
+    if cloud.driver is None:
+        return []
     from kilonova.virt.libvirt.driver import LibvirtDriver
 
     return cloud.driver.evict_images() if isinstance(cloud.driver, LibvirtDriver) else []
+
+
+UPKEEP = [rewired, keys_rotated, policies_read, bases_evicted, volumes_resumed]

@@ -8,8 +8,8 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -120,6 +120,22 @@ class StateDir:
                 yield
             finally:
                 (self.path / "running.json").unlink(missing_ok=True)
+
+    @contextmanager
+    def joined(self, names: Iterable[str]) -> Iterator[None]:
+        """Several processes may be in a directory, one of each of these names; none while a whole cloud is up in it.
+
+        Raises Conflict, saying what is there already.
+        """
+        with ExitStack() as held:
+            for name, how in [(MARK, fcntl.LOCK_SH), *((f"{n}.lock", fcntl.LOCK_EX) for n in names)]:
+                file = held.enter_context((self.path / name).open("a+"))
+                try:
+                    fcntl.flock(file, how | fcntl.LOCK_NB)
+                except OSError:
+                    what = "A whole cloud" if name == MARK else f"A process that is {name.removesuffix('.lock')}"
+                    raise Conflict(f"{what} is at work in {self.path} already.") from None
+            yield
 
     def tell(self, running: Running) -> None:
         private(self.path / "running.json", msgspec.json.encode(running))

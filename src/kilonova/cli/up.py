@@ -130,7 +130,7 @@ def _serve(
     cloud = Cloud(config, state, secrets, listener, url, inner, consoles)
     cloud.start()
     try:
-        _credentials(state, secrets, url)
+        credentials(state, secrets, url)
         if cloud.ground is not None and cloud.ground.kind == "qemu":
             _say(cloud.ground.why)
             _say(APART.format(outside=OUTSIDE[config.network.forward]))
@@ -268,7 +268,7 @@ def _image(
     return images.guest(client, say)
 
 
-def _credentials(state: StateDir, secrets: Secrets, url: str) -> None:
+def credentials(state: StateDir, secrets: Secrets, url: str) -> None:
     """clouds.yaml for openstacksdk and its clients, openrc for shells; readable by their owner only."""
     auth = f"{url}/identity/v3"
     clouds = f"""# Written by kilonova up.

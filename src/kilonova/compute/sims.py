@@ -2,16 +2,16 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
 from kilonova.compute.agent import ComputeHost, Images
-from kilonova.kit.ask import asked
-from kilonova.kit.bus import MemoryBus, Remembers, letter
+from kilonova.kit.ask import WholeBus, asked
+from kilonova.kit.bus import Remembers, letter
 from kilonova.kit.clock import Clock
 from kilonova.model.options import Compute, Sim
-from kilonova.virt.sim import SimDriver, SimState
+from kilonova.virt.sim import Peers, SimDriver, SimState
 
 
 class Slate:
@@ -32,15 +32,15 @@ class Slate:
 
 
 class SimHosts:
-    """`options.hosts` of them, named `prefix`0, `prefix`1, …, with one crew of threads for all.
+    """`options.hosts` of them, named `prefix`0, `prefix`1, … (or `names`), with one crew of threads for all.
 
     `states` and `ledgers` are what lies on disks: the next `SimHosts` on the same ones finds machines and answers again.
-    `directory`: both are files there, and outlive the process.
+    `directory`: both are files there, and outlive the process; and guests can be sent to all hosts that lie there.
     """
 
     def __init__(
         self,
-        bus: MemoryBus,
+        bus: WholeBus,
         *,
         clock: Clock,
         options: Sim | None = None,
@@ -51,19 +51,21 @@ class SimHosts:
         ledgers: dict[str, Remembers] | None = None,
         prefix: str = "sim-",
         images: Images | None = None,
+        names: Sequence[str] | None = None,
+        host_ip: str = "127.0.0.1",
     ) -> None:
         self.bus, self.clock, self.threads = bus, clock, threads
         options, self.compute = options or Sim(), compute or Compute()
         self.states = states if states is not None else {}
         self.ledgers: dict[str, Remembers] = ledgers if ledgers is not None else {}
         self.hosts: dict[str, ComputeHost] = {}
-        for i in range(options.hosts):
-            name = f"{prefix}{i}"
+        peers = self.states if directory is None else Peers(directory, self.states)
+        for name in names or [f"{prefix}{i}" for i in range(options.hosts)]:
             if name not in self.states:
                 self.states[name] = SimState(None if directory is None else directory / name / "machines")
             state = self.states[name]
             dice = random.Random(f"{options.seed}/{name}")
-            driver = SimDriver(name, state, clock=clock, dice=dice, options=options, peers=self.states)
+            driver = SimDriver(name, state, clock=clock, dice=dice, options=options, peers=peers)
             ledger = None if directory is not None else self.ledgers.setdefault(name, Slate())
             self.hosts[name] = ComputeHost(
                 name,
@@ -73,7 +75,7 @@ class SimHosts:
                 options=self.compute,
                 directory=None if directory is None else directory / name,
                 ledger=ledger,
-                host_ip="127.0.0.1",
+                host_ip=host_ip,
                 images=images,
             )
         self.ends: list[Callable[[], None]] = []

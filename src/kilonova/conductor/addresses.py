@@ -1,9 +1,12 @@
 """What the API shows of a server's addresses, asked anew when the network service says that it changed."""
 
+from typing import Protocol
+
 from kilonova.conductor import ports
 from kilonova.conductor.world import World
 from kilonova.contracts.jobs import Readdress
-from kilonova.kit.db import Tx
+from kilonova.kit.clock import Clock, Ids
+from kilonova.kit.db import Db, Tx
 from kilonova.kit.workflow import Run, effect, record, start, workflow
 from kilonova.model.server import Plug
 from kilonova.store import servers
@@ -34,7 +37,22 @@ def written(tx: Tx, server: str, plugs: list[Plug], now: float) -> None:
         servers.change(tx, server, now, plugs=plugs)
 
 
-def changed(world: World, ids: set[str]) -> None:
+class Starts(Protocol):
+    """Who can begin runs: a conductor's world, or a process that has none."""
+
+    @property
+    def db(self) -> Db: ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def ids(self) -> Ids: ...
+
+    def started(self, runs: list[str]) -> None: ...
+
+
+def changed(world: Starts, ids: set[str]) -> None:
     """The addresses of these servers are others now; ids that are no servers of ours are nobody's concern."""
 
     def begin(tx: Tx) -> list[str]:

@@ -459,9 +459,10 @@ def beats(world: World) -> list[str]:
 def present(world: World) -> list[str]:
     """Say that we live, as the services that we are."""
     me, now = world.me, world.clock.now()
+    ours = (hosts.CONDUCTOR,) if world.config.scheduler.apart else (hosts.CONDUCTOR, hosts.SCHEDULER)
 
     def write(tx: Tx) -> None:
-        for binary in (hosts.CONDUCTOR, hosts.SCHEDULER):
+        for binary in ours:
             hosts.beat(tx, me, binary, uuid=world.ids.uuid, now=now, born=world.born, version=kilonova.__version__)
 
     world.db.run(write)

@@ -64,6 +64,7 @@ class AmqpBus:
         self.sent = self.dropped = 0
         self.up = False  # did the last look at the wire find a broker?
         self.sender: threading.Thread | None = None
+        self.turn = -1  # which broker was asked last
         self.guard = threading.Lock()
         self.services: list[_Service] = []
 
@@ -93,6 +94,10 @@ class AmqpBus:
                 self.sender.start()
             self.news.notify()
 
+    def serves(self, address: str) -> bool:
+        """Would somebody take it? Only the broker knows, and a letter to nobody is lost there."""
+        return True
+
     def close(self) -> None:
         """What lies in the box has a moment to leave."""
         with self.guard:
@@ -106,9 +111,14 @@ class AmqpBus:
             self.sender.join(5)
 
     def connection(self) -> kombu.Connection:
-        """A new one, not open yet; it knows all brokers."""
+        """A new one, not open yet; it knows all brokers. With TLS it knows one, the next each time: to whose name its
+        certificate is held must be clear."""
+        urls = self.urls
+        if self.ssl is not None and len(urls) > 1:
+            self.turn += 1
+            urls = [urls[self.turn % len(urls)]]
         return kombu.Connection(
-            self.urls,
+            urls,
             failover_strategy="round-robin",
             heartbeat=self.heartbeat_s,
             connect_timeout=5,

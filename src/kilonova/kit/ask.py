@@ -7,7 +7,7 @@ when nothing came in time there was nobody to answer.
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -27,6 +27,16 @@ class Bus(Protocol):
     def serve(self, address: str, receive: Callable[[bytes], None], threads: int = 1) -> Callable[[], None]: ...
 
     def send(self, to: str, raw: bytes) -> None: ...
+
+
+class WholeBus(Bus, Protocol):
+    """All that a bus can do: it serves many addresses with one crew, knows who may listen, and ends."""
+
+    def serve_many(self, receivers: Mapping[str, Callable[[bytes], None]], threads: int = 1) -> Callable[[], None]: ...
+
+    def serves(self, address: str) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 def asked(address: str) -> str:

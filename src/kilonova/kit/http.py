@@ -716,11 +716,16 @@ class Server:
         self.wire.serve(target_loader=lambda *_, **__: self.app, wrap_loader=False)
 
 
-def listen(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
-    """A bound, listening TCP socket; port 0 takes a free one. Raises Unavailable where the address is taken."""
+def listen(host: str, port: int, backlog: int = BACKLOG, *, shared: bool = False) -> socket.socket:
+    """A bound, listening TCP socket; port 0 takes a free one. Raises Unavailable where the address is taken.
+
+    `shared`: by processes of this user who want it so, too; the kernel gives each its part of who comes.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     s = socket.socket(family, socket.SOCK_STREAM)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     # Connections inherit these. A side that is dead, or stopped to take what it asked for, does not hold a thread for ever.
     s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     patience = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 120_000}

@@ -21,6 +21,10 @@ class Api(Struct, frozen=True):
     host: A[str, Meta(description="Address to listen on. Others than loopback let the network in.")] = "127.0.0.1"
     port: A[Port, Meta(description="TCP port to listen on; 0 takes one that is free.")] = 8774
     threads: A[int, Meta(description="Requests answered at the same time by a process.", ge=1, le=1024)] = 8
+    share_port: A[
+        bool,
+        Meta(description="Let several processes of one user listen on the same port; each has its share of who comes."),
+    ] = False
     public_url: A[
         str | None,
         Meta(
@@ -71,6 +75,34 @@ class Database(Struct, frozen=True):
     connections: A[int, Meta(description="The most connections a process keeps open.", ge=2)] = 16
 
 
+class Bus(Struct, frozen=True):
+    """What carries letters between the processes of `kilonova serve`: RabbitMQ. `up` is one process and needs none."""
+
+    url: A[
+        Secret,
+        Meta(
+            description="`amqp://user:password@host:port/vhost`, or `amqps://` for TLS; several, one behind the other with "
+            "a semicolon between them, are tried in turn.",
+            examples=["amqp://kilonova:password@mq1.example.org//;amqp://kilonova:password@mq2.example.org//"],
+        ),
+    ] = Secret()
+    prefix: A[str, Meta(description="Begins the names of its queues: clouds that share a broker have one each.")] = (
+        "kilonova"
+    )
+    heartbeat_s: A[float, Meta(description="A broker or process that is silent for so long is gone.", ge=1)] = 15.0
+    ca_file: A[
+        Path | None,
+        Meta(
+            description="With `amqps://`: whose certificates brokers may have; unset, those that this machine trusts.",
+            examples=["/etc/kilonova/ca.pem"],
+        ),
+    ] = None
+    cert_file: A[
+        Path | None, Meta(description="Our own, where the broker asks for one.", examples=["/etc/kilonova/bus.pem"])
+    ] = None
+    key_file: A[Path | None, Meta(description="Its key.", examples=["/etc/kilonova/bus.key"])] = None
+
+
 class State(Struct, frozen=True):
     """What this machine keeps on its own disk: disks of servers, images, keys, the SQLite file."""
 
@@ -104,6 +136,13 @@ class Compute(Struct, frozen=True):
     host: A[str | None, Meta(description="Its name in the cloud; unset, the machine's own.", examples=["host-1"])] = (
         None
     )
+    address: A[
+        str | None,
+        Meta(
+            description="Its IP address, for other hosts and volume services; unset, the one that leads to the broker.",
+            examples=["192.0.2.11"],
+        ),
+    ] = None
     driver: A[
         Literal["libvirt", "sim"], Meta(description="What runs the servers: QEMU/KVM by libvirt, or only make-believe.")
     ] = "libvirt"
@@ -210,6 +249,14 @@ class Sim(Struct, frozen=True):
 
     seed: A[int, Meta(description="The dice they are thrown with.", ge=0)] = 1
     hosts: A[int, Meta(description="How many.", ge=1)] = 1
+    directory: A[
+        Path | None,
+        Meta(
+            description="Where the machines of all simulated hosts lie, so that those of several processes can send servers "
+            "to each other; unset, `hosts` in the state directory.",
+            examples=["/srv/sim"],
+        ),
+    ] = None
     cpus: A[int, Meta(description="CPUs of each.", ge=1)] = 64
     memory_mb: A[int, Meta(description="Memory of each.", ge=1)] = 262_144
     disk_gb: A[int, Meta(description="Disk of each.", ge=1)] = 4096
@@ -272,6 +319,16 @@ class Scheduler(Struct, frozen=True):
     image_properties_weights: A[
         dict[str, float], Meta(description="Weights of properties (taste `image_properties`); empty, each weighs 1.")
     ] = {}
+<<<<<<< HEAD
+=======
+    apart: A[
+        bool,
+        Meta(
+            description="Conductors ask schedulers of their own (`serve scheduler`) over the bus; else each has one in it."
+        ),
+    ] = False
+    choices_max: A[int, Meta(description="Hosts that are weighed for one request, at most.", ge=1)] = 1000
+>>>>>>> 5310cdf (Roles as processes: kilonova serve, over a database and a broker; up is all of them in one)
     shuffle_best: A[int, Meta(description="Chooses by lot among so many of the best hosts.", ge=1)] = 1
     max_instances_per_host: A[int, Meta(description="Servers on a host, at most; 0 is no limit.", ge=0)] = 0
 
@@ -279,6 +336,14 @@ class Scheduler(Struct, frozen=True):
 class Workers(Struct, frozen=True):
     """The engine that carries runs on."""
 
+    name: A[
+        str | None,
+        Meta(
+            description="What a conductor or scheduler is called among its like; unset, as its machine. Two on one machine "
+            "need two names.",
+            examples=["controller-1-b"],
+        ),
+    ] = None
     threads: A[int, Meta(description="Runs that move at the same time in a process.", ge=1, le=256)] = 4
     host_threads: A[int, Meta(description="Commands a host carries out at the same time.", ge=1, le=256)] = 8
     lease_s: A[float, Meta(description="A run whose worker is silent for so long is taken over.", gt=1)] = 30.0
@@ -352,6 +417,26 @@ class Identity(Struct, frozen=True):
     ] = 14
 
 
+class Companions(Struct, frozen=True):
+    """Identity, image, network and volume of our own, when they are a process of their own (`serve companions`)."""
+
+    url: A[
+        str | None,
+        Meta(
+            description="Where they are for the other roles and for clients; unset, they are in the same process.",
+            examples=["http://controller-1.example.org:8776"],
+        ),
+    ] = None
+    ca_file: A[
+        Path | None,
+        Meta(
+            description="With https: whose certificates they and other neighbours may have; unset, those that this machine "
+            "trusts.",
+            examples=["/etc/kilonova/ca.pem"],
+        ),
+    ] = None
+
+
 class Image(Struct, frozen=True):
     """The image companion, or a real Glance."""
 
@@ -420,6 +505,13 @@ class Network(Struct, frozen=True):
 class Placement(Struct, frozen=True):
     """What there is and who holds it: the Placement API."""
 
+    url: A[
+        str | None,
+        Meta(
+            description="What clients call it, where it is a process of its own; unset, it is beside the Compute API.",
+            examples=["https://placement.example.org"],
+        ),
+    ] = None
     randomize_candidates: A[
         bool, Meta(description="Where more candidates are found than were asked for, any of them and not the first.")
     ] = False
@@ -469,6 +561,13 @@ class Console(Struct, frozen=True):
     port: A[
         Port, Meta(description="TCP port of the proxy, on the API's address; 0, or where it is taken, a free one.")
     ] = 6080
+    public_url: A[
+        str | None,
+        Meta(
+            description="What clients call the proxy, when it is not on the API's address.",
+            examples=["https://consoles.example.org"],
+        ),
+    ] = None
     types: A[
         tuple[Literal["novnc", "spice-html5", "spice-direct", "serial"], ...],
         Meta(description="Kinds that users may have, as far as their hosts have them."),
@@ -537,6 +636,7 @@ class Config(Struct, frozen=True):
 
     api: Api = Api()
     database: Database = Database()
+    bus: Bus = Bus()
     state: State = State()
     quota: Quota = Quota()
     compute: Compute = Compute()
@@ -545,6 +645,7 @@ class Config(Struct, frozen=True):
     scheduler: Scheduler = Scheduler()
     workers: Workers = Workers()
     metadata: Metadata = Metadata()
+    companions: Companions = Companions()
     identity: Identity = Identity()
     image: Image = Image()
     network: Network = Network()

@@ -7,7 +7,7 @@ scheduler of its own is asked the same over the bus (`serve`), and nobody can te
 import logging
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import EllipsisType
 from typing import Protocol
@@ -81,13 +81,13 @@ class Scheduler:
         assert mine.answer is not None
         return mine.answer
 
-    def serve(self, bus: Bus, address: str = "scheduler", threads: int = 4) -> None:
-        """Answer those who ask over the bus."""
+    def serve(self, bus: Bus, address: str = "scheduler", threads: int = 4) -> Callable[[], None]:
+        """Answer those who ask over the bus. Returned: what ends that."""
 
         def choose(me: Scheduler, m: Choose) -> Chosen:
             return me.choose(m)
 
-        bus.serve(asked(address), Answerer(scheduler, [choose], self, bus.send).receive, threads)
+        return bus.serve(asked(address), Answerer(scheduler, [choose], self, bus.send).receive, threads)
 
     def explain(self, ask: Ask) -> dict[str, list[str]]:
         """By host, as it is now: the rules that would turn this away there. None of them: it could live there."""

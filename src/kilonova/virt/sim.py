@@ -7,10 +7,12 @@ host (`SimState.power_cut`).
 Latencies and faults come from handed-in dice and pass on a handed-in clock: from a seed, the same each time.
 """
 
+import fcntl
 import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -112,26 +114,63 @@ class SimState:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             for which, suffix in ((self.machines, "machine"), (self.kept, "kept")):
                 for file in sorted(directory.glob(f"*.{suffix}")):
-                    kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
-                    which[file.stem] = found = SimMachine(kept.machine, kept.power, kept.since)
-                    found.log, found.disk, found.landing = kept.log, kept.disk, kept.landing
-                    found.rescue, found.stable = kept.rescue, kept.stable
+                    which[file.stem] = _read(file)
             for file in sorted(directory.glob("*.capture")):
                 server, _, image = file.stem.partition(".")
                 self.captures[server, image] = file.read_bytes()
 
+    @contextmanager
+    def moment(self, id: str) -> Iterator[SimMachine | None]:
+        """This machine as it is, while nobody else changes it: not even who sends it here from another process."""
+        with self.lock:
+            if self.directory is None:
+                yield self.machines.get(id)
+                return
+            with (self.directory / "moment").open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._hear(id)
+                yield self.machines.get(id)
+
+    def heard(self, id: str) -> SimMachine | None:
+        """The same without keeping anybody from it. A guest that is waited for may have come from another process."""
+        m = self.machines.get(id)
+        if m is not None and m.landing and self.directory is not None:
+            self._hear(id)
+        return m
+
+    def waits(self, id: str, epoch: int) -> bool:
+        """In its moment: is a guest of that epoch still waited for? Where the host is another process, its files say so."""
+        m = self.machines.get(id)
+        if self.directory is not None:
+            file = self.directory / f"{id}.machine"
+            m = _read(file) if file.exists() else None
+        return m is not None and m.landing and m.machine.epoch == epoch
+
+    def _hear(self, id: str) -> None:
+        m, file = self.machines.get(id), Path(self.directory or "") / f"{id}.machine"
+        if m is not None and m.landing and file.exists():
+            told = _read(file)
+            if not told.landing and told.machine.epoch == m.machine.epoch:
+                m.power, m.since, m.log, m.disk, m.landing = told.power, told.since, told.log, told.disk, False
+
     def keep(self, id: str) -> None:
         """Write down how this machine is now; before anybody is told of it."""
-        if self.directory is None:
+        if self.directory is not None:
+            with self.moment(id):
+                self.put(id)
+
+    def put(self, id: str) -> None:
+        """The same, for who has its moment."""
+        directory = self.directory
+        if directory is None:
             return
-        with self.lock:
-            for which, suffix in ((self.kept, "kept"), (self.machines, "machine")):
-                file, m = self.directory / f"{id}.{suffix}", which.get(id)
-                if m is None:
-                    file.unlink(missing_ok=True)
-                    continue
-                kept = _Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing, m.rescue, m.stable)
-                _write(file, msgspec.msgpack.encode(kept))
+        for which, suffix in ((self.kept, "kept"), (self.machines, "machine")):
+            file, m = directory / f"{id}.{suffix}", which.get(id)
+            if m is None:
+                file.unlink(missing_ok=True)
+                continue
+            kept = _Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing, m.rescue, m.stable)
+            _write(file, msgspec.msgpack.encode(kept))
 
     def keep_capture(self, id: str, image_id: str) -> None:
         """The same of a copy of its disk."""
@@ -152,6 +191,35 @@ class SimState:
                 m.power = "suspended" if m.power == "suspended" else "shutdown"
         for id in list(self.machines):
             self.keep(id)
+
+
+class Peers(Mapping[str, SimState]):
+    """Where guests can be sent: hosts of this process (`own`), and those of others, by what lies in `directory`."""
+
+    def __init__(self, directory: Path, own: Mapping[str, SimState]) -> None:
+        self.directory, self.own = directory, own
+
+    def __getitem__(self, name: str) -> SimState:
+        if name in self.own:
+            return self.own[name]
+        where = self.directory / name / "machines"
+        if not where.is_dir():
+            raise KeyError(name)
+        return SimState(where)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(d.name for d in self.directory.iterdir())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _read(file: Path) -> SimMachine:
+    kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
+    found = SimMachine(kept.machine, kept.power, kept.since)
+    found.log, found.disk, found.landing = kept.log, kept.disk, kept.landing
+    found.rescue, found.stable = kept.rescue, kept.stable
+    return found
 
 
 def _write(file: Path, data: bytes) -> None:
@@ -215,6 +283,8 @@ class SimDriver:
         )
 
     def machines(self) -> list[Held]:
+        for id in list(self.state.machines):
+            self.state.heard(id)
         with self.state.lock:
             copies: dict[str, list[str]] = {}
             for id, image_id in sorted(self.state.captures):
@@ -256,10 +326,10 @@ class SimDriver:
         self._drop_captures(id)
         if id in self.state.machines or id in self.state.kept:
             self._act("destroy", may_fail=False)
-            with self.state.lock:
-                gone = self.state.machines.pop(id, None)
+            with self.state.moment(id) as gone:
+                self.state.machines.pop(id, None)
                 self.state.kept.pop(id, None)
-            self.state.keep(id)
+                self.state.put(id)
             self.state.deaf.discard(id)
             if gone is not None and gone.power != "shutdown":
                 self._say(id, "shutdown")
@@ -476,12 +546,12 @@ class SimDriver:
 
     def _switched(self, id: str, m: SimMachine, there: SimMachine, target: SimState) -> bool:
         """One moment: it runs there and not here. Not, if the landing was closed meanwhile."""
-        with target.lock:
-            if target.machines.get(id) is not there:
+        with target.moment(id) as now:
+            if now is not there or not target.waits(id, there.machine.epoch):
                 return False
             there.power, there.since, there.log, there.disk = m.power, m.since, m.log, m.disk
             there.landing, m.power = False, "shutdown"
-        target.keep(id)
+            target.put(id)
         self.state.keep(id)
         return True
 
@@ -492,14 +562,13 @@ class SimDriver:
         self.going.get(id, set()).add("stop")
 
     def close_landing(self, id: str, epoch: int) -> bool:
-        with self.state.lock:
-            m = self.state.machines.get(id)
+        with self.state.moment(id) as m:
             if m is None or m.machine.epoch != epoch:
                 return False
             if not m.landing:
                 return True
             self.state.machines.pop(id)
-        self.state.keep(id)
+            self.state.put(id)
         return False
 
     def land(self, machine: Machine) -> None:
@@ -637,7 +706,7 @@ class SimDriver:
     # -- one act
 
     def _there(self, id: str) -> SimMachine:
-        m = self.state.machines.get(id)
+        m = self.state.heard(id)
         if m is None:
             raise NotFound(f"There is no machine of {id} on this host.")
         return m

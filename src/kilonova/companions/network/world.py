@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -39,7 +39,7 @@ class World:
     ids: Ids
     config: options.Network
     wires: Mapping[str, Apply] | None = None
-    apart: frozenset[str] = frozenset()
+    apart: Container[str] = frozenset()
     told: Callable[[set[str]], None] | None = None  # who wants to know which devices have other addresses now
     looms: dict[str, "Loom"] = field(default_factory=dict)
 
