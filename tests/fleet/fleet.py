@@ -208,7 +208,9 @@ class Fleet:
             if found := true():
                 return found
             time.sleep(0.1)
-        raise AssertionError(f"{what} within {timeout_s} s\n" + "\n".join(f"== {n}\n{self.tail(n)}" for n in self.roles))
+        raise AssertionError(
+            f"{what} within {timeout_s} s\n" + "\n".join(f"== {n}\n{self.tail(n)}" for n in self.roles)
+        )
 
     def tail(self, name: str, most: int = 1500) -> str:
         out = self.directory / f"{name}.out"

@@ -319,16 +319,12 @@ class Scheduler(Struct, frozen=True):
     image_properties_weights: A[
         dict[str, float], Meta(description="Weights of properties (taste `image_properties`); empty, each weighs 1.")
     ] = {}
-<<<<<<< HEAD
-=======
     apart: A[
         bool,
         Meta(
             description="Conductors ask schedulers of their own (`serve scheduler`) over the bus; else each has one in it."
         ),
     ] = False
-    choices_max: A[int, Meta(description="Hosts that are weighed for one request, at most.", ge=1)] = 1000
->>>>>>> 5310cdf (Roles as processes: kilonova serve, over a database and a broker; up is all of them in one)
     shuffle_best: A[int, Meta(description="Chooses by lot among so many of the best hosts.", ge=1)] = 1
     max_instances_per_host: A[int, Meta(description="Servers on a host, at most; 0 is no limit.", ge=0)] = 0
 
