@@ -125,7 +125,8 @@ def postgres(directory: Path) -> Iterator[str]:
             **quiet,
         )
     port = free_port()
-    words = ["-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "max_connections=300"]
+    words = ["-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+    words += ["-c", "max_connections=300", "-c", "fsync=off"]  # processes are killed in tests, machines are not
     process = subprocess.Popen(
         [*other, str(bin / "postgres"), *words], start_new_session=True, stdin=subprocess.DEVNULL, **quiet
     )
@@ -150,6 +151,7 @@ def mariadb(directory: Path) -> Iterator[str]:
     words = [
         "--no-defaults", f"--datadir={data}", f"--socket={directory}/s", f"--pid-file={directory}/pid",
         "--bind-address=127.0.0.1", f"--port={port}", "--max-connections=300",
+        "--innodb-flush-log-at-trx-commit=2", "--skip-innodb-doublewrite",
         *(["--user=root"] if os.geteuid() == 0 else []),
     ]  # fmt: skip
     server = shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin") or "mariadbd"

@@ -16,6 +16,7 @@ COMMANDS = {
     "down": "stop the cloud that `up` started",
     "status": "is it up, where, and how is it",
     "db": "its schema, step by step; a copy in another database; what is long dead goes",
+    "doctor": "is all as it must be, in the tables, on the hosts, at the neighbours; --mend puts right what is not",
     "hosts": "what they have, what is used of it, and why a server would not go there",
     "sim": "a whole cloud in one thread, on virtual time, from a seed, with faults",
     "config": "what can be chosen, and what was",
@@ -38,6 +39,7 @@ def main() -> int:
         "down": _down,
         "status": _status,
         "db": _db,
+        "doctor": _doctor,
         "hosts": _hosts,
         "sim": _sim,
         "config": _config,
@@ -130,6 +132,12 @@ def _db(words: list[str]) -> int:
     from kilonova.cli import db
 
     return db.main(_parser("db"), words)
+
+
+def _doctor(words: list[str]) -> int:
+    from kilonova.cli import doctor
+
+    return doctor.main(_parser("doctor"), words)
 
 
 def _hosts(words: list[str]) -> int:

@@ -48,24 +48,21 @@ def upgrade() -> None:
 
 
 @pytest.fixture
-def urls(tmp_path: Path) -> Iterator[Callable[[], str]]:
+def urls(tmp_path: Path) -> Callable[[], str]:
     """Of empty databases, on the server at TEST_DB or as files."""
     server, all = os.environ.get("TEST_DB"), list[str]()
 
     def one() -> str:
-        all.append(f"kilonova_{len(all)}")
+        all.append(f"kilonova_{tmp_path.name[:40]}_{len(all)}")
         if server is None:
             return f"sqlite:///{tmp_path}/{all[-1]}.db"
         _tell(server, f"CREATE DATABASE {all[-1]}")
         return sa.make_url(server).set(database=all[-1]).render_as_string(hide_password=False)
 
-    yield one
-    for name in all if server else ():
-        _tell(server, f"DROP DATABASE {name}")
+    return one  # a server that was made for tests goes as a whole
 
 
-def _tell(server: str | None, what: str) -> None:
-    assert server is not None
+def _tell(server: str, what: str) -> None:
     engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(sa.text(what))

@@ -41,7 +41,7 @@ def report(
         host=host,
         at=at,
         born=born,
-        holds=[_held(m, whole=facts is not None) for m in machines],
+        holds=[held(m, whole=facts is not None) for m in machines],
         busy=busy,
         speaks=speaks,
         facts=facts,
@@ -51,6 +51,7 @@ def report(
     )
 
 
-def _held(m: Held, *, whole: bool) -> HeldHere:
+def held(m: Held, *, whole: bool) -> HeldHere:
+    """`whole`: with what is plugged into it."""
     here = HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch, m.captures)
     return msgspec.structs.replace(here, ports=m.ports, volumes=m.volumes) if whole else here

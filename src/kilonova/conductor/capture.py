@@ -138,6 +138,19 @@ def _backups(world: World, server: Server, backup_type: str) -> Iterator[ImageIn
 @reconciler(every_s=120)
 def unfinished(world: World) -> list[str]:
     """Images of ours without bytes, and nobody brings them: who asked died before its run began, or answered too late."""
+    said = []
+    for image in without_bytes(world):
+        try:
+            world.neighbours.image.delete(image.id)
+        except Forbidden as e:
+            log.info("image %s stays: %s", image.id, e.said)
+            continue
+        said.append(f"image {image.id} had no bytes, and nobody was bringing them")
+    return said
+
+
+def without_bytes(world: World) -> list[ImageInfo]:
+    """Those of `unfinished`."""
     before = world.clock.now() - UNFINISHED_S
     made = [
         image
@@ -150,13 +163,4 @@ def unfinished(world: World) -> list[str]:
         return []
     with world.db.read() as tx:
         known = compare.running(tx, {i.properties[MARK] for i in made})
-    said = []
-    for image in made:
-        if image.properties[MARK] not in known:
-            try:
-                world.neighbours.image.delete(image.id)
-            except Forbidden as e:
-                log.info("image %s stays: %s", image.id, e.said)
-                continue
-            said.append(f"image {image.id} had no bytes, and nobody was bringing them")
-    return said
+    return [image for image in made if image.properties[MARK] not in known]

@@ -254,6 +254,15 @@ def loose(world: World) -> list[str]:
 
     What a request has just reserved is promised; we look at the promises after we have seen the attachments.
     """
+    said = []
+    for a in left_over(world):
+        world.neighbours.volume.release(a.id)
+        said.append(f"attachment {a.id} of volume {a.volume_id} was left of {a.server_id}")
+    return said
+
+
+def left_over(world: World) -> list[Attachment]:
+    """Those of `loose`."""
     if not world.neighbours.volume.there:
         return []
     seen = [a for a in world.neighbours.volume.attachments() if a.server_id]
@@ -261,7 +270,7 @@ def loose(world: World) -> list[str]:
         open = {(p.server, p.volume) for p in block_devices.promised(tx)}
         known = servers.find(tx, {a.server_id or "" for a in seen})
         at_work = compare.at_work(tx, {a.server_id or "" for a in seen})
-    said = []
+    found = []
     for a in seen:
         server = known.get(a.server_id or "")
         mine: Iterable[Device] = server.devices if server is not None and server.deleted_at is None else ()
@@ -272,9 +281,8 @@ def loose(world: World) -> list[str]:
             or any(d.attachment_id == a.id for d in mine)
         ):
             continue
-        world.neighbours.volume.release(a.id)
-        said.append(f"attachment {a.id} of volume {a.volume_id} was left of {a.server_id}")
-    return said
+        found.append(a)
+    return found
 
 
 RECONCILERS = [promises, loose]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 import kilonova
+from kilonova.clients import Port
 from kilonova.conductor import ports, resize
 from kilonova.conductor.capture import unfinished
 from kilonova.conductor.delete import reclaimed
@@ -156,6 +157,11 @@ def _overplugged(tx: Tx, held: list[HeldHere]) -> list[str]:
         known = ask(tx, told) if told else {}
         found += [id for id, parts in told.items() if parts - known.get(id, parts)]
     return list(dict.fromkeys(found))
+
+
+def look_into(tx: Tx, world: World, host: str, suspects: list[str]) -> list[str]:
+    """For who suspects them for reasons of his own. The runs."""
+    return _look_into(tx, world, host, suspects, False)
 
 
 def _look_into(tx: Tx, world: World, host: str, suspects: list[str], reborn: bool) -> list[str]:
@@ -502,6 +508,19 @@ def _claims_mended(tx: Tx, world: World, loose: list[tuple[str, str]], bare: lis
     return sorted(said)
 
 
+@reconciler(every_s=600)
+def counts(world: World) -> list[str]:
+    """What is held of a host is what its holders hold, together."""
+    with world.db.read() as tx:
+        odd = compare.miscounted(tx)
+    now = world.clock.now()
+    return [
+        f"of {provider} {used} {name} were counted, and {held} are held"
+        for provider, name, used, held in odd
+        if world.db.run(placement.recount, provider, name, now=now)
+    ]
+
+
 @reconciler(every_s=300)
 def strays(world: World) -> list[str]:
     """Ports that we made or bound, and that no server has: their run has ended, and their server does not know them.
@@ -509,41 +528,38 @@ def strays(world: World) -> list[str]:
     A conductor that stalls between its look at the lease and its request acts long after another has undone that
     act.  A host remembers what was taken back; a network service does not, so this is compared.
     """
-    named = world.config.api.default_availability_zone
-    with world.db.read() as tx:
-        owners = sorted({f"compute:{z}" for z in {named, "nova", *hosts.zones(tx).values()}})
-    made = [p for p in world.neighbours.network.ports(device_owner=owners) if ports.ours(p) or p.host]
     said = []
+    for p in stray_ports(world):
+        ports.let_go(world, p)
+        said.append(f"port {p.id} was left of {p.device_id or ''}")
+    return said
+
+
+def stray_ports(world: World) -> list[Port]:
+    """Those of `strays`."""
+    made = [p for p in _ports_of_servers(world) if ports.ours(p) or p.host]
     with world.db.read() as tx:
         known = compare.plugs(tx, {p.device_id or "" for p in made})
         at_work = compare.at_work(tx, {p.device_id or "" for p in made})
-    for p in made:
-        id = p.device_id or ""
-        if id not in at_work and p.id not in known.get(id, set()):
-            ports.let_go(world, p)
-            said.append(f"port {p.id} was left of {id}")
-    return said
+    return [p for p in made if (id := p.device_id or "") not in at_work and p.id not in known.get(id, set())]
+
+
+def _ports_of_servers(world: World) -> list[Port]:
+    """Such as say of themselves that they are, in whatever zone."""
+    named = world.config.api.default_availability_zone
+    with world.db.read() as tx:
+        owners = sorted({f"compute:{z}" for z in {named, "nova", *hosts.zones(tx).values()}})
+    return world.neighbours.network.ports(device_owner=owners)
 
 
 @reconciler(every_s=300)
 def misplaced(world: World) -> list[str]:
     """Ports that are on another host than their server: who moved it, or took that back, came late or had no answer."""
-    named = world.config.api.default_availability_zone
+    named, said = world.config.api.default_availability_zone, []
     with world.db.read() as tx:
         zones = hosts.zones(tx)
-    owners = sorted({f"compute:{z}" for z in {named, "nova", *zones.values()}})
-    found = [p for p in world.neighbours.network.ports(device_owner=owners) if p.device_id]
-    said = []
-    with world.db.read() as tx:
-        known = servers.find(tx, {p.device_id or "" for p in found})
         lately = compare.lately_moved(tx, world.clock.now() - KEEP_HIDDEN_S)
-        at_work = compare.at_work(tx, known)
-    for p in found:
-        s = known.get(p.device_id or "")
-        if s is None or s.deleted_at is not None or s.vm_state == VM.building or s.id in at_work:
-            continue
-        if p.id not in {plug.port_id for plug in s.plugs}:
-            continue
+    for p, s in resting_ports(world):
         if s.host is None and p.host:
             ports.unbind(world, s, p.host)
             said.append(f"port {p.id} of {s.id} was on {p.host}")
@@ -553,6 +569,23 @@ def misplaced(world: World) -> list[str]:
         elif s.id in lately:
             said += [f"port {p.id} of {s.id} could still come to {host}" for host in ports.alone(world, p)]
     return said
+
+
+def resting_ports(world: World) -> list[tuple[Port, Server]]:
+    """Ports with the servers that they are of, as far as nobody is at work on those."""
+    found = [p for p in _ports_of_servers(world) if p.device_id]
+    with world.db.read() as tx:
+        known = servers.find(tx, {p.device_id or "" for p in found})
+        at_work = compare.at_work(tx, known)
+    pairs = [(p, s) for p in found if (s := known.get(p.device_id or "")) is not None]
+    return [
+        (p, s)
+        for p, s in pairs
+        if s.deleted_at is None
+        and s.vm_state != VM.building
+        and s.id not in at_work
+        and p.id in {plug.port_id for plug in s.plugs}
+    ]
 
 
 @reconciler(every_s=600)
@@ -569,6 +602,7 @@ RECONCILERS = [
     silent_hosts,
     stuck,
     claims,
+    counts,
     undecided,
     strays,
     misplaced,

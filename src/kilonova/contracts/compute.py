@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from kilonova.contracts.conductor import HeldHere
 from kilonova.kit.bus import Call, Contract
 from kilonova.model.console import Kind, Where
 from kilonova.model.machine import Disk, ImageSource, Machine, Nic
@@ -252,6 +253,18 @@ class Look(Call[Seen], frozen=True):
     """Is it there, and how is it? Answered behind whatever is being done to it."""
 
     server: str
+
+
+class Holdings(msgspec.Struct, frozen=True):
+    """All that is on the host, with what is plugged into it. `busy`: what a handler is at work on just then."""
+
+    holds: list[HeldHere]
+    busy: list[str] = []
+
+
+@compute
+class TellHoldings(Call[Holdings], frozen=True):
+    """What it holds, for who examines the cloud. About no server; it waits for nobody."""
 
 
 class Text(msgspec.Struct, frozen=True):

@@ -267,3 +267,19 @@ class Restore(msgspec.Struct, frozen=True):
     """ "restore": what was soft-deleted runs again."""
 
     server: Server
+
+
+@jobs
+class Examine(msgspec.Struct, frozen=True):
+    """ "examine": what is written is held against itself and against what neighbours say; `mend`: and put right."""
+
+    mend: bool = False
+
+
+@jobs
+class ExamineHost(msgspec.Struct, frozen=True):
+    """ "examine_host": what is written is held against what the host holds. `since`: when the examination began."""
+
+    host: str
+    since: float
+    mend: bool = False

@@ -70,6 +70,41 @@ def unclaimed(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
     return [(r.id, r.uuid) for r in tx.execute(UNCLAIMED, {"most": most})]
 
 
+def miscounted(tx: Tx, most: int = 100) -> list[tuple[str, str, int, int]]:
+    """(provider, class, used, held) where the count is not the sum of what is allocated."""
+    return [tuple(r) for r in tx.execute(MISCOUNTED, {"most": most})]
+
+
+def claimed(tx: Tx, ids: Iterable[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """What these consumers hold: {consumer: {host: {class: amount}}}; of what is no host of ours by its id."""
+    query = sa.select(_a.consumer, sa.func.coalesce(_n.host, _a.provider), _a.resource_class, _a.amount)
+    query = query.outerjoin(hosts.NODES, _n.uuid == _a.provider).where(_a.consumer.in_(list(ids)))
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for consumer, host, name, amount in tx.execute(query):
+        found.setdefault(consumer, {}).setdefault(host, {})[name] = amount
+    return found
+
+
+def since(tx: Tx, subjects: Iterable[str], at: float) -> set[str]:
+    """Those of them that a run was at since that moment, or is."""
+    mine = _r.subject.in_(list(subjects)), sa.or_(_r.state == "running", _r.finished > at)
+    return set(tx.execute(sa.select(_r.subject).where(*mine)).scalars())
+
+
+def overdue(tx: Tx, before: float, most: int = 100) -> list[Any]:
+    """Runs that somebody should have looked at long ago: rows of (id, workflow, subject, due)."""
+    late = _r.state == "running", _r.due < before, _r.lease < before, _r.started < before
+    return list(tx.execute(sa.select(_r.id, _r.workflow, _r.subject, _r.due).where(*late).limit(most)))
+
+
+def left_under_way(tx: Tx, before: float, most: int = 100) -> list[Migration]:
+    """Moves that are neither over nor wait for a word, and that no run is at."""
+    over = [str(s) for s in (*migrations.OVER, Status.finished, Status.done)]
+    open_ = _m.status.not_in(over), sa.func.coalesce(_m.updated_at, _m.created_at) < before
+    busy = sa.exists().where(_r.subject == _m.server, _r.state == "running")
+    return [migrations.of(r) for r in tx.execute(migrations.SELECT.where(*open_, ~busy).limit(most))]
+
+
 def undecided(tx: Tx, before: float, most: int = 100) -> list[Migration]:
     """Resizes that have waited for a word since that moment."""
     waiting = _m.status == str(Status.finished), _m.updated_at < before, _t.vm_state == str(VM.resized), ~_busy
@@ -118,6 +153,19 @@ STUCK = ready(
         sa.func.coalesce(_t.updated_at, _t.created_at) < _b("before"),
         ~_busy,
     )
+    .limit(_b("most"))
+)
+_held = (
+    sa.select(_a.provider, _a.resource_class, sa.func.sum(_a.amount).label("held"))
+    .group_by(_a.provider, _a.resource_class)
+    .subquery()
+)
+_i = placement.INVENTORIES.c
+_sum = sa.cast(sa.func.coalesce(_held.c.held, 0), sa.BigInteger)
+MISCOUNTED = (
+    sa.select(_i.provider, _i.resource_class, _i.used, _sum)
+    .outerjoin(_held, sa.and_(_held.c.provider == _i.provider, _held.c.resource_class == _i.resource_class))
+    .where(_i.used != _sum)
     .limit(_b("most"))
 )
 # Other services' consumers are theirs to care for.

@@ -293,6 +293,18 @@ def _marked(tx: Tx, provider: str, wanted: set[str], before: set[str]) -> bool:
     return bool(gone or new)
 
 
+def recount(tx: Tx, provider: str, resource_class: str, *, now: float) -> bool:
+    """What is held of it is the sum of what is allocated. False: it was so already.
+
+    The provider's row is locked first, as by who claims: nobody is between his count and his allocation when we look.
+    """
+    _moved(tx, provider, now)
+    here = ALLOCATIONS.c.provider == provider, ALLOCATIONS.c.resource_class == resource_class
+    held = int(tx.execute(sa.select(sa.func.coalesce(sa.func.sum(ALLOCATIONS.c.amount), 0)).where(*here)).scalar() or 0)
+    mine = _i.provider == provider, _i.resource_class == resource_class, _i.used != held
+    return bool(tx.execute(sa.update(INVENTORIES).where(*mine).values(used=held)).rowcount)
+
+
 def withdraw(tx: Tx, provider: str) -> None:
     """Remove a host's provider with all it offers, and its children. Raises Conflict while somebody holds something."""
     p = PROVIDERS.c
