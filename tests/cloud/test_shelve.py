@@ -93,6 +93,27 @@ def test_from_where(cloud, action):
     assert s.status == "ACTIVE"
 
 
+@pytest.mark.parametrize("steps", range(7))
+@pytest.mark.parametrize("errand", [("shelve", "unshelve"), ("rescue", "unrescue")], ids=lambda e: e[0])
+def test_what_comes_and_goes_at_the_same_moment(cloud, errand, steps):
+    """A volume comes, another and a NIC go, and nobody waits for that: what is written is what its machine has."""
+    s = cloud.boot()
+    old, new = (cloud.neighbours.volume.create(1, token=cloud.user.token).id for _ in range(2))
+    path = f"/servers/{s.id}/os-volume_attachments"
+    cloud.json("POST", path, {"volumeAttachment": {"volumeId": old}})
+    cloud.settle()
+    cloud.json("POST", path, {"volumeAttachment": {"volumeId": new}})
+    cloud.json("DELETE", f"{path}/{old}", ok=202)
+    cloud.json("DELETE", f"/servers/{s.id}/os-interface/{s.row.plugs[0].port_id}", ok=202)
+    for _ in range(steps):
+        cloud.step()
+    act(s, errand[0], ok=200 if errand[0] == "rescue" else 202)
+    assert cloud.check() == []
+    act(s, errand[1])
+    assert cloud.check() == []
+    assert s.status == "ACTIVE"
+
+
 def test_a_host_may_keep_it_for_a_while(tmp_path):
     with keeping(tmp_path, 300) as cloud:
         s = cloud.boot()

@@ -46,13 +46,16 @@ def attach_volume(run: Run, job: AttachJob) -> None:
     run.if_undone(unattached, job.server.id, job.device.uuid, run.now)
     run(reserved, job.server.id, job.device)
     run.when_alone()
-    host = run(place, job.server.id, job.device.uuid, "attach_volume").host
+    found = run(place, job.server.id, job.device.uuid, "attach_volume")
+    host, device = found.host, job.device
+    if found.attachment:
+        device = msgspec.structs.replace(device, attachment_id=found.attachment)
     if host is not None:
-        way = run(connect, job.server.id, job.device, host)
+        way = run(connect, job.server.id, device, host)
         run(plug_in, job.server, host, job.device, way.connection)
         run(volumes.complete, [way.attachment_id])
     else:
-        run(volumes.complete, [job.device.attachment_id or ""])  # no host has it, and it is taken all the same
+        run(volumes.complete, [device.attachment_id or ""])  # no host has it, and it is taken all the same
     run(attached, job.server.id, job.device.uuid, run.now)
 
 
@@ -68,16 +71,20 @@ def _(world: World, key: str, server: str, device: Device) -> None:
 
 
 class Place(msgspec.Struct, frozen=True):
+    """`attachment`: the device's, which may be another than when it was asked for: it has been elsewhere meanwhile."""
+
     host: str | None
+    attachment: str = ""
 
 
 @record
 def place(tx: Tx, id: str, device: str, verb: str) -> Place:
     """Where it is, now that nobody moves it. Raises Conflict where that cannot be done any longer."""
     server = _still(tx, id, VERBS[verb])
-    if all(d.uuid != device for d in server.devices):
+    mine = next((d for d in server.devices if d.uuid == device), None)
+    if mine is None:
         raise NotFound(f"Instance {id} does not have that volume any longer.")
-    return Place(server.host)
+    return Place(server.host, mine.attachment_id or "")
 
 
 @effect
@@ -125,11 +132,12 @@ def detach_volume(run: Run, job: DetachJob) -> None:
     run.if_undone(kept, id, device.uuid, run.now)
     run(leaving, device.volume_id or "")
     run.when_alone()
-    host = run(place, id, device.uuid, "detach_volume").host
-    if host is not None:
-        run(unplug, id, host, device.volume_id or "")
+    found = run(place, id, device.uuid, "detach_volume")
+    if found.host is not None:
+        run(unplug, id, found.host, device.volume_id or "")
     run.no_return()
-    run(let_go if host is not None else let_go_offloaded, device.attachment_id or "")
+    attachment = found.attachment or device.attachment_id or ""
+    run(let_go if found.host is not None else let_go_offloaded, attachment)
     run(detached, id, device.uuid, run.now)
 
 
@@ -221,14 +229,15 @@ def swap_volume(run: Run, job: SwapJob) -> None:
     if job.migrating:
         run(migrating, old.volume_id or "", job.new_volume_id)
     run.when_alone()
-    host = run(place, id, old.uuid, "swap_volume").host
+    found = run(place, id, old.uuid, "swap_volume")
+    host = found.host
     assert host is not None, "who is active has a host"
     way = run(take_up, id, new, host)
     run(exchange, job.server, host, old, new, way.connection)
     run.no_return()
     run(volumes.complete, [way.attachment_id])
     saved = run(migrated, old.volume_id or "", job.new_volume_id) if job.migrating else job.new_volume_id
-    run(let_go, old.attachment_id or "")
+    run(let_go, found.attachment or old.attachment_id or "")
     run(swapped, id, old.uuid, saved, way.attachment_id, job.size_gb, run.now)
 
 

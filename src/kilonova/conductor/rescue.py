@@ -18,6 +18,7 @@ from kilonova.store import servers
 def rescue(run: Run, job: Rescue) -> None:
     """What comes to grief half-way is neither: it can be rescued again, or rebuilt."""
     run.if_undone(put_down, job.server, VM.error, run.id, run.now)
+    run.when_alone()  # what somebody plugs in is in its own system, not in that which looks after it
     done = run(boot, job, job.server.host or "")
     run(settled, job.server, VM.rescued, done.power_state, run.now)
 
@@ -36,6 +37,7 @@ def _(job: Rescue, host: str) -> To[Done]:
 @workflow
 def unrescue(run: Run, job: Unrescue) -> None:
     run.if_undone(put_down, job.server, VM.error, run.id, run.now)
+    run.when_alone()
     done = run(back, job.server.id, job.server.host or "")
     run(settled, job.server, VM.active, done.power_state, run.now)
 

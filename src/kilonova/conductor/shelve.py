@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kilonova.conductor import ports, volumes, wishes
+from kilonova.conductor import moves, ports, volumes, wishes
 from kilonova.conductor.capture import STEPS as COPIES
 from kilonova.conductor.capture import drop_image, on_its_way, put_down
 from kilonova.conductor.moves import nowhere
@@ -48,6 +48,8 @@ def shelve(run: Run, job: Shelve) -> None:
     s = job.server
     assert s.host is not None
     run.if_undone(as_it_is, s, run.id, run.now)
+    job = msgspec.structs.replace(job, server=(s := moves.alone(run, s)))
+    assert s.host is not None
     failed: Trouble | None = None
     with run.attempt():
         try:
@@ -146,7 +148,7 @@ def shelved(tx: Tx, job: Shelve, now: float) -> None:
 @workflow
 def offload(run: Run, job: Offload) -> None:
     run.if_undone(put_down, job.server, VM.shelved, run.id, run.now)
-    leave(run, job.server, job.server.host or "")
+    leave(run, moves.alone(run, job.server), job.server.host or "")
 
 
 def leave(run: Run, s: Server, host: str) -> None:
@@ -219,6 +221,7 @@ def unshelve(run: Run, job: Unshelve) -> None:
     s = job.server
     image_id = s.system_metadata.get(SHELVED_IMAGE)
     run.if_undone(put_down, s, s.vm_state, run.id, run.now)
+    job = msgspec.structs.replace(job, server=(s := moves.alone(run, s)))
     if s.vm_state == VM.shelved:
         run(on_its_way, s, Task.powering_on, run.now)
         done = run(STEPS["start"], s, s.host or "")
