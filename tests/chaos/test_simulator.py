@@ -34,6 +34,10 @@ STORIES = [
     "delete overtakes shelve",
     "rebuild",
     "rescue, unrescue",
+    "build on volume, rebuild",
+    "build on volume, shelve, unshelve",
+    "soft delete, restore",
+    "soft delete overtakes shelve",
     "resize, confirm",
     "resize, revert",
     "delete overtakes resize",
@@ -49,7 +53,7 @@ EVERY = {
     name: "3"
     for name in STORIES
     if any(word in name for word in ("resize", "revert", "migrate", "evacuate", "shelve", "snapshot", "rescue"))
-}
+} | {name: "5" for name in STORIES if "on volume" in name or "soft" in name}
 CRASH = """
 import logging, sys
 logging.disable()

@@ -245,6 +245,52 @@ def test_a_request_that_dies_gives_back_what_it_took(cloud):
     assert seen(cloud, id)["status"] == "available"
 
 
+def test_what_a_dead_request_promised_is_not_taken_from_the_next(cloud):
+    """It died before it asked for anything; the same volume was attached by another, and stays."""
+    s, id = cloud.boot(networks="none"), made(cloud)
+    reserve, volumes = cloud.neighbours.volume.reserve, cloud.neighbours.volume
+
+    class Dead(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Dead
+
+    object.__setattr__(volumes, "reserve", die)
+    try:
+        with pytest.raises(Dead):
+            attach(cloud, s, id)
+    finally:
+        object.__delattr__(volumes, "reserve")
+    assert reserve == volumes.reserve
+    attach(cloud, s, id)
+    cloud.pass_time(200)
+    assert (seen(cloud, id)["status"], used(s)) == ("in-use", [("vdb", id)])
+    assert cloud.check() == []
+    detach(cloud, s, id)
+
+
+def test_two_that_ask_for_the_same_at_once(cloud):
+    """The second is told that it is not free, and takes nothing from the first."""
+    s, id = cloud.boot(networks="none"), made(cloud)
+    reserve, volumes = cloud.neighbours.volume.reserve, cloud.neighbours.volume
+
+    def both(*args, **more):
+        got = reserve(*args, **more)
+        object.__setattr__(volumes, "reserve", reserve)
+        attach(cloud, s, id, ok=400, settle=False)
+        return got
+
+    object.__setattr__(volumes, "reserve", both)
+    try:
+        attach(cloud, s, id)
+    finally:
+        object.__delattr__(volumes, "reserve")
+    cloud.pass_time(200)
+    assert (seen(cloud, id)["status"], used(s)) == ("in-use", [("vdb", id)])
+    detach(cloud, s, id)
+
+
 def test_a_request_that_comes_too_late_is_told_so(cloud):
     """Its promise was taken back while it slept; nothing is written."""
     s, id = cloud.boot(networks="none"), made(cloud)

@@ -10,7 +10,7 @@ from kilonova.model.options import Config
 from kilonova.store import catalog, hosts, migrations, placement
 from tests.cloud.test_attach import attach
 from tests.cloud.test_volume_boot import boot, made, of_volume, seen
-from tests.stories import Edgy, telling
+from tests.stories import Crash, Edgy, telling
 
 
 @pytest.fixture
@@ -196,6 +196,30 @@ def test_a_revert_that_fails_can_be_asked_again(cloud):
     cloud.states[source].broken = False
     s.act("revertResize")
     assert (s.status, s.row.host) == ("ACTIVE", source)
+
+
+def test_what_is_kept_outlives_a_revert_in_which_its_host_was_lost(cloud):
+    """The host had begun to bring it back when it went; nobody could tell it that nothing came of that."""
+    s = cloud.boot()
+    write(s, "before")
+    source = s.row.host
+    s.act("resize", {"flavorRef": "large"})
+    driver = cloud.driver(source)
+    whole = driver._newest
+
+    def lost(*args):
+        whole(*args)
+        cloud.dead.add(source)
+        raise Crash("host, in the middle of it")
+
+    driver._newest = lost
+    s.act("revertResize")
+    assert s.status == "VERIFY_RESIZE"
+    cloud.dead.clear()
+    cloud.pass_time(30)
+    assert cloud.check() == []
+    s.act("revertResize")
+    assert (s.status, s.row.host, read(s)) == ("ACTIVE", source, "before")
 
 
 def test_what_cannot_be_a_new_flavor(cloud):

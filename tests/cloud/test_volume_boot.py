@@ -407,3 +407,70 @@ def test_a_request_that_dies_gives_back_what_it_took(cloud):
     assert sorted(volumes(cloud).values()) == ["available", "reserved"]
     cloud.pass_time(300)
     assert volumes(cloud) == {mine: "available"}
+
+
+# ---- what becomes of one that boots from a volume
+
+
+def attachments(cloud, id):
+    return [(a["server_id"], a["host_name"]) for a in seen(cloud, id)["attachments"]]
+
+
+def act(s, action, said=None, ok=202, version="2.96"):
+    told = s.cloud.json("POST", f"/servers/{s.id}/action", {action: said}, ok=ok, version=version)
+    s.cloud.settle()
+    return told
+
+
+def image(cloud, **more):
+    wish = {"name": "other", "disk_format": "raw", "container_format": "bare", "visibility": "public", **more}
+    id = cloud.services.json("POST", "/image/v2/images", wish, cloud.admin, ok=201)["id"]
+    path = f"/image/v2/images/{id}/file"
+    cloud.services.ask("PUT", path, b"\1" * 512, cloud.admin, Content_Type="application/octet-stream").read()
+    return id
+
+
+def test_it_is_shelved_without_an_image_and_comes_back_with_its_volumes(cloud):
+    data = made(cloud)
+    s = boot(cloud, of_image(cloud), of_volume(data, boot_index=None))
+    root = s.row.devices[0].volume_id
+    act(s, "shelve")
+    assert (s.status, s.row.host, list(cloud.neighbours.image.list(image_type="snapshot"))) == (
+        "SHELVED_OFFLOADED",
+        None,
+        [],
+    )
+    assert {seen(cloud, id)["status"] for id in (root, data)} == {"reserved"}
+    assert cloud.check() == []
+    act(s, "unshelve")
+    assert (s.status, attachments(cloud, root)) == ("ACTIVE", [(s.id, s.row.host)])
+    assert [d.source.volume_id for d in s.state.machines[s.id].machine.disks] == [root, data]
+    assert {seen(cloud, id)["status"] for id in (root, data)} == {"in-use"}
+
+
+def test_it_is_rebuilt_on_the_same_volume(cloud):
+    """Its own image leaves the volume as it is; another is written over it, since 2.93."""
+    s = boot(cloud, of_image(cloud))
+    root, other = s.row.devices[0].volume_id, image(cloud)
+    act(s, "rebuild", {"imageRef": cloud.image_id}, version="2.92")
+    assert (s.status, seen(cloud, root)["volume_image_metadata"]["image_id"]) == ("ACTIVE", cloud.image_id)
+    act(s, "rebuild", {"imageRef": other}, ok=400, version="2.92")
+    act(s, "rebuild", {"imageRef": other})
+    assert (s.status, seen(cloud, root)["volume_image_metadata"]["image_id"]) == ("ACTIVE", other)
+    assert [d.volume_id for d in s.row.devices] == [root]
+    assert (seen(cloud, root)["status"], attachments(cloud, root)) == ("in-use", [(s.id, s.row.host)])
+
+
+def test_it_is_rescued_where_all_its_disks_stay_in_their_places(cloud):
+    s = boot(cloud, of_image(cloud))
+    root = s.row.devices[0].volume_id
+    stable = image(cloud, hw_rescue_device="disk", hw_rescue_bus="usb")
+    act(s, "rescue", {"rescue_image_ref": cloud.image_id}, ok=400)
+    act(s, "rescue", {"rescue_image_ref": stable}, ok=400, version="2.86")
+    act(s, "rescue", {"rescue_image_ref": stable}, ok=200)
+    assert (s.status, seen(cloud, root)["status"]) == ("RESCUE", "in-use")
+    running = cloud.driver(s.row.host).running(s.id)
+    assert [getattr(d.source, "volume_id", None) or d.source.image_id for d in running.disks] == [root, stable]
+    act(s, "unrescue")
+    running = cloud.driver(s.row.host).running(s.id)
+    assert (s.status, [d.source.volume_id for d in running.disks]) == ("ACTIVE", [root])

@@ -6,6 +6,7 @@ Whatever becomes of the request, nothing is left: each is promised back first (`
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import msgspec
 
@@ -18,6 +19,7 @@ from kilonova.store import block_devices
 from kilonova.store.block_devices import Promise
 
 log = logging.getLogger(__name__)
+LONG_S = 120.0  # no request takes so long
 
 
 @contextmanager
@@ -69,7 +71,8 @@ def _give_back(world: World, p: Promise) -> None:
     """At once, so that who asked can ask again; else a conductor does it in a while."""
     try:
         if world.db.run(block_devices.take, p.device):
-            given_back(world.neighbours.volume, p.server, p.volume, p.device)
+            others = partial(world.db.look, block_devices.superseded, p, world.clock.now() - LONG_S)
+            given_back(world.neighbours.volume, p.server, p.volume, p.device, others)
             world.db.run(block_devices.fulfilled, p.device)
     except Trouble as e:
         log.info("what was promised for device %s is given back later: %s (%s)", p.device, e.said, e.why)

@@ -6,7 +6,7 @@ token's project.  So volumes and snapshots for a user are made with his token; e
 name, also about things that are his.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -350,14 +350,20 @@ class Volumes:
 MADE_FOR = "kilonova:device"  # in the metadata of a volume that was made for a device of a server: the device's uuid
 
 
-def given_back(volumes: Volumes, server_id: str, volume_id: str | None, device: str) -> None:
+def given_back(
+    volumes: Volumes, server_id: str, volume_id: str | None, device: str, others: Callable[[], bool] = lambda: False
+) -> None:
     """What was reserved for this device of the server, or made for it, is so no longer. Nothing there: done.
 
-    A volume that was made for it may have been free for a moment, and found by somebody: then it is theirs.
+    A volume that was made for it may have been free for a moment, and found by somebody: then it is theirs.  `others`:
+    has the server this volume by another request?  It is asked when we have seen what there is, for what we saw was
+    promised before.
     """
     if volume_id is not None:
-        for a in volumes.attachments(server_id=server_id, volume_id=volume_id):
-            volumes.release(a.id)
+        found = volumes.attachments(server_id=server_id, volume_id=volume_id)
+        if found and not others():
+            for a in found:
+                volumes.release(a.id)
         return
     for v in volumes.list(all_projects=True, metadata={MADE_FOR: device}):
         if any(a.server_id != server_id for a in volumes.attachments(volume_id=v.id)):

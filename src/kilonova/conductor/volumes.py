@@ -7,6 +7,7 @@ the first is given back: the volume is never free for others.
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -237,12 +238,18 @@ def _mounted(d: Device) -> dict[str, str]:
 @reconciler(every_s=30)
 def promises(world: World) -> list[str]:
     """What requests reserved or made, and never came to write down."""
+    before = world.clock.now() - OVERDUE_S
     with world.db.read() as tx:
-        found = block_devices.overdue(tx, world.clock.now() - OVERDUE_S)
+        found = block_devices.overdue(tx, before)
     said = []
     for p in found:
         if world.db.run(block_devices.take, p.device):
-            given_back(world.neighbours.volume, p.server, p.volume, p.device)
+            others = partial(world.db.look, block_devices.superseded, p, before)
+            try:
+                given_back(world.neighbours.volume, p.server, p.volume, p.device, others)
+            except Unavailable as e:
+                log.info("what was promised for device %s is given back later: %s", p.device, e.said)
+                continue
             world.db.run(block_devices.fulfilled, p.device)
             said.append(f"device {p.device} of {p.server} came to nothing")
     return said

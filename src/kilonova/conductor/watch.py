@@ -18,7 +18,19 @@ from kilonova.conductor.delete import reclaimed
 from kilonova.conductor.shelve import lying
 from kilonova.conductor.verbs import STEPS
 from kilonova.conductor.world import World
-from kilonova.contracts.compute import Destroy, DetachNic, DetachVolume, Discard, Done, Drop, Look, Power, Seen
+from kilonova.contracts.compute import (
+    Depart,
+    Destroy,
+    DetachNic,
+    DetachVolume,
+    Discard,
+    Done,
+    Drop,
+    Look,
+    Luggage,
+    Power,
+    Seen,
+)
 from kilonova.contracts.conductor import HeldHere, PowerChanged, Report, Sending
 from kilonova.contracts.jobs import Settle
 from kilonova.kit.bus import To, letter
@@ -199,12 +211,14 @@ class Mend(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """`beside`: an older machine lies there, and nobody will come back to it."""
+    """`beside`: an older machine lies there, and nobody will come back to it.  `keep`: what is kept for a revert began to
+    come back, and its host was not there to hear that nothing came of it; `epoch` is what it is to be of."""
 
-    do: Literal["nothing", "orphan", "beside", "lost", "halt", "revive", "unplug"]
+    do: Literal["nothing", "orphan", "beside", "lost", "halt", "revive", "unplug", "keep"]
     server: Server | None = None  # as it was taken
     ports: list[str] = []  # of NICs that are not its own
     volumes: list[str] = []  # the same of disks
+    epoch: int = 0
 
 
 @workflow
@@ -221,6 +235,8 @@ def mend(run: Run, job: Mend) -> None:
             run(halt, job.server, job.host)
     elif verdict.do == "beside" and seen.kept is not None:
         run(drop, job.server, job.host, seen.kept)
+    elif verdict.do == "keep":
+        run(keep, job.server, job.host, verdict.epoch)
     elif verdict.do == "unplug":
         for port_id in verdict.ports:
             run(unplug, job.server, job.host, port_id)
@@ -271,6 +287,11 @@ def drop(server: str, host: str, epoch: int) -> To[Done]:
     return To(host, Drop(server=server, epoch=epoch))
 
 
+@command
+def keep(server: str, host: str, epoch: int) -> To[Luggage]:
+    return To(host, Depart(server=server, epoch=epoch, timeout_s=0))
+
+
 @command(patience_s=120)
 def unplug(server: str, host: str, port_id: str) -> To[Done]:
     return To(host, DetachNic(server=server, port_id=port_id, timeout_s=0, anyway=True))
@@ -291,6 +312,9 @@ def judged(tx: Tx, job: Mend, seen: Seen, me: str, now: float) -> Verdict:
     """What is wrong, if anything is; the server is taken, if something must be done to it."""
     row = compare.found(tx, [job.server]).get(job.server)
     kept = migrations.kept(tx, job.host).get(job.server)
+    there_epoch = row.epoch if row is not None and row.host == job.host else 0
+    if row is not None and row.deleted_at is None and kept is not None and seen.epoch > max(kept, there_epoch):
+        return Verdict("keep", epoch=kept)
     if row is None or row.deleted_at is not None or row.host != job.host:
         return Verdict("orphan" if seen.there and seen.epoch != kept else "nothing")
     if seen.kept is not None and seen.kept != kept:

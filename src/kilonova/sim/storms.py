@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from kilonova.conductor import create, evacuate, live_migrate, resize
@@ -40,10 +41,13 @@ LONG: list[Step[Any, Any]] = [
 ]  # fmt: skip
 OPERATORS = {"migrate", "os-migrateLive"}  # acts that users may not ask for
 NOBODY = "00000000-0000-0000-0000-000000000000"
+RESTORABLE_S = 100  # in a cloud where deleted servers can be restored
 GROUPS = (None, None, None, "anti-affinity", "affinity", "soft-anti-affinity")
+VOLUMES = ("", "", "", "", "", "", "beside", "root")
 
 
 ROOT = {"source_type": "image", "destination_type": "local", "boot_index": 0}
+ON_VOLUME = {"source_type": "image", "destination_type": "volume", "volume_size": 1, "boot_index": 0}
 BLANK = {"source_type": "blank", "destination_type": "volume", "volume_size": 1, "delete_on_termination": True}
 
 
@@ -54,13 +58,16 @@ class User:
         self.sim, self.api, self.known = sim, Api(sim, "api"), dict[str, str]()
         self.groups = dict[str, str]()
 
-    def create(self, name: str, group: str | None = None, volume: bool = False) -> None:
+    def create(self, name: str, group: str | None = None, volume: str = "") -> None:
         """`group`: a policy; the servers that name the same are in one group. `volume`: one is made with it, and goes
-        with it."""
+        with it; its "root" or another, "beside" that."""
         image = self.sim.image_id
         wish: dict[str, Any] = {"name": name, "flavorRef": FLAVOR.id, "imageRef": image, "networks": "auto"}
-        if volume:
+        if volume == "beside":
             wish["block_device_mapping_v2"] = [ROOT | {"uuid": image}, BLANK]
+        elif volume == "root":
+            root = ON_VOLUME | {"uuid": image, "delete_on_termination": True}
+            wish |= {"imageRef": "", "block_device_mapping_v2": [root]}
         hints = {} if group is None else {"os:scheduler_hints": {"group": self.group(group)}}
         status, body = self.api.ask("POST", "/servers", {"server": wish} | hints)
         if status == 202:
@@ -146,7 +153,7 @@ def storm(sim: Sim, round: int = 0) -> None:
     user = User(sim)
     for i in range(10):
         name, born = f"s{round}-{i}", sim.dice.uniform(0, 120)
-        user.later(born, user.create, name, sim.dice.choice(GROUPS), sim.dice.random() < 0.2)
+        user.later(born, user.create, name, sim.dice.choice(GROUPS), sim.dice.choice(VOLUMES))
         for _ in range(sim.dice.randrange(4)):
             verb, said = sim.dice.choice(VERBS)
             user.later(born + sim.dice.uniform(5, 200), user.act, name, verb, said)
@@ -158,7 +165,10 @@ def storm(sim: Sim, round: int = 0) -> None:
         if sim.dice.random() < 0.4:
             errand(sim, user, name, born + sim.dice.uniform(20, 120))
         if sim.dice.random() < 0.6:
-            user.later(born + sim.dice.choice([sim.dice.uniform(0, 40), sim.dice.uniform(0, 250)]), user.delete, name)
+            ends = born + sim.dice.choice([sim.dice.uniform(0, 40), sim.dice.uniform(0, 250)])
+            user.later(ends, user.delete, name)
+            if sim.config.compute.reclaim_interval_s:
+                second_thoughts(sim, user, name, ends)
     for _ in range(4):
         user.later(sim.dice.uniform(60, 300), user.evacuate)
     sim.run(sim.now + 300)
@@ -183,6 +193,13 @@ def errand(sim: Sim, user: User, name: str, at: float) -> None:
         at += sim.dice.choice([sim.dice.uniform(0, 30), sim.dice.uniform(30, 100)])
 
 
+def second_thoughts(sim: Sim, user: User, name: str, at: float) -> None:
+    """It is to live, or to go for good at once; or nobody thinks of it any more."""
+    for _ in range(sim.dice.randrange(3)):
+        at += sim.dice.choice([sim.dice.uniform(0, 10), sim.dice.uniform(0, RESTORABLE_S * 1.2)])
+        user.later(at, user.act, name, sim.dice.choice(["restore", "restore", "forceDelete"]), None)
+
+
 def clean(sim: Sim) -> None:
     """All servers are deleted, calmly: the next storm finds an empty cloud."""
     sim.faults, faults = CALM, sim.faults
@@ -200,10 +217,20 @@ def clean(sim: Sim) -> None:
 SAID = dict(
     VERBS + MOVES + [act for acts in ERRANDS for act in acts]
 )  # what is said with an act that stands once in there
-Story = Callable[[Sim], None]
 
 
-def story(*acts: tuple[str, float]) -> Story:
+@dataclass(frozen=True)
+class Story:
+    """What is done when, in seconds; `restorable_s` as the cloud has it in which it happens."""
+
+    tell: Callable[[Sim], None]
+    restorable_s: int = 0
+
+    def __call__(self, sim: Sim) -> None:
+        self.tell(sim)
+
+
+def story(*acts: tuple[str, float], restorable_s: int = 0) -> Story:
     """Calm but for one crash: `("create", 0), ("delete", 60)`."""
 
     def tell(sim: Sim) -> None:
@@ -219,7 +246,9 @@ def story(*acts: tuple[str, float]) -> Story:
                 case "detach":
                     user.later(when, user.detach, "s0")
                 case "create with volume":
-                    user.later(when, user.create, "s0", None, True)
+                    user.later(when, user.create, "s0", None, "beside")
+                case "create on volume":
+                    user.later(when, user.create, "s0", None, "root")
                 case "attach volume":
                     user.later(when, user.attach_volume, "s0")
                 case "detach volume":
@@ -238,7 +267,7 @@ def story(*acts: tuple[str, float]) -> Story:
                     user.later(when, user.act, "s0", verb, SAID.get(verb))
         sim.run(sim.now + 250)
 
-    return tell
+    return Story(tell, restorable_s)
 
 
 def lose_host(sim: Sim, user: User) -> None:
@@ -277,6 +306,12 @@ STORIES: dict[str, Story] = {
     "live migrate, abort": story(("create", 5), ("os-migrateLive", 60), ("abort", 65)),
     "delete overtakes live migrate": story(("create", 5), ("os-migrateLive", 60), ("delete", 64)),
     "evacuate": story(("create", 5), ("its host is down", 60), ("evacuate", 140)),
+    "build on volume, rebuild": story(("create on volume", 5), ("rebuild", 60)),
+    "build on volume, shelve, unshelve": story(("create on volume", 5), ("shelve", 60), ("unshelve", 120)),
+    "soft delete": story(("create", 5), ("delete", 60), restorable_s=RESTORABLE_S),
+    "soft delete, restore": story(("create", 5), ("delete", 60), ("restore", 100), restorable_s=RESTORABLE_S),
+    "soft delete, force delete": story(("create", 5), ("delete", 60), ("forceDelete", 62), restorable_s=RESTORABLE_S),
+    "soft delete overtakes shelve": story(("create", 5), ("shelve", 60), ("delete", 62), restorable_s=RESTORABLE_S),
     "delete overtakes evacuate": story(("create", 5), ("its host is down", 60), ("evacuate", 140), ("delete", 145)),
 }
 
@@ -284,9 +319,12 @@ STORIES: dict[str, Story] = {
 def play(
     seed: int, *, hours: float = 0.0, faults: Faults | None = None, tell: Callable[[str], None] | None = None
 ) -> tuple[list[str], Sim]:
-    """Storm after storm, each settled and judged, for so many hours of virtual time; one at least."""
+    """Storm after storm, each settled and judged, for so many hours of virtual time; one at least.
+
+    In every third cloud deleted servers can be restored.
+    """
     patience = [step.patience_s for step in LONG]
-    sim = Sim(seed, faults, tell=tell)
+    sim = Sim(seed, faults, tell=tell, restorable_s=RESTORABLE_S if seed % 3 == 0 else 0)
     began = sim.now
     try:
         for round in itertools.count():
@@ -309,7 +347,7 @@ def play(
 def crash_everywhere(tell: Story, *, step: int = 1) -> Iterator[tuple[int, list[str]]]:
     """The story again and again, each time with a crash at the next boundary, until there is none left."""
     for k in itertools.count(1, step):
-        sim = Sim(1, CALM, crash_at=k, conductors=1)
+        sim = Sim(1, CALM, crash_at=k, conductors=1, restorable_s=tell.restorable_s)
         tell(sim)
         crashed = sim.crashes
         sim.settle()

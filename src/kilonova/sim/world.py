@@ -76,7 +76,10 @@ CALM = Faults(*[0.0] * 11)
 
 
 class Sim:
-    """One cloud. `crash_at`: the one boundary at which somebody dies, counted from 1; 0: only by the dice."""
+    """One cloud. `crash_at`: the one boundary at which somebody dies, counted from 1; 0: only by the dice.
+
+    `restorable_s`: so long a deleted server can be restored; 0: not at all.
+    """
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class Sim:
         crash_at: int = 0,
         hosts: int = 4,
         conductors: int = 2,
+        restorable_s: int = 0,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self.dice, self.faults, self.tell_ = random.Random(seed), faults or Faults(), tell
@@ -95,6 +99,9 @@ class Sim:
             list[tuple[float, int, Any, Any]](),
             itertools.count(),
             greenlet.getcurrent(),
+        )
+        self.config = msgspec.structs.replace(
+            CONFIG, compute=msgspec.structs.replace(CONFIG.compute, reclaim_interval_s=restorable_s)
         )
         self.wrong: list[str] = []
         self.where, self.crashes, self.history = "?", 0, hashlib.sha256()
@@ -414,7 +421,7 @@ class ConductorProcess(Process):
             clock=self.clock,
             ids=sim.ids,
             dice=dice,
-            config=CONFIG,
+            config=sim.config,
             watch_steps=self._at,
         )
         self.conductor.engine.turns = nullcontext()  # threads here take turns anyhow, and one may sleep in its turn
@@ -519,7 +526,7 @@ class Host(Process):
             peers=sim.states,
         )
         driver.process = self
-        compute = msgspec.structs.replace(CONFIG.compute, cpu_allocation_ratio=1.0)
+        compute = msgspec.structs.replace(sim.config.compute, cpu_allocation_ratio=1.0)
         near = self.near(clock)
         self.host = ComputeHost(
             self.name,
@@ -564,7 +571,7 @@ class Api(Process):
         self.neighbours = near = self.near(self.clock)
         for part in (near.image, near.network, near.volume):
             part.session = _AsOurselves(part.session)  # type: ignore[assignment]
-        book = HostBook(sim.db, self.clock, CONFIG)
+        book = HostBook(sim.db, self.clock, sim.config)
 
         def wake(run: str) -> None:
             sim.send(self, "conductor", letter(Wake(run=run)))
@@ -572,7 +579,7 @@ class Api(Process):
         def ask(*_: Any) -> Any:
             raise Unavailable("Nobody asks hosts here.")
 
-        world = ApiWorld(self.db, self.clock, sim.ids, CONFIG, near, book, wake, ask, self._ended)  # type: ignore[arg-type]
+        world = ApiWorld(self.db, self.clock, sim.ids, sim.config, near, book, wake, ask, self._ended)  # type: ignore[arg-type]
         service = compute_service(world, lambda token: sim.admin if token == "admin" else sim.user)
         self.inside = Inside(service, f"{URL}/compute")
 

@@ -114,6 +114,19 @@ def promised(tx: Tx, devices: Iterable[str] | None = None) -> list[Promise]:
     return [Promise(*r) for r in tx.execute(OPEN if devices is None else OPEN.where(_p.device.in_(list(devices))))]
 
 
+def superseded(tx: Tx, p: Promise, after: float) -> bool:
+    """Has another request brought the same volume to the same server? Its attachments are not this promise's any longer.
+
+    Raises Unavailable while another is under way, promised since `after`: it may or may not come to have it.
+    """
+    rivals = OPEN.where(_p.server == p.server, _p.volume == p.volume, _p.device != p.device, _p.at >= after, ~_p.taken)
+    if tx.execute(rivals.limit(1)).first() is not None:
+        raise Unavailable(f"Volume {p.volume} is being attached.")
+    known = servers.find(tx, [p.server]).get(p.server)
+    device = of_volume(known, p.volume or "") if known is not None and known.deleted_at is None else None
+    return device is not None and device.uuid != p.device
+
+
 def fulfilled(tx: Tx, device: str) -> None:
     """It was given back."""
     tx.execute(sa.delete(PROMISES).where(_p.device == device))
