@@ -6,7 +6,9 @@ import pytest
 from kilonova.kit.bus import opened
 from kilonova.model import options
 from kilonova.model.capture import MARK
+from kilonova.store import servers
 from kilonova.virt.sim_disk import facts
+from tests.cloud.test_volume_boot import boot, made, of_image, of_volume
 from tests.stories import Crash, telling
 
 
@@ -256,3 +258,86 @@ def test_another_projects_image_is_no_backup(cloud):
     cloud.services.ask("PUT", path, b"\0" * 512, bob.token, Content_Type="application/octet-stream").read()
     backup(s, "b", 0)
     assert image(cloud, trap, bob.token)["status"] == "active"
+
+
+# ---- where the root disk is a volume
+
+
+def snapshots(cloud):
+    said = cloud.services.json("GET", "/volume/v3/snapshots/detail?all_tenants=1", token=cloud.admin)["snapshots"]
+    return [(s["volume_id"], s["status"], s["metadata"]) for s in said]
+
+
+def on_volumes(cloud):
+    return boot(cloud, of_image(cloud, delete_on_termination=True), of_volume(made(cloud, 2), boot_index=None))
+
+
+def test_an_image_of_volumes_is_booted_from(cloud):
+    s = on_volumes(cloud)
+    root, data = (d.volume_id for d in s.row.devices)
+    id = snapshot(s, metadata={"why": "because"})
+    shown = image(cloud, id)
+    assert (shown["status"], shown["size"], shown["bdm_v2"], shown["why"]) == ("active", 0, "True", "because")
+    assert (shown["root_device_name"], shown["image_type"], s.status) == ("/dev/vda", "snapshot", "ACTIVE")
+    told = msgspec.json.decode(shown["block_device_mapping"])
+    assert [(m["source_type"], m["destination_type"], m.get("boot_index"), m["volume_size"]) for m in told] == [
+        ("snapshot", "volume", 0, 1),
+        ("snapshot", "volume", None, 2),
+    ]
+    assert snapshots(cloud) in ([(root, "available", {}), (data, "available", {})], [(data, "available", {}), (root, "available", {})])  # fmt: skip
+    assert s.events()[-1] == ("api_snapshot_instance", "Success")
+    two = cloud.boot("two", imageRef=id)
+    assert (two.status, two.row.volume_backed, len(two.row.devices)) == ("ACTIVE", True, 2)
+    assert not {d.volume_id for d in two.row.devices} & {root, data}
+    assert [d.size for d in two.row.devices] == [1, 2]
+    two.act("createBackup", {"name": "b", "backup_type": "daily", "rotation": 1}, ok=400)
+
+
+def test_a_quota_that_is_full_leaves_neither_image_nor_snapshots(cloud):
+    s = on_volumes(cloud)
+    body = {"quota_set": {"snapshots": 1}}
+    cloud.services.json("PUT", f"/volume/v3/os-quota-sets/{cloud.user.project_id}", body, cloud.admin)
+    cloud.json("POST", f"/servers/{s.id}/action", {"createImage": {"name": "x"}}, ok=403)
+    cloud.pass_time(300)
+    assert (s.status, images(cloud, image_type="snapshot"), snapshots(cloud)) == ("ACTIVE", [], [])
+
+
+def test_who_asked_for_one_of_volumes_and_died_leaves_nothing(cloud):
+    s = on_volumes(cloud)
+    begin = servers.begin
+
+    class Dead(BaseException):
+        pass
+
+    def die(*_):
+        raise Dead
+
+    servers.begin = die
+    try:
+        with pytest.raises(Dead):
+            cloud.json("POST", f"/servers/{s.id}/action", {"createImage": {"name": "x"}})
+    finally:
+        servers.begin = begin
+    assert (len(images(cloud, image_type="snapshot")), len(snapshots(cloud))) == (1, 2)
+    cloud.pass_time(400)
+    assert (s.status, images(cloud, image_type="snapshot"), snapshots(cloud)) == ("ACTIVE", [], [])
+
+
+def test_a_delete_overtakes_one_of_volumes(cloud):
+    s = on_volumes(cloud)
+    s.act("createImage", {"name": "x"}, settle=False)
+    s.delete()
+    assert s.row.vm_state == "deleted"
+    assert images(cloud, image_type="snapshot") == []
+
+
+def test_a_guest_that_must_hold_still_is_not_copied_while_it_runs(cloud):
+    wish = {"name": "q", "disk_format": "raw", "container_format": "bare", "os_require_quiesce": "yes"}
+    id = cloud.services.json("POST", "/image/v2/images", wish | {"visibility": "public"}, cloud.admin, ok=201)["id"]
+    path = f"/image/v2/images/{id}/file"
+    cloud.services.ask("PUT", path, b"\0" * 512, cloud.admin, Content_Type="application/octet-stream").read()
+    for s in (cloud.boot("one", imageRef=id), boot(cloud, of_image(cloud) | {"uuid": id})):
+        said = cloud.json("POST", f"/servers/{s.id}/action", {"createImage": {"name": "x"}}, ok=400)
+        assert said["badRequest"]["message"].startswith(f"Quiescing is not supported in instance {s.id}")
+        s.act("os-stop")
+        assert image(cloud, snapshot(s))["status"] == "active"

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from kilonova.api import capture_volumes
 from kilonova.api.bodies import Digits, Metadata, Name
 from kilonova.api.registry import R, World, cause, the_server
 from kilonova.contracts.jobs import Capture
@@ -16,12 +17,6 @@ from kilonova.model import capture
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, Verb
 from kilonova.store import servers
-
-# Their root disk is not their host's to copy.
-VOLUME_BACKED = {
-    "backup": "Backup is not supported for volume-backed instances.",
-    "snapshot": "Images of volume-backed instances are not supported by this cloud yet. Make a snapshot of the volume.",
-}
 
 
 class Snapshot(msgspec.Struct, forbid_unknown_fields=True):
@@ -75,12 +70,20 @@ def _captured(
     check_metadata(call, metadata)
     with world.db.read() as tx:
         server = the_server(call, tx, id)
-    if server.volume_backed:
-        raise Invalid(VOLUME_BACKED[kind])
+    if server.volume_backed and kind == "backup":
+        raise Invalid("Backup is not supported for volume-backed instances.")
     servers.check(server, verb)
+    if server.volume_backed:
+        capture_volumes.may(call, server)
+    else:
+        capture_volumes.held_still(server)
     run = world.ids.uuid()
     more = {} if backup_type is None else {"backup_type": backup_type}
     image_id = new_image(call, server, name, run=run, kind=kind, said=metadata, more=more)
+    if server.volume_backed:
+        capture_volumes.captured(call, server, run, image_id, name)
+        world.wake(run)
+        return image_id
 
     def record(tx: Tx) -> None:
         now = world.clock.now()

@@ -306,6 +306,11 @@ class Volumes:
         with suppress(NotFound):
             self._tell("DELETE", f"/snapshots/{part(id)}", token=token)
 
+    def unmark_snapshot(self, id: str, token: str | None = None) -> None:
+        """Take our mark out of its metadata. Nothing there: done."""
+        with suppress(NotFound):
+            self._tell("DELETE", f"/snapshots/{part(id)}/metadata/{part(MADE_OF)}", token=token)
+
     # -- about the service
 
     def zones(self, token: str | None = None) -> dict[str, bool]:
@@ -347,6 +352,7 @@ class Volumes:
             said["marker"] = decoded(self.session.name, raw, list[_Named])[-1].id
 
 
+MADE_OF = "kilonova:image"  # in the metadata of a snapshot that is taken for an image of a server: the image's id
 MADE_FOR = "kilonova:device"  # in the metadata of a volume that was made for a device of a server: the device's uuid
 
 
@@ -370,6 +376,19 @@ def given_back(
             volumes.unmark(v.id)
         elif v.status not in ("deleting", "error_deleting"):
             erased(volumes, v)
+
+
+def snapshots_dropped(volumes: Volumes, image_id: str) -> None:
+    """Those that were taken for this image go. Raises Unavailable while one is on its way. Nothing there: done."""
+    if not volumes.there:
+        return
+    for s in volumes.snapshots(all_projects=True, metadata=str({MADE_OF: image_id})):
+        if s.status == "deleting" or s.metadata.get(MADE_OF) != image_id:
+            continue
+        try:
+            volumes.delete_snapshot(s.id)
+        except Invalid as e:
+            raise Unavailable(f"Snapshot {s.id} is {s.status}.", why=e.said) from e
 
 
 def erased(volumes: Volumes, volume: VolumeInfo) -> None:

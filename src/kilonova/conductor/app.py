@@ -11,6 +11,7 @@ from kilonova.conductor import (
     addresses,
     attach,
     capture,
+    capture_volumes,
     create,
     delete,
     evacuate,
@@ -40,7 +41,7 @@ from kilonova.model.options import Config
 
 FLOWS: list[Workflow[Any]] = [
     create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
-    resize.revert, capture.capture, interfaces.attach_interface, interfaces.detach_interface,
+    resize.revert, capture.capture, capture_volumes.capture_volumes, interfaces.attach_interface, interfaces.detach_interface,
     live_migrate.live_migrate,
     evacuate.evacuate,
     watch.tidy,

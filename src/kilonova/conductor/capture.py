@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 
 from kilonova.clients import ImageInfo
+from kilonova.clients.volume import snapshots_dropped
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Abandon, Discard, Done, Freeze, Upload
 from kilonova.contracts.jobs import Capture
@@ -141,7 +142,11 @@ def unfinished(world: World) -> list[str]:
     said = []
     for image in without_bytes(world):
         try:
+            snapshots_dropped(world.neighbours.volume, image.id)
             world.neighbours.image.delete(image.id)
+        except Unavailable as e:
+            log.info("image %s stays for now: %s", image.id, e.said)
+            continue
         except Forbidden as e:
             log.info("image %s stays: %s", image.id, e.said)
             continue

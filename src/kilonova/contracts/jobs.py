@@ -181,6 +181,17 @@ class Capture(msgspec.Struct, frozen=True):
 
 
 @jobs
+class CaptureVolumes(msgspec.Struct, frozen=True):
+    """ "capture_volumes": an image of a server whose root disk is a volume. Image and snapshots are there already, the
+    snapshots perhaps not yet whole; `mapping` is what the image is to say of them (JSON)."""
+
+    server: Server
+    image_id: str
+    snapshots: list[str]
+    mapping: str
+
+
+@jobs
 class Rebuild(msgspec.Struct, frozen=True):
     """ "rebuild": `server` as it shall be, already taken. `before` is the image that it was made of, where that is another.
 

@@ -1,5 +1,6 @@
 """The record of an image that is made of a server: what it inherits, and what is said of where it comes from. Pure."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from kilonova.model.server import Server
@@ -35,6 +36,27 @@ def disk_format(server: Server) -> Literal["raw", "qcow2"]:
     return "raw" if server.image.disk_format == "raw" else "qcow2"
 
 
+def mapping(server: Server, snapshots: Mapping[str, tuple[str, int]]) -> list[dict[str, Any]]:
+    """What an image says of the disks of a server made of it (the Image API's `block_device_mapping`).
+
+    `snapshots`: of each volume the id of its snapshot, and how large it is.
+    """
+    told = []
+    for d in server.devices:
+        about: dict[str, Any] = {"device_name": d.name, "boot_index": d.boot_index, "guest_format": d.format}
+        about |= {"delete_on_termination": d.delete_on_termination, "disk_bus": d.bus, "device_type": d.kind}
+        about |= {"tag": d.tag, "destination_type": d.destination, "source_type": d.source, "image_id": d.image_id}
+        if not d.is_volume:
+            about["volume_size"] = d.size
+        elif d.volume_id is not None and d.volume_id in snapshots:
+            id, size = snapshots[d.volume_id]
+            about |= {"source_type": "snapshot", "snapshot_id": id, "volume_size": size, "image_id": None}
+        else:
+            continue  # it is about to leave
+        told.append({k: v for k, v in about.items() if v is not None})
+    return told
+
+
 def record(
     server: Server,
     name: str,
@@ -55,7 +77,7 @@ def record(
     inherited = {k: v for k, v in image.properties.items() if k not in lost and not k.startswith("os_glance")}
     about = {k: ours[k] for k in KEPT_OF_OWNER if k in ours}
     about |= {
-        "base_image_ref": image.properties.get("base_image_ref") or image.id,
+        "base_image_ref": image.properties.get("base_image_ref") or image.id or "",
         "image_location": "snapshot",
         "image_state": "available",
         "image_type": kind,

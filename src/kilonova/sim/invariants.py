@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import sqlalchemy as sa
 
-from kilonova.clients.volume import MADE_FOR
+from kilonova.clients.volume import MADE_FOR, MADE_OF
 from kilonova.companions.volume.attachments import follows
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
@@ -281,6 +281,8 @@ def _devices(tx: Tx, all: list[Server], disks: Mapping[str, Mapping[str, list[st
     said = [f"volume device {p.device} of {p.server} is promised back, and was not" for p in block_devices.promised(tx)]
     made = [v.id for v in volumes.find(tx, volumes.Volume) if MADE_FOR in v.metadata]
     said += [f"volume {id} was made for a device that nobody came to have" for id in made]
+    taken = [s.id for s in volumes.find(tx, volumes.Snapshot) if MADE_OF in s.metadata]
+    said += [f"snapshot {id} was taken for an image that nobody came to have" for id in taken]
     there: dict[str, dict[str, volumes.Attachment]] = defaultdict(dict)
     for a in volumes.find(tx, volumes.Attachment):
         there[a.server_id or ""][a.id] = a
