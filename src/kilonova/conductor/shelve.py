@@ -48,6 +48,8 @@ def shelve(run: Run, job: Shelve) -> None:
     s = job.server
     assert s.host is not None
     run.if_undone(as_it_is, s, run.id, run.now)
+    if job.image_id is not None:
+        run.if_undone(drop_image, job.image_id)
     job = msgspec.structs.replace(job, server=(s := moves.alone(run, s)))
     assert s.host is not None
     failed: Trouble | None = None
@@ -78,7 +80,6 @@ def lay_down(run: Run, job: Shelve, host: str) -> None:
         run(is_off, s, run.now)
         return
     freeze, upload = COPIES["shelve"]
-    run.if_undone(drop_image, job.image_id)
     run(off, s, host)
     run(is_off, s, run.now)
     run(freeze, s, host, job.image_id, job.disk_format)
