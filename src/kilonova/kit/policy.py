@@ -4,6 +4,7 @@ Rules are declared as data (name, check string, description), the defaults of th
 on the credentials and the target, so it is remembered; editing the file empties the memory.
 """
 
+import functools
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,17 +33,10 @@ class Policy:
 
     def __init__(self, rules: Iterable[Rule], file: Path | None = None) -> None:
         self.rules = list(rules)
-        conf = cfg.ConfigOpts()
-        conf([], project="kilonova", default_config_files=[], default_config_dirs=[])
-        self.enforcer = oslo.Enforcer(conf, policy_file=str(file or NO_FILE))
-        self.enforcer.suppress_deprecation_warnings = True
-        self.enforcer.suppress_default_change_warnings = True
-        for r in self.rules:
-            self.enforcer.register_default(oslo.RuleDefault(r.name, r.check, r.description))
-        self.file, self.lock = file, threading.Lock()
+        judge = _learned(tuple(self.rules), file) if file else _born(tuple(self.rules))
+        self.file, self.enforcer, self.lock = file, judge.enforcer, judge.lock
         self.names = {r.name for r in self.rules}
         self.memory: dict[tuple[Any, ...], bool] = {}
-        self.enforcer.load_rules()
         self.stamp = self._stamp()
 
     def allows(self, context: Context, rule: str, target: dict[str, Any]) -> bool:
@@ -94,6 +88,29 @@ class Policy:
 
     def _stamp(self) -> float:
         return self.file.stat().st_mtime if self.file and self.file.exists() else 0.0
+
+
+class _Judge(NamedTuple):
+    enforcer: Any
+    lock: threading.Lock
+
+
+def _learned(rules: tuple[Rule, ...], file: Path | None) -> _Judge:
+    conf = cfg.ConfigOpts()
+    conf([], project="kilonova", default_config_files=[], default_config_dirs=[])
+    enforcer = oslo.Enforcer(conf, policy_file=str(file or NO_FILE))
+    enforcer.suppress_deprecation_warnings = True
+    enforcer.suppress_default_change_warnings = True
+    for r in rules:
+        enforcer.register_default(oslo.RuleDefault(r.name, r.check, r.description))
+    enforcer.load_rules()
+    return _Judge(enforcer, threading.Lock())
+
+
+@functools.lru_cache(32)
+def _born(rules: tuple[Rule, ...]) -> _Judge:
+    """One that no file will ever tell otherwise: the same for all who ask with the same rules."""
+    return _learned(rules, None)
 
 
 def sample(rules: Iterable[Rule]) -> str:

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import NotFound, Unavailable
+from kilonova.kit.ready import ready
 from kilonova.model.devices import Device
 from kilonova.model.server import Server
 from kilonova.store import servers
@@ -106,7 +107,7 @@ def take(tx: Tx, device: str) -> bool:
 
 def overdue(tx: Tx, before: float) -> list[Promise]:
     """Made before that moment, and neither kept nor fulfilled; or somebody died while he gave it back."""
-    return [Promise(*r) for r in tx.execute(OPEN.where((_p.at < before) | _p.taken).limit(100))]
+    return [Promise(*r) for r in tx.execute(OVERDUE, {"before": before})]
 
 
 def promised(tx: Tx, devices: Iterable[str] | None = None) -> list[Promise]:
@@ -133,3 +134,4 @@ def fulfilled(tx: Tx, device: str) -> None:
 
 
 OPEN = sa.select(_p.device, _p.server, _p.volume)
+OVERDUE = ready(OPEN.where((_p.at < sa.bindparam("before")) | _p.taken).limit(100))

@@ -45,9 +45,7 @@ def at_work(tx: Tx, subjects: Iterable[str]) -> set[str]:
 
 def resting(tx: Tx, vm: VM, most: int = 100) -> list[Server]:
     """Living servers in this state that nobody is at work on, those first that have been so the longest."""
-    where = _t.deleted_at.is_(None), _t.vm_state == str(vm), _t.task_state.is_(None)
-    found = tx.execute(servers.SELECT.where(*where).order_by(_t.updated_at).limit(most))
-    return [servers.of(row) for row in found]
+    return [servers.of(row) for row in tx.execute(RESTING, {"the_state": str(vm), "most": most})]
 
 
 def running(tx: Tx, runs: Iterable[str]) -> set[str]:
@@ -107,16 +105,12 @@ def left_under_way(tx: Tx, before: float, most: int = 100) -> list[Migration]:
 
 def undecided(tx: Tx, before: float, most: int = 100) -> list[Migration]:
     """Resizes that have waited for a word since that moment."""
-    waiting = _m.status == str(Status.finished), _m.updated_at < before, _t.vm_state == str(VM.resized), ~_busy
-    query = migrations.SELECT.join(servers.T, _t.id == _m.server).where(*waiting, _t.deleted_at.is_(None))
-    return [migrations.of(r) for r in tx.execute(query.limit(most))]
+    return [migrations.of(r) for r in tx.execute(UNDECIDED, {"before": before, "most": most})]
 
 
 def abandoned(tx: Tx, most: int = 100) -> list[Migration]:
     """Resizes that wait for a word, and whose server is neither that which they left nor in error."""
-    other = _m.status == str(Status.finished), _t.vm_state.not_in([str(VM.resized), str(VM.error)])
-    query = migrations.SELECT.join(servers.T, _t.id == _m.server).where(*other, _t.deleted_at.is_(None))
-    return [migrations.of(r) for r in tx.execute(query.where(_t.task_state.is_(None)).limit(most))]
+    return [migrations.of(r) for r in tx.execute(ABANDONED, {"most": most})]
 
 
 def lately_moved(tx: Tx, since: float) -> set[str]:
@@ -139,12 +133,31 @@ def volumes(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
 
 
 HOLD = [str(s) for s in (Status.finished, Status.done)]
+_m = migrations.T.c
 _t, _r, _a, _n, _b = servers.T.c, RUNS.c, placement.ALLOCATIONS.c, hosts.NODES.c, sa.bindparam
 _columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.epoch
 _busy = sa.exists().where(_r.subject == _t.id, _r.state == "running")
 
 ON_HOST = ready(sa.select(*_columns).where(_t.host == _b("the_host"), _t.deleted_at.is_(None)))
 FOUND = ready(sa.select(*_columns, _t.host, _t.deleted_at))
+RESTING = ready(
+    servers.SELECT.where(_t.deleted_at.is_(None), _t.vm_state == _b("the_state"), _t.task_state.is_(None))
+    .order_by(_t.updated_at)
+    .limit(_b("most", type_=sa.Integer))
+)
+_waiting = migrations.SELECT.join(servers.T, _t.id == _m.server).where(
+    _m.status == str(Status.finished), _t.deleted_at.is_(None)
+)
+UNDECIDED = ready(
+    _waiting.where(_m.updated_at < _b("before"), _t.vm_state == str(VM.resized), ~_busy).limit(
+        _b("most", type_=sa.Integer)
+    )
+)
+ABANDONED = ready(
+    _waiting.where(_t.vm_state != str(VM.resized), _t.vm_state != str(VM.error), _t.task_state.is_(None)).limit(
+        _b("most", type_=sa.Integer)
+    )
+)
 STUCK = ready(
     sa.select(_t.id)
     .where(
@@ -184,7 +197,6 @@ UNOWNED = ready(
     .limit(_b("most"))
 )
 # A migration holds something of its source only while its user may decide, or that host must hear of an evacuation.
-_m = migrations.T.c
 OVER = (
     sa.select(_a.consumer, _a.provider)
     .join(placement.CONSUMERS, placement.CONSUMERS.c.uuid == _a.consumer)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from kilonova.contracts.conductor import Report
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, Invalid, NotFound
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import Shapes, ready
 from kilonova.model.host import HostFacts, Stock
 from kilonova.store import placement, servers
 
@@ -181,12 +181,13 @@ class Aggregate(msgspec.Struct, frozen=True):
 
 def services(tx: Tx, *, host: str | None = None, binary: str | None = None) -> list[Service]:
     """By their number."""
-    query = sa.select(SERVICES).order_by(_s.id)
-    if host is not None:
-        query = query.where(_s.host == host)
-    if binary is not None:
-        query = query.where(_s.binary == binary)
-    return [_service(r) for r in tx.execute(query)]
+    shape = host is not None, binary is not None
+    return [_service(r) for r in tx.execute(PAGES.of(shape, lambda: _some(*shape)), {"host": host, "binary": binary})]
+
+
+def _some(host: bool, binary: bool) -> sa.Select[Any]:
+    where = [_s.host == _b("host")] * host + [_s.binary == _b("binary")] * binary
+    return sa.select(SERVICES).where(*where).order_by(_s.id)
 
 
 def service(tx: Tx, id: int | str) -> Service:
@@ -311,7 +312,7 @@ def learn(tx: Tx, r: Report, *, uuid: Callable[[], str], now: float) -> bool:
         _registered(tx, r.host, COMPUTE, uuid=uuid, now=now, born=r.born, version=r.version, speaks=r.speaks)
     else:
         told = {"born": r.born, "version": r.version, "speaks": _text(r.speaks), "last_seen": now}
-        tx.execute(sa.update(SERVICES).where(_s.id == row.id).values(told))
+        tx.execute(TOLD, told | {"the_id": row.id})
     new = row is None
     if r.facts is not None:
         new |= _learn_node(tx, r, r.facts, bool(row is not None and row.disabled), uuid, now)
@@ -321,9 +322,7 @@ def learn(tx: Tx, r: Report, *, uuid: Callable[[], str], now: float) -> bool:
 
 
 def _learn_node(tx: Tx, r: Report, facts: HostFacts, disabled: bool, uuid: Callable[[], str], now: float) -> bool:
-    n = NODES.c
-    here = sa.and_(n.host == r.host, n.node == facts.hypervisor_hostname)
-    old = tx.execute(sa.select(NODES).where(here)).first()
+    old = tx.execute(NODE_OF, {"the_host": r.host, "the_node": facts.hypervisor_hostname}).first()
     values = {"host_ip": r.host_ip, "facts": _text(facts), "updated_at": now}
     if old is None:
         id = uuid()
@@ -334,7 +333,7 @@ def _learn_node(tx: Tx, r: Report, facts: HostFacts, disabled: bool, uuid: Calla
     else:
         id = old.uuid
         if old.facts != values["facts"] or old.host_ip != r.host_ip:
-            tx.execute(sa.update(NODES).where(n.id == old.id).values(values))
+            tx.execute(FACTS, values | {"the_id": old.id})
     traits = {*facts.traits, *({DISABLED} if disabled else ())}
     before = set() if old is None else {*_FACTS.decode(old.facts).traits, DISABLED}
     new = placement.offer(tx, id, facts.hypervisor_hostname, r.stocks, traits, now=now, before=before)
@@ -650,6 +649,18 @@ NODE = sa.select(
 ).join(SERVICES, sa.and_(_s.host == NODES.c.host, _s.binary == COMPUTE))
 SERVICE_OF = ready(sa.select(SERVICES).where(_s.host == _b("the_host"), _s.binary == _b("the_binary")))
 _compute = (_s.host == _b("the_host")) & (_s.binary == COMPUTE)
+TOLD = ready(
+    sa.update(SERVICES)
+    .where(_s.id == _b("the_id"))
+    .values({name: _b(name) for name in ("born", "version", "speaks", "last_seen")})
+)
+NODE_OF = ready(sa.select(NODES).where(NODES.c.host == _b("the_host"), NODES.c.node == _b("the_node")))
+FACTS = ready(
+    sa.update(NODES)
+    .where(NODES.c.id == _b("the_id"))
+    .values({name: _b(name) for name in ("host_ip", "facts", "updated_at")})
+)
+PAGES = Shapes()
 HEARD = ready(sa.select(_s.last_seen, _s.forced_down, _s.born).where(_compute))
 SEEN = ready(sa.update(SERVICES).where(_compute).values(last_seen=_b("at")))
 SUCCEEDED = ready(sa.update(SERVICES).where(_compute, _s.failures > 0).values(failures=0))

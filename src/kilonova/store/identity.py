@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NotFound
+from kilonova.kit.ready import ready
 
 SYSTEM = "system"  # the id of the only target of its kind
 
@@ -605,9 +606,12 @@ def is_revoked(tx: Tx, audit_id: str) -> bool:
 # ---- since when
 
 
+NUMBER = ready(sa.select(GENERATION.c.number))
+
+
 def generation(tx: Tx) -> int:
     """Rises with every change of identity: what was looked up at one number holds as long as it stays."""
-    return tx.execute(sa.select(GENERATION.c.number)).scalar() or 0
+    return tx.execute(NUMBER).scalar() or 0
 
 
 def changed(tx: Tx) -> None:

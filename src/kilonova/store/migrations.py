@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import NotFound
+from kilonova.kit.ready import ready
 from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server
 
@@ -211,8 +212,7 @@ def kept(tx: Tx, host: str) -> dict[str, int]:
 
 def evacuated(tx: Tx, host: str) -> list[Migration]:
     """Those that left this host when it was down, and of which it may not know yet."""
-    left = _t.source == host, _t.status == str(Status.done), _t.type == str(Kind.evacuation)
-    return [of(r) for r in tx.execute(SELECT.where(*left))]
+    return [of(r) for r in tx.execute(EVACUATED, {"the_host": host})]
 
 
 def in_progress(tx: Tx, host: str) -> bool:
@@ -292,6 +292,9 @@ _t, _b = T.c, sa.bindparam
 _DECODER = msgspec.json.Decoder(Flavor)
 _FLAVORS = [Migration.__struct_fields__.index(f) for f in ("old_flavor", "new_flavor")]
 SELECT = sa.select(*[T.c[f] for f in Migration.__struct_fields__])
+EVACUATED = ready(
+    SELECT.where(_t.source == sa.bindparam("the_host"), _t.status == str(Status.done), _t.type == str(Kind.evacuation))
+)
 KEPT = (
     sa.select(_t.server, _t.source_epoch)
     .where(_t.source == _b("the_host"), _t.status.in_([str(s) for s in KEEPING]))

@@ -247,7 +247,7 @@ def offer(
     wrote on it stays: traits that were not offered (`before` are those of the last time), and classes that no host of ours tells of.
     """
     # The row is locked before its inventories, as by who claims; a report that says nothing new moves no generation.
-    there = tx.execute(sa.select(PROVIDERS.c.name).where(PROVIDERS.c.uuid == provider).with_for_update()).scalar()
+    there = tx.execute(NAME_HELD, {"at": provider}).scalar()
     if there is None:
         row = {"uuid": provider, "name": name, "generation": 0, "root": provider, "created_at": now, "changed_at": now}
         tx.execute(sa.insert(PROVIDERS), row)
@@ -260,7 +260,7 @@ def offer(
 
 
 def _stocked(tx: Tx, provider: str, wanted: dict[str, Stock]) -> bool:
-    old = {r.resource_class: r for r in tx.execute(sa.select(INVENTORIES).where(_i.provider == provider))}
+    old = {r.resource_class: r for r in tx.execute(STOCK, {"at": provider})}
     changed = False
     for c, stock in wanted.items():
         row = {f: getattr(stock, f) for f in Stock.__struct_fields__}
@@ -285,7 +285,7 @@ def _stocked(tx: Tx, provider: str, wanted: dict[str, Stock]) -> bool:
 
 def _marked(tx: Tx, provider: str, wanted: set[str], before: set[str]) -> bool:
     t = PROVIDER_TRAITS.c
-    old = set(tx.execute(sa.select(t.trait).where(t.provider == provider)).scalars())
+    old = set(tx.execute(TRAITS_OF, {"at": provider}).scalars())
     if gone := old & (before - wanted):
         tx.execute(sa.delete(PROVIDER_TRAITS).where(t.provider == provider, t.trait.in_(gone)))
     if new := wanted - old:
@@ -429,6 +429,9 @@ def _amount(classes: int) -> Any:
 _i, _b = INVENTORIES.c, sa.bindparam
 _p, _c, _a = PROVIDERS.c, CONSUMERS.c, ALLOCATIONS.c
 
+NAME_HELD = ready(sa.select(_p.name).where(_p.uuid == _b("at")).with_for_update())
+STOCK = ready(sa.select(INVENTORIES).where(_i.provider == _b("at")))
+TRAITS_OF = ready(sa.select(PROVIDER_TRAITS.c.trait).where(PROVIDER_TRAITS.c.provider == _b("at")))
 MOVED = ready(
     sa.update(PROVIDERS).where(_p.uuid == _b("at")).values(generation=_p.generation + 1, changed_at=_b("now"))
 )

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, claim, meta
 from kilonova.kit.errors import OverQuota
+from kilonova.kit.ready import ready
 from kilonova.store.networks import Json, holds
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -259,13 +260,15 @@ TABLES: dict[type[msgspec.Struct], sa.Table] = {
     Act: ACTS,
 }
 _ALL = {k: sa.select(*(t.c[f] for f in k.__struct_fields__)) for k, t in TABLES.items()}
+_ONE = {k: ready(s.where(TABLES[k].c.id == sa.bindparam("the_id"))) for k, s in _ALL.items()}
+_LOCKED = ready(_ALL[Volume].where(VOLUMES.c.id == sa.bindparam("the_id")).with_for_update())
 
 
 # ---- for all kinds alike
 
 
 def look(tx: Tx, kind: type[S], id: str) -> S | None:
-    row = tx.execute(_ALL[kind].where(TABLES[kind].c.id == id)).first()
+    row = tx.execute(_ONE[kind], {"the_id": id}).first()
     return None if row is None else kind(**row._mapping)
 
 
@@ -324,7 +327,7 @@ def attachments_of(tx: Tx, volume_ids: Iterable[str]) -> dict[str, list[Attachme
 
 def lock(tx: Tx, volume_id: str) -> Volume | None:
     """The volume, and nobody else changes it or its attachments before this transaction ends (SQLite: nobody can)."""
-    row = tx.execute(_ALL[Volume].where(VOLUMES.c.id == volume_id).with_for_update()).first()
+    row = tx.execute(_LOCKED, {"the_id": volume_id}).first()
     return None if row is None else Volume(**row._mapping)
 
 
