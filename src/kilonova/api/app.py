@@ -36,6 +36,7 @@ from kilonova.api import (
     shelve,
     usage,
     verbs,
+    volume_snapshots,
     volumes_boot,
 )
 from kilonova.api.policies import RULES
@@ -76,6 +77,7 @@ GROUPS = (  # importing them fills R
     shelve,
     usage,
     verbs,
+    volume_snapshots,
 )
 volumes_boot.mirror()
 VERSIONS = Versioned("compute", newest=104, old_header="X-OpenStack-Nova-API-Version")

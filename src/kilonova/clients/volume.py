@@ -306,6 +306,12 @@ class Volumes:
         with suppress(NotFound):
             self._tell("DELETE", f"/snapshots/{part(id)}", token=token)
 
+    def tell_snapshot(self, id: str, status: str, progress: str, token: str | None = None) -> None:
+        """What became of a snapshot that a host of ours makes, or deletes. Nothing there: done."""
+        body = {"os-update_snapshot_status": {"status": status, "progress": progress}}
+        with suppress(NotFound):
+            self._tell("POST", f"/snapshots/{part(id)}/action", body=body, token=token)
+
     def unmark_snapshot(self, id: str, token: str | None = None) -> None:
         """Take our mark out of its metadata. Nothing there: done."""
         with suppress(NotFound):

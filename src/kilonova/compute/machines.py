@@ -6,7 +6,18 @@ from typing import Any
 
 import msgspec
 
-from kilonova.compute import attach, capture, examine, interfaces, live_migrate, precache, rebuild, rescue, resize
+from kilonova.compute import (
+    attach,
+    capture,
+    examine,
+    interfaces,
+    live_migrate,
+    precache,
+    rebuild,
+    rescue,
+    resize,
+    volume_snapshots,
+)
 from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, FindConsole, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
@@ -107,6 +118,7 @@ def find_console(host: Host, m: FindConsole) -> Where:
 HANDLERS: list[Callable[[Any, Any], Any]] = [
     spawn, destroy, power, look, abandon, *interfaces.HANDLERS, *resize.HANDLERS, *live_migrate.HANDLERS,
     *attach.HANDLERS, *capture.HANDLERS, *rebuild.HANDLERS, *rescue.HANDLERS, *precache.HANDLERS,
+    *volume_snapshots.HANDLERS,
     *examine.HANDLERS,
 ]  # fmt: skip
 QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log, find_console, *rescue.QUESTIONS]

@@ -25,6 +25,7 @@ from kilonova.conductor import (
     resize,
     shelve,
     verbs,
+    volume_snapshots,
     volumes,
     watch,
 )
@@ -46,6 +47,7 @@ FLOWS: list[Workflow[Any]] = [
     evacuate.evacuate,
     watch.tidy,
     precache.precache,
+    volume_snapshots.snapshot_volume, volume_snapshots.merge_volume,
     examine.examine, examine.examine_host,
     attach.attach_volume, attach.detach_volume, attach.extend_volume, attach.swap_volume,
     rebuild.rebuild, rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,

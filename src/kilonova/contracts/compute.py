@@ -236,6 +236,26 @@ class ExtendVolume(Call[Done], frozen=True):
     size_bytes: int
 
 
+@compute
+class SnapshotVolume(Call[Done], frozen=True):
+    """From now on what the guest writes goes to a new file beside the one in use, which stays as it is behind it."""
+
+    server: str
+    volume_id: str
+    new_file: str
+
+
+@compute
+class MergeVolume(Call[Done], frozen=True):
+    """`file` goes into `into`, the one behind it; `into` None: all that is behind the file in use, down to `file` (which
+    stays; None: all), comes into the file in use."""
+
+    server: str
+    volume_id: str
+    file: str | None = None
+    into: str | None = None
+
+
 class Seen(msgspec.Struct, frozen=True):
     """What a host has of a server, just now. `kept`: the epoch of an older machine beside it."""
 

@@ -95,6 +95,27 @@ class SwapVolume(msgspec.Struct, frozen=True):
 
 
 @jobs
+class SnapshotVolume(msgspec.Struct, frozen=True):
+    """ "snapshot_volume": the volume service asks that the server's host goes on in `new_file`."""
+
+    server: Server
+    volume_id: str
+    snapshot_id: str
+    new_file: str
+
+
+@jobs
+class MergeVolume(msgspec.Struct, frozen=True):
+    """ "merge_volume": the volume service asks for two files to become one, as `contracts.compute.MergeVolume` has it."""
+
+    server: Server
+    volume_id: str
+    snapshot_id: str
+    file: str | None = None
+    into: str | None = None
+
+
+@jobs
 class Precache(msgspec.Struct, frozen=True):
     """ "precache": a host is to have these images before a server needs them there."""
 

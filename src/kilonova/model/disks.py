@@ -170,6 +170,31 @@ def _bus(wanted: str | None, usual: Bus = "virtio") -> Bus:
     return BUSES.get(wanted or "", usual)
 
 
+def file_of(disk: Disk) -> str | None:
+    """The name of the file that this volume is, as its host reaches it; None: it is no file."""
+    info = getattr(disk.source, "connection_info", None) or {}
+    data = info.get("data") or {}
+    if info.get("driver_volume_type") in FILES:
+        path: str = data.get("name") or data.get("device_path") or ""
+        return path.rpartition("/")[2] or None
+    return None
+
+
+def on_file(disk: Disk, name: str) -> Disk:
+    """The same volume, whose newest bytes are in this file beside the one that it was."""
+    assert isinstance(disk.source, VolumeSource) and disk.source.connection_info is not None
+    data = dict(disk.source.connection_info["data"])
+    for key in ("name", "device_path"):
+        if key in data:
+            directory, slash, _ = data[key].rpartition("/")
+            data[key] = f"{directory}{slash}{name}"
+    source = msgspec.structs.replace(disk.source, connection_info=disk.source.connection_info | {"data": data})
+    return msgspec.structs.replace(disk, source=source)
+
+
+FILES = frozenset({"local", "nfs", "smbfs", "glusterfs", "quobyte", "vzstorage"})  # kinds of connections to files
+
+
 def _letters() -> Iterator[str]:
     """a … z, aa … zz."""
     yield from string.ascii_lowercase

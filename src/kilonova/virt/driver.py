@@ -231,6 +231,25 @@ class Captures(Protocol):
 
 
 @runtime_checkable
+class Branches(Protocol):
+    """Volumes that are files which lie one behind the other, and are written to by nobody else."""
+
+    def branch_volume(self, id: str, volume_id: str, new_file: str) -> None:
+        """The guest goes on in a new file beside the one in use. It is there already: nothing to do.
+
+        Raises NotFound, Refused where the volume is no file, or there is one of this name behind.
+        """
+        ...
+
+    def merge_volume(self, id: str, volume_id: str, file: str | None, into: str | None) -> None:
+        """`file` into `into` behind it; or (`into` None) what is behind the file in use, down to `file`, into that.
+
+        `file` is not there: done already.  Raises NotFound, Refused where `into` is not behind it.
+        """
+        ...
+
+
+@runtime_checkable
 class Rebuilds(Protocol):
     """Machines that are made anew in their place."""
 

@@ -21,6 +21,7 @@ from kilonova.contracts.compute import CpuStats, DiskStats, Landing, Luggage, Ni
 from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble, Unsupported
 from kilonova.model.console import Kind, Where
+from kilonova.model.disks import file_of, on_file
 from kilonova.model.host import HostFacts
 from kilonova.model.machine import (
     Disk,
@@ -64,10 +65,22 @@ class SimMachine:
     """One machine: what it is, how it is, since when, and what it wrote: on its console, and on its disks.
 
     `landing`: a guest is expected, and has not come yet.  `rescue`: the disk of another system that it runs meanwhile.
-    `password` and `dumps` are what the guest was told.
+    `password` and `dumps` are what the guest was told.  `behind`: of volumes that are files, those behind the one in use.
     """
 
-    __slots__ = ("disk", "dumps", "landing", "log", "machine", "password", "power", "rescue", "since", "stable")
+    __slots__ = (
+        "behind",
+        "disk",
+        "dumps",
+        "landing",
+        "log",
+        "machine",
+        "password",
+        "power",
+        "rescue",
+        "since",
+        "stable",
+    )
 
     def __init__(self, machine: Machine, power: Power, since: float) -> None:
         self.machine, self.power, self.since = machine, power, since
@@ -76,6 +89,7 @@ class SimMachine:
         self.rescue: Disk | None = None
         self.stable = False
         self.password, self.dumps = machine.admin_password, 0
+        self.behind: dict[str, list[str]] = {}
 
 
 class _Kept(msgspec.Struct):
@@ -89,6 +103,7 @@ class _Kept(msgspec.Struct):
     landing: bool = False
     rescue: Disk | None = None
     stable: bool = False
+    behind: dict[str, list[str]] = {}
 
 
 class SimState:
@@ -169,7 +184,7 @@ class SimState:
             if m is None:
                 file.unlink(missing_ok=True)
                 continue
-            kept = _Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing, m.rescue, m.stable)
+            kept = _Kept(m.machine, m.power, m.since, m.log, m.disk, m.landing, m.rescue, m.stable, m.behind)
             _write(file, msgspec.msgpack.encode(kept))
 
     def keep_capture(self, id: str, image_id: str) -> None:
@@ -218,7 +233,7 @@ def _read(file: Path) -> SimMachine:
     kept = msgspec.msgpack.decode(file.read_bytes(), type=_Kept)
     found = SimMachine(kept.machine, kept.power, kept.since)
     found.log, found.disk, found.landing = kept.log, kept.disk, kept.landing
-    found.rescue, found.stable = kept.rescue, kept.stable
+    found.rescue, found.stable, found.behind = kept.rescue, kept.stable, kept.behind
     return found
 
 
@@ -418,6 +433,36 @@ class SimDriver:
         self._act("swap_volume")
         self._become(id, m, with_volume(m.machine, disk, volume_id))
 
+    # -- files of volumes (`virt.driver.Branches`)
+
+    def branch_volume(self, id: str, volume_id: str, new_file: str) -> None:
+        m = self._there(id)
+        disk, now = _file(m.machine, volume_id)
+        if now == new_file:
+            return
+        behind = m.behind.get(volume_id, [])
+        if new_file in behind:
+            raise Refused(f"There is a file {new_file} behind the volume {volume_id} already.")
+        self._act("branch_volume")
+        m.behind[volume_id] = [*behind, now]
+        self._become(id, m, with_volume(m.machine, on_file(disk, new_file)))
+
+    def merge_volume(self, id: str, volume_id: str, file: str | None, into: str | None) -> None:
+        m = self._there(id)
+        disk, now = _file(m.machine, volume_id)
+        chain = [*m.behind.get(volume_id, []), now]
+        if into is None:
+            left = [*chain[: chain.index(file) + 1], now] if file in chain[:-1] else [now]
+        elif file not in chain:
+            return
+        elif into not in chain[: chain.index(file)]:
+            raise Refused(f"The file {into} is not behind {file}.")
+        else:
+            left = chain[: chain.index(into) + 1] + chain[chain.index(file) + 1 :]
+        self._act("merge_volume")
+        m.behind[volume_id] = left[:-1]
+        self._become(id, m, with_volume(m.machine, on_file(disk, left[-1])))
+
     def console_log(self, id: str) -> bytes:
         m = self._there(id)
         log = m.log
@@ -435,7 +480,10 @@ class SimDriver:
         if m.power != "shutdown":
             self.stop(id, timeout_s)
         self._newest(id, msgspec.structs.replace(m.machine, epoch=epoch))
-        return Luggage(more={"disk": m.disk, "log": m.log})
+        more = {"disk": m.disk, "log": m.log}
+        if m.behind:
+            more["behind"] = msgspec.json.encode(m.behind).decode()
+        return Luggage(more=more)
 
     def arrive(self, machine: Machine, luggage: Luggage, start: bool, progress: Progress) -> None:
         there = self.state.machines.get(machine.id)
@@ -444,6 +492,7 @@ class SimDriver:
             self._act("arrive")
             new = SimMachine(machine, "shutdown", 0.0)
             new.disk, new.log = luggage.more.get("disk", ""), luggage.more.get("log", "")
+            new.behind = msgspec.json.decode(luggage.more.get("behind", "{}"), type=dict[str, list[str]])
             with self.state.lock:
                 if (old := self.state.machines.get(machine.id)) is not None:
                     self.state.kept[machine.id] = old
@@ -550,6 +599,7 @@ class SimDriver:
             if now is not there or not target.waits(id, there.machine.epoch):
                 return False
             there.power, there.since, there.log, there.disk = m.power, m.since, m.log, m.disk
+            there.behind = m.behind
             there.landing, m.power = False, "shutdown"
             target.put(id)
         self.state.keep(id)
@@ -761,6 +811,17 @@ def copy(state: SimState) -> dict[str, tuple[str, int]]:
     with state.lock:
         kept = {f"{id}.kept": m for id, m in state.kept.items()}
         return {id: (m.power, m.machine.epoch) for id, m in (state.machines | kept).items()}
+
+
+def _file(machine: Machine, volume_id: str) -> tuple[Disk, str]:
+    """The disk that is this volume, and the file it is in. Raises NotFound, Refused."""
+    disk = next((d for d in machine.disks if d.serial == volume_id), None)
+    if disk is None:
+        raise NotFound(f"The machine does not have the volume {volume_id}.")
+    name = file_of(disk)
+    if name is None:
+        raise Refused(f"The volume {volume_id} is no file.")
+    return disk, name
 
 
 def copies(state: SimState) -> list[tuple[str, str]]:
