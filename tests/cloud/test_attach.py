@@ -245,6 +245,20 @@ def test_a_request_that_dies_gives_back_what_it_took(cloud):
     assert seen(cloud, id)["status"] == "available"
 
 
+def test_what_a_host_took_out_unheard_is_put_back(cloud):
+    """It did as it was told, and was gone before anybody heard of it: the detachment was given up, and the volume is the server's."""
+    s, id = cloud.boot(), made(cloud)
+    attach(cloud, s, id)
+    host = s.row.host
+    cloud.driver(host).detach_volume(s.id, id, 0.0, True)
+    assert used(s) == []
+    cloud.report()
+    cloud.settle()
+    assert [v for _, v in used(s)] == [id]
+    assert [a["volumeId"] for a in listed(cloud, s)] == [id]
+    assert cloud.check() == []
+
+
 def test_what_a_dead_request_promised_is_not_taken_from_the_next(cloud):
     """It died before it asked for anything; the same volume was attached by another, and stays."""
     s, id = cloud.boot(networks="none"), made(cloud)

@@ -52,8 +52,6 @@ def rebuild(run: Run, job: Rebuild) -> None:
         root = reimage(run, s, job.image_id)
     run(on_its_way, s, Task.rebuild_spawning, run.now)
     done = run(make, job, s.host, found, root)
-    if root is not None:
-        run(volumes.complete, [root.device.attachment_id or ""])
     if was == VM.stopped:
         run(running, s, found.plugged, done.power_state, run.now)
         done = run(STEPS["stop"], s, s.host)
@@ -120,6 +118,7 @@ def reimage(run: Run, server: Server, image_id: str) -> Root:
     run(written, root.volume_id)
     again = run(connect, server, root, server.host)
     run(had_again, server, again.device, run.now)
+    run(volumes.complete, volumes.attachments_of([again.device]))  # whatever becomes of the machine
     return again
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 import kilonova
 from kilonova.clients import Port
-from kilonova.conductor import ports, resize
+from kilonova.conductor import attach, ports, resize
 from kilonova.conductor.capture import unfinished
 from kilonova.conductor.delete import reclaimed
 from kilonova.conductor.shelve import lying
@@ -38,6 +38,7 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, HostGone, NotFound, Refused, Trouble
 from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import Cause, Run, command, forget, noted, record, start, wake_host, workflow
+from kilonova.model.devices import Device
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM, PowerState, Task, Verb
 from kilonova.store import compare, hosts, migrations, placement, servers
@@ -138,7 +139,7 @@ def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
     strange = [h.server for h in loose if kept.get(h.server) != h.epoch]
     odd = [id for id, row in here.items() if _differs(row, held.get(id))]
     odd += [h.server for h in beside if kept.get(h.server) != h.epoch]
-    odd += _overplugged(tx, [held[id] for id, row in here.items() if id in held and row.task_state is None])
+    odd += _otherwise_plugged(tx, [held[id] for id, row in here.items() if id in held and row.task_state is None])
     if strange and world.config.compute.lost_server == "log":
         moved = compare.moved_away(tx, r.host, {id: held[id].epoch for id in strange})
         if lost := [id for id in strange if id not in moved]:
@@ -160,15 +161,25 @@ def _differs(row: Any, held: HeldHere | None) -> bool:
     return bool(held.power_state != row.power_state or held.captures)
 
 
-def _overplugged(tx: Tx, held: list[HeldHere]) -> list[str]:
-    """Those with a NIC or a volume that is not theirs: it was taken back while the host was not there to hear of it."""
+def _otherwise_plugged(tx: Tx, held: list[HeldHere]) -> list[str]:
+    """Those with a NIC or a volume that is not theirs, or without a volume that is.
+
+    It was taken back while the host was not there to hear of it; or taken out, and nobody was there to hear of that.
+    """
     found: list[str] = []
     nics = {h.server: set(h.ports) for h in held if h.ports}
-    disks = {h.server: set(h.volumes) for h in held if h.volumes}
+    disks = {h.server: set(h.volumes) for h in held if h.volumes is not None}
     for told, ask in ((nics, compare.plugs), (disks, compare.volumes)):
         known = ask(tx, told) if told else {}
         found += [id for id, parts in told.items() if parts - known.get(id, parts)]
+    found += [id for id, lacks in _lacking(tx, disks).items() if lacks]
     return list(dict.fromkeys(found))
+
+
+def _lacking(tx: Tx, disks: dict[str, set[str]]) -> dict[str, list[Device]]:
+    """What hosts have, against the volumes that are the servers' and neither come nor go."""
+    settled = compare.settled(tx, disks) if disks else {}
+    return {id: [d for d in devices if d.volume_id not in disks[id]] for id, devices in settled.items()}
 
 
 def look_into(tx: Tx, world: World, host: str, suspects: list[str]) -> list[str]:
@@ -211,13 +222,14 @@ class Mend(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """`beside`: an older machine lies there, and nobody will come back to it.  `keep`: what is kept for a revert began to
+    """`unplug`: its parts are not those that are written.  `beside`: an older machine lies there, and nobody will come back to it.  `keep`: what is kept for a revert began to
     come back, and its host was not there to hear that nothing came of it; `epoch` is what it is to be of."""
 
     do: Literal["nothing", "orphan", "beside", "lost", "halt", "revive", "unplug", "keep"]
     server: Server | None = None  # as it was taken
     ports: list[str] = []  # of NICs that are not its own
     volumes: list[str] = []  # the same of disks
+    lacks: list[Device] = []  # its own, and not in the machine
     epoch: int = 0
 
 
@@ -242,6 +254,10 @@ def mend(run: Run, job: Mend) -> None:
             run(unplug, job.server, job.host, port_id)
         for volume_id in verdict.volumes:
             run(take_out, job.server, job.host, volume_id)
+        if verdict.server is not None:
+            for device in verdict.lacks:
+                way = run(attach.connect, job.server, device, job.host)
+                run(attach.plug_in, verdict.server, job.host, device, way.connection)
     elif verdict.server is not None:
         take_up(run, job, verdict.do, verdict.server)
 
@@ -325,8 +341,10 @@ def judged(tx: Tx, job: Mend, seen: Seen, me: str, now: float) -> Verdict:
         return Verdict("lost", servers.get(tx, job.server))
     loose = set(seen.ports or ()) - compare.plugs(tx, [job.server])[job.server]
     strange = set(seen.volumes or ()) - compare.volumes(tx, [job.server])[job.server]
-    if loose or strange:
-        return Verdict("unplug", ports=sorted(loose), volumes=sorted(strange))
+    lacks = [] if seen.volumes is None else _lacking(tx, {job.server: set(seen.volumes)}).get(job.server, [])
+    if loose or strange or lacks:
+        server = servers.get(tx, job.server) if lacks else None
+        return Verdict("unplug", server, ports=sorted(loose), volumes=sorted(strange), lacks=lacks)
     return _power_judged(tx, job, VM(row.vm_state), PowerState(seen.power_state), row.power_state, me, now)
 
 

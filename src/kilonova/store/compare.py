@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from kilonova.kit.db import Tx
 from kilonova.kit.ready import ready
 from kilonova.kit.workflow import RUNS
+from kilonova.model.devices import Device
 from kilonova.model.server import Server
 from kilonova.model.states import VM
 from kilonova.store import hosts, migrations, placement, servers
@@ -130,6 +131,16 @@ def volumes(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
     query = sa.select(_t.id, _t.devices).where(_t.id.in_(list(ids)), _t.deleted_at.is_(None))
     found = {id: servers.DEVICES.decode(text or "[]") for id, text in tx.execute(query)}
     return {id: {d.volume_id for d in devices if d.volume_id} for id, devices in found.items()}
+
+
+def settled(tx: Tx, ids: Iterable[str]) -> dict[str, list[Device]]:
+    """Devices with volumes that neither come nor go, of those of these servers whose machines are whole."""
+    whole = [str(vm) for vm in (VM.active, VM.stopped, VM.paused)]
+    mine = _t.id.in_(list(ids)), _t.deleted_at.is_(None), _t.vm_state.in_(whole), _t.task_state.is_(None)
+    found = {
+        r.id: servers.DEVICES.decode(r.devices or "[]") for r in tx.execute(sa.select(_t.id, _t.devices).where(*mine))
+    }
+    return {id: [d for d in devices if d.volume_id and d.attachment_id and not d.busy] for id, devices in found.items()}
 
 
 HOLD = [str(s) for s in (Status.finished, Status.done)]
