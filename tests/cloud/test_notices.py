@@ -1,6 +1,8 @@
 """What other programs are told: each thing that happens, once at least, in the words that they know; nothing where nobody asked."""
 
 import random
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -107,8 +109,12 @@ def test_moves_and_images_are_told(cloud):
     prep, *_ = told = listener.all()
     assert prep["payload"]["nova_object.data"]["new_flavor"]["nova_object.data"]["flavorid"] == "large"
     assert [m["event_type"] for m in told] == [
-        f"instance.{e}" for e in (*words.ACTIONS["resize"].start, *words.ACTIONS["resize"].end)
-    ]
+        f"instance.{e}"
+        for e in ("resize_prep.start", "resize_prep.end", "resize.start", "resize.end", "resize_finish.start", "resize_finish.end")
+    ]  # fmt: skip
+    assert [m["payload"]["nova_object.data"]["task_state"] for m in told] == [
+        "resize_prep", "resize_migrating", "resize_migrating", "resize_migrated", "resize_migrated", None,
+    ]  # fmt: skip
     listener.heard.clear()
     s.act("confirmResize", ok=204)
     assert listener.types() == ["instance.resize_confirm.start", "instance.resize_confirm.end"]
@@ -117,6 +123,45 @@ def test_moves_and_images_are_told(cloud):
     start, end = listener.all()
     assert (start["event_type"], end["event_type"]) == ("instance.snapshot.start", "instance.snapshot.end")
     assert end["payload"]["nova_object.data"]["snapshot_image_id"]
+
+
+def test_how_far_a_run_has_come_is_told(cloud):
+    listener, s = Listener(cloud), cloud.boot("one")
+    listener.types()
+    body = {"os-migrateLive": {"host": None, "block_migration": "auto"}}
+    cloud.json("POST", f"/servers/{s.id}/action", body, ok=202, token=cloud.admin)
+    before = s.row.host
+    cloud.settle()
+    told = listener.all()
+    assert [m["event_type"].removeprefix("instance.live_migration_") for m in told] == [
+        "pre.start", "pre.end", "post.start", "post_dest.start", "post_dest.end", "post.end",
+    ]  # fmt: skip
+    assert [m["publisher_id"] == f"nova-compute:{before}" for m in told] == [True, True, False, False, False, False]
+    listener.heard.clear()
+    s.act("shelve")
+    assert listener.types() == [f"instance.{e}" for e in ("shelve.start", "shelve.end", "shelve_offload.start", "shelve_offload.end")]  # fmt: skip
+    s.act("unshelve")
+    assert listener.types() == ["instance.unshelve.start", "instance.unshelve.end"]
+    cloud.driver(s.row.host).options = options.Sim(failure_rate=1.0)
+    cloud.json("POST", f"/servers/{s.id}/action", body, ok=202, token=cloud.admin)
+    cloud.settle()
+    cloud.driver(s.row.host).options = options.Sim()
+    assert [t.removeprefix("instance.live_migration_") for t in listener.types()][:2] == ["pre.start", "pre.end"]
+
+
+def test_volumes_that_come_and_go_are_told(cloud):
+    listener, s = Listener(cloud), cloud.boot("one", networks="none")
+    id = cloud.neighbours.volume.create(1, token=cloud.user.token).id
+    listener.types()
+    path = f"/servers/{s.id}/os-volume_attachments"
+    cloud.json("POST", path, {"volumeAttachment": {"volumeId": id}})
+    cloud.settle()
+    cloud.json("DELETE", f"{path}/{id}", ok=202)
+    cloud.settle()
+    told = listener.all()
+    families = ("volume_attach.start", "volume_attach.end", "volume_detach.start", "volume_detach.end")
+    assert [m["event_type"] for m in told] == [f"instance.{e}" for e in families]
+    assert {m["payload"]["nova_object.data"]["volume_id"] for m in told} == {id}
 
 
 def test_what_a_notification_says(cloud):
@@ -255,7 +300,7 @@ def test_the_words_are_those_of_the_specification():
     events = {r[0] for r in rows if len(r) == 4 and "." in r[0]}
     fields = {r[0]: set(r[2].split(", ")) for r in rows if len(r) == 3 and r[0].endswith("Payload")}
     for tells in words.ACTIONS.values():
-        for event in (*tells.start, *tells.end, *tells.error):
+        for event in tells.all:
             family = event.removesuffix(".start").removesuffix(".end").removesuffix(".error")
             assert f"instance.{family}" in events, event
     instance = fields["InstancePayload"]
@@ -269,3 +314,51 @@ def test_the_words_are_those_of_the_specification():
         f.removeprefix("InstancePayload + ") for f in fields["InstanceUpdatePayload"]
     }
     assert set(words.flavor(s.flavor)["nova_object.data"]) == fields["FlavorPayload"]
+
+
+# What consumers know and never hear of us, and why.
+NEVER = {
+    "aggregate.cache_images.start": "a run for each host, and not one for the aggregate",
+    "aggregate.cache_images.progress": "the same",
+    "aggregate.cache_images.end": "the same",
+    "compute.exception": "an error of ours is in the log, and an action's is told with its own type",
+    "instance.exists": "os-instance-usage-audit-log and os-simple-tenant-usage answer who asks",
+    "instance.share_attach.start": "there are no shares",
+    "instance.share_attach.end": "the same",
+    "instance.share_attach.error": "the same",
+    "instance.share_detach.start": "the same",
+    "instance.share_detach.end": "the same",
+    "instance.share_detach.error": "the same",
+    "libvirt.connect.error": "hosts tell it to their logs",
+    "metrics.update": "no monitors",
+    "scheduler.select_destinations.start": "places are chosen within a step; how it ends is the action's end",
+    "scheduler.select_destinations.end": "the same",
+    "service.create": "hosts are met by their first report",
+    "volume.usage": "nobody polls for it",
+}
+
+
+@pytest.mark.skipif(not tables.FOLDER.exists(), reason="the specification is not beside this checkout")
+def test_what_is_never_told_is_known():
+    """Each event type of the specification is in the table of actions or in a handler's words, or stands above with its reason."""
+    text = (tables.FOLDER.parent / "notifications.md").read_text()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    known = set()
+    for family, phases, *_ in (r for r in rows if len(r) == 4 and "." in r[0]):
+        known |= {family} if phases == "–" else {f"{family}.{phase}" for phase in phases.split(", ")}
+    assert len(known) == 132
+    told = {f"instance.{event}" for tells in words.ACTIONS.values() for event in tells.all} | {"instance.update"}
+    told |= {f"compute_task.{task}.error" for task in words.TASKS.values()}
+    told |= {f"aggregate.{what}.{phase}" for what in said_by("aggregates") for phase in ("start", "end")}
+    told |= {f"keypair.{what}.{phase}" for what in ("create", "import", "delete") for phase in ("start", "end")}
+    told |= {f"service.{what}" for what in said_by("operators")}
+    told |= {f"flavor.{what}" for what in ("create", "update", "delete")}
+    told |= {f"server_group.{what}" for what in ("create", "add_member", "delete")}
+    assert known - told == set(NEVER)
+    assert told - known == set()
+
+
+def said_by(module):
+    """What a module of the API tells of: the words of its `_told(call, tx, "…", …)`."""
+    source = Path(notices.__file__).parents[1] / "api" / f"{module}.py"
+    return set(re.findall(r'_told\(call, tx, "(\w+)"', source.read_text()))

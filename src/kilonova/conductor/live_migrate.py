@@ -29,6 +29,7 @@ from kilonova.contracts.scheduler import Chosen
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Aborted, HostGone, Refused, Trouble, Unavailable
+from kilonova.kit.journal import reached
 from kilonova.kit.workflow import FOREVER, Run, command, effect, record, workflow
 from kilonova.model.host import Place
 from kilonova.model.server import Server
@@ -195,6 +196,7 @@ def _(job: LiveMigrate, goal: Goal, joined: Joined) -> To[Done]:
 @record
 def running(tx: Tx, job: LiveMigrate, now: float) -> None:
     migrations.change(tx, job.migration, now, Status.running)
+    reached(tx, job.server.id, "live_migrate", "prepared", now)
 
 
 @command(patience_s=86_400, event="compute_live_migration")
@@ -230,6 +232,7 @@ def moved(tx: Tx, job: LiveMigrate, goal: Goal, joined: Joined, now: float) -> N
     there = {"host": goal.place.host, "node": goal.place.node, "epoch": goal.epoch}
     servers.step(tx, job.server, str(Task.migrating), now, **there, **joined.facts)
     migrations.change(tx, job.migration, now, Status.post_migrating)
+    reached(tx, job.server.id, "live_migrate", "gone", now)
 
 
 @effect(patience_s=FOREVER)
@@ -257,6 +260,7 @@ def settled(tx: Tx, job: LiveMigrate, power_state: int, now: float) -> None:
     placement.release(tx, job.migration, now=now)
     servers.finish(tx, job.server, job.server.vm_state, now, power_state=power_state, progress=0)
     migrations.change(tx, job.migration, now, Status.completed)
+    reached(tx, job.server.id, "live_migrate", "landed", now)
 
 
 @record

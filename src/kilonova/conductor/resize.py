@@ -15,6 +15,7 @@ from kilonova.contracts.scheduler import Chosen
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import HostGone, Trouble
+from kilonova.kit.journal import reached
 from kilonova.kit.workflow import Run, command, effect, record, workflow
 from kilonova.model.flavor import Flavor
 from kilonova.model.host import Place
@@ -94,10 +95,15 @@ def prepare(job: Resize, goal: Goal) -> To[Done]:
     return To(goal.place.host, Prepare(machine=bare))
 
 
+REACHED = {Task.resize_migrating: "prepared", Task.resize_migrated: "departed"}  # as notifications know it
+
+
 @record
 def on_the_way(tx: Tx, server: Server, migration: str, task: Task, status: Status, now: float) -> None:
     servers.step(tx, server, str(task), now)
     migrations.change(tx, migration, now, status)
+    if task in REACHED:
+        reached(tx, server.id, "resize", REACHED[task], now)
 
 
 @command(event="compute_resize_instance")

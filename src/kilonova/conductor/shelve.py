@@ -24,6 +24,7 @@ from kilonova.kit.bus import To
 from kilonova.kit.clock import iso
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, HostGone, NotFound, Trouble
+from kilonova.kit.journal import reached
 from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import FOREVER, Run, command, effect, record, start, workflow
 from kilonova.model.ask import amounts_of, ask
@@ -139,6 +140,7 @@ def shelved(tx: Tx, job: Shelve, now: float) -> None:
     facts |= {"power_state": int(PowerState.shutdown)}
     if job.offload:
         servers.step(tx, s, str(Task.shelving_offloading), now, vm_state=str(VM.shelved), **facts)
+        reached(tx, s.id, "shelve", "shelved", now)
     else:
         servers.finish(tx, s, VM.shelved, now, **facts)
 

@@ -109,12 +109,13 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Happened(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a run that somebody asked for: it began, it ended well or badly. `args` are JSON.
+    """What became of a run that somebody asked for: it began, it ended well or badly ("start", "end", "error"), or came
+    as far as its workflow has a word for (`reached`). `args` are JSON.
 
     Told in the transaction that says so, to who listens at this database (`Db.listen`).
     """
 
-    phase: Literal["start", "end", "error"]
+    phase: str
     run: str
     subject: str
     workflow: str
@@ -131,6 +132,33 @@ def tell(tx: Tx, happened: Happened) -> None:
     heard = getattr(tx.dialect, "heard", None)
     if heard is not None:
         heard(tx, happened)
+
+
+def reached(tx: Tx, subject: str, workflow: str, phase: str, now: float) -> None:
+    """For a record to say: the run that it is a step of has come so far. Where nobody listens it costs nothing."""
+    if getattr(tx.dialect, "heard", None) is None:
+        return
+    where = (
+        RUNS.c.subject == subject,
+        RUNS.c.workflow == workflow,
+        RUNS.c.state == "running",
+        RUNS.c.action.is_not(None),
+    )
+    r = tx.execute(sa.select(RUNS).where(*where).order_by(RUNS.c.started).limit(1)).first()
+    if r is not None:
+        told = Happened(
+            phase=phase,
+            run=r.id,
+            subject=subject,
+            workflow=workflow,
+            action=r.action,
+            request_id=r.request_id,
+            user_id=r.user_id,
+            project_id=r.project_id,
+            at=now,
+            args=r.args,
+        )
+        tell(tx, told)
 
 
 # ---- written from outside

@@ -41,11 +41,31 @@ class Notice(msgspec.Struct, frozen=True):
 
 
 class Tells(msgspec.Struct, frozen=True):
-    """What a run's beginning, good end and bad end are called: event types without "instance." in front."""
+    """What a run's beginning, good end and bad end are called: event types without "instance." in front.
+
+    `within`: what it is called that it came as far as its workflow says (`kit.journal.reached`).
+    """
 
     start: tuple[str, ...] = ()
     end: tuple[str, ...] = ()
     error: tuple[str, ...] = ()
+    within: dict[str, tuple[str, ...]] = {}
+
+    def of(self, phase: str) -> tuple[str, ...]:
+        match phase:
+            case "start":
+                return self.start
+            case "end":
+                return self.end
+            case "error":
+                return self.error
+            case _:
+                return self.within.get(phase, ())
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """In the order in which they are told when all goes well; then the bad end."""
+        return (*self.start, *(e for told in self.within.values() for e in told), *self.end, *self.error)
 
 
 def _usual(name: str, *, error: bool = False) -> Tells:
@@ -53,6 +73,16 @@ def _usual(name: str, *, error: bool = False) -> Tells:
 
 
 # fmt: off
+_RESIZE = Tells(("resize_prep.start",), ("resize_finish.end",), ("resize.error",), {
+    "prepared": ("resize_prep.end", "resize.start"),
+    "departed": ("resize.end", "resize_finish.start"),
+})
+_LIVE = Tells(("live_migration_pre.start",), ("live_migration_post.end",),
+              ("live_migration_rollback.start", "live_migration_rollback_dest.start", "live_migration_rollback_dest.end", "live_migration_rollback.end"), {
+    "prepared": ("live_migration_pre.end",),
+    "gone":     ("live_migration_post.start", "live_migration_post_dest.start"),
+    "landed":   ("live_migration_post_dest.end",),
+})
 ACTIONS: dict[str, Tells] = {  # by the name of the instance action
     "create":              _usual("create", error=True),
     "delete":              Tells(("delete.start", "shutdown.start"), ("shutdown.end", "delete.end")),
@@ -69,6 +99,7 @@ ACTIONS: dict[str, Tells] = {  # by the name of the instance action
     "restore":             _usual("restore"),
     "softDelete":          _usual("soft_delete"),
     "shelve":              _usual("shelve"),
+    "shelve, offload":     Tells(("shelve.start",), ("shelve_offload.end",), within={"shelved": ("shelve.end", "shelve_offload.start")}),
     "shelveOffload":       _usual("shelve_offload"),
     "unshelve":            _usual("unshelve"),
     "trigger_crash_dump":  _usual("trigger_crash_dump"),
@@ -79,12 +110,14 @@ ACTIONS: dict[str, Tells] = {  # by the name of the instance action
     "attach_volume":       _usual("volume_attach", error=True),
     "detach_volume":       _usual("volume_detach"),
     "swap_volume":         _usual("volume_swap", error=True),
-    "resize":              Tells(("resize_prep.start",), ("resize_prep.end", "resize.start", "resize.end", "resize_finish.start", "resize_finish.end"), ("resize.error",)),
-    "migrate":             Tells(("resize_prep.start",), ("resize_prep.end", "resize.start", "resize.end", "resize_finish.start", "resize_finish.end"), ("resize.error",)),
+    "resize":              _RESIZE,
+    "migrate":             _RESIZE,
     "confirmResize":       _usual("resize_confirm"),
     "revertResize":        _usual("resize_revert"),
-    "live-migration":      Tells(("live_migration_pre.start",), ("live_migration_pre.end", "live_migration_post.start", "live_migration_post.end", "live_migration_post_dest.start", "live_migration_post_dest.end"), ("live_migration_rollback.start", "live_migration_rollback.end")),
+    "live-migration":      _LIVE,
     "evacuate":            Tells(("evacuate", "rebuild.start"), ("rebuild.end",), ("rebuild.error",)),
+    "live_migration_cancel":         _usual("live_migration_abort"),
+    "live_migration_force_complete": _usual("live_migration_force_complete"),
     "lock":                Tells(end=("lock",)),
     "unlock":              Tells(end=("unlock",)),
 }
@@ -93,7 +126,9 @@ BY_CONDUCTOR = {"rebuild_scheduled"}
 TASKS = {"create": "build_instances", "resize": "migrate_server", "migrate": "migrate_server", "live-migration": "migrate_server", "rebuild": "rebuild_server", "evacuate": "rebuild_server"}
 LEGACY_NAMES = {"resize_prep": "resize.prep", "resize_confirm": "resize.confirm", "resize_revert": "resize.revert", "resize_finish": "finish_resize",
                 "live_migration_pre": "live_migration.pre", "live_migration_post": "live_migration._post", "live_migration_post_dest": "live_migration.post.dest",
-                "live_migration_rollback": "live_migration._rollback", "volume_attach": "volume.attach", "volume_detach": "volume.detach"}
+                "live_migration_rollback": "live_migration._rollback", "live_migration_rollback_dest": "live_migration.rollback.dest",
+                "live_migration_abort": "live.migration.abort", "live_migration_force_complete": "live.migration.force.complete",
+                "volume_attach": "volume.attach", "volume_detach": "volume.detach"}
 PAYLOADS = {"create": ("InstanceCreatePayload", "1.13"), "rebuild": ("InstanceActionRebuildPayload", "1.10"), "rebuild_scheduled": ("InstanceActionRebuildPayload", "1.10"),
             "rescue": ("InstanceActionRescuePayload", "1.4"), "resize_prep": ("InstanceActionResizePrepPayload", "1.4"), "snapshot": ("InstanceActionSnapshotPayload", "1.10"),
             "volume_attach": ("InstanceActionVolumePayload", "1.7"), "volume_detach": ("InstanceActionVolumePayload", "1.7"), "volume_swap": ("InstanceActionVolumeSwapPayload", "1.9")}

@@ -40,8 +40,8 @@ class Outbox:
 
     def happened(self, tx: Tx, h: Happened) -> None:
         """A run about a server began or ended: what others call that. What no server is about is nobody's business."""
-        tells = words.ACTIONS.get("softDelete" if h.workflow == "soft_delete" else h.action)
-        types = getattr(tells, h.phase) if tells else ()
+        tells = words.ACTIONS.get(_called(h))
+        types = tells.of(h.phase) if tells else ()
         if not types:
             return
         try:
@@ -115,6 +115,15 @@ def sent(tx: Tx, ids: list[int]) -> None:
 def forget(tx: Tx, before: float) -> int:
     """Those that nobody wanted to hear for so long."""
     return tx.execute(sa.delete(T).where(T.c.at < before)).rowcount
+
+
+def _called(h: Happened) -> str:
+    """The row of the table. What the action's name does not tell, its run does."""
+    if h.workflow == "soft_delete":
+        return "softDelete"
+    if h.action == "shelve" and _decoded(h.args).get("offload"):
+        return "shelve, offload"
+    return h.action
 
 
 def _decoded(args: str) -> dict[str, Any]:
