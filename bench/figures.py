@@ -71,7 +71,7 @@ class Cloud:
             return b"".join(iter(lambda: s.recv(1 << 20), b""))
 
     def statements(self) -> float:
-        return float(re.findall(rb"^kilonova_sql_statements ([\d.e+]+)", self.raw("/metrics"), re.MULTILINE)[0])
+        return float(re.findall(rb"^kilonova_sql_statements_total ([\d.e+]+)", self.raw("/metrics"), re.MULTILINE)[0])
 
     def rss_mb(self) -> float:
         pid = self.process.pid

@@ -16,6 +16,7 @@ from kilonova.api import app as compute_api
 from kilonova.api import policies
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World
+from kilonova.cli import measures
 from kilonova.cli.parts import Companions, Everybody, Hosts, Process, carriers_of, login_of
 from kilonova.cli.state import Secrets, StateDir
 from kilonova.clients import Carrier, Compute, Inside, Outside, RemoteIdentity, Session, neighbours
@@ -33,12 +34,11 @@ from kilonova.kit.clock import Clock, Ids, WallClock
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.ends import Ends
 from kilonova.kit.errors import Refused
-from kilonova.kit.health import Check, Health, Metrics
+from kilonova.kit.health import Check, Health
 from kilonova.kit.http import Mount, Server, Wsgi
 from kilonova.kit.policy import Policy
 from kilonova.kit.reconcile import Reconcilers, reconciler
 from kilonova.kit.structs import learn
-from kilonova.kit.workflow import RUNS
 from kilonova.metadata.app import service as metadata_service
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
@@ -103,7 +103,6 @@ class Cloud:
             self.db = p.db
             if self.outbox.on:
                 p.db.listen(self.outbox.happened)
-            _measure(p.metrics, p.db)
         self.whole = roles >= ALL
         self.ground = _ground(config, state) if "compute" in roles else None
 
@@ -154,6 +153,7 @@ class Cloud:
             self.servers.append(Server(door, inner, threads=2))
         self.proxy = self._proxy(consoles) if "console" in roles and consoles is not None else None
         self.upkeep = Reconcilers(self, UPKEEP, clock=p.clock, dice=random.Random())
+        measures.of(self)
 
     def start(self) -> None:
         learn()
@@ -463,18 +463,6 @@ def _furnish(tx: Tx, now: float) -> None:
     if not catalog.flavors(tx, project_id=None, limit=1):
         for flavor in FLAVORS:
             catalog.add_flavor(tx, flavor, now)
-
-
-def _measure(metrics: Metrics, db: Db) -> None:
-    def runs() -> dict[tuple[str, ...], float]:
-        with db.read() as tx:
-            rows = tx.execute(
-                sa.select(RUNS.c.workflow, RUNS.c.state, sa.func.count()).group_by(RUNS.c.workflow, RUNS.c.state)
-            )
-            return {(workflow, state): float(n) for workflow, state, n in rows}
-
-    metrics.gauge("kilonova_runs", "Runs by workflow and state", runs, ("workflow", "state"))
-    metrics.gauge("kilonova_sql_statements", "SQL statements sent", lambda: {(): float(db.statements)})
 
 
 # ---- upkeep

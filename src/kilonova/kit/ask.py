@@ -15,6 +15,7 @@ import msgspec
 from kilonova.kit.bus import Answered, Call, Contract, Door, Send, answer_to, letter, message_of, opened
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.errors import Fault, Refused, Trouble, Unavailable
+from kilonova.kit.log import about
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ class Answerer:
     def receive(self, raw: bytes) -> None:
         m = opened(raw)
         if m is not None and m.reply:
-            self.send(m.reply, letter(self._answer(m.name, m.key, m.body)))
+            with about(**m.names):
+                self.send(m.reply, letter(self._answer(m.name, m.key, m.body)))
 
     def _answer(self, name: str, key: str, body: msgspec.Raw) -> Answered:
         try:

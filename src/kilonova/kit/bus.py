@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import msgspec
 
+from kilonova.kit import log as logs
 from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Fault, Refused, Trouble, Unavailable
 
@@ -82,14 +83,16 @@ class Letter(msgspec.Struct, frozen=True, omit_defaults=True):
     about: str = ""  # acts about the same subject are done one at a time, in the order of their letters
     undoes: str = ""  # this act takes back the one with that key, which from now on must never happen
     until: float = 0.0  # not to be begun later than this; the sender will think it dead
+    names: dict[str, str] = {}  # whose request it was: what the receiver's log shall say, too
 
 
 def letter(
     message: msgspec.Struct, *, key: str = "", reply: str = "", about: str = "", undoes: str = "", until: float = 0.0
 ) -> bytes:
-    """A message in its envelope, as msgpack."""
+    """A message in its envelope, as msgpack. It bears the names of the request that we are at (`log.about`)."""
     raw = msgspec.Raw(msgspec.msgpack.encode(message))
-    return _PACK.encode(Letter(type(message).__name__, raw, key, reply, about, undoes, until))
+    names = {name: id for name, id in logs.named().items() if name in TRAVEL}
+    return _PACK.encode(Letter(type(message).__name__, raw, key, reply, about, undoes, until, names))
 
 
 def opened(raw: bytes) -> Letter | None:
@@ -101,6 +104,7 @@ def opened(raw: bytes) -> Letter | None:
         return None
 
 
+TRAVEL = frozenset({"request_id", "global_request_id", "run"})
 MALFORMED = msgspec.MsgspecError, UnicodeDecodeError, RecursionError  # msgspec lets the others through
 _PACK = msgspec.msgpack.Encoder()
 _LETTER = msgspec.msgpack.Decoder(Letter)
@@ -280,7 +284,10 @@ class Agent:
             self.ledger.put(m.undoes, letter(taken_back), self.clock.now())
         answer = self.ledger.get(m.key) if m.key else None
         if answer is None:
-            answer = self._act(m)
+            with logs.about(**m.names, server=m.about):
+                began = self.clock.now()
+                answer = self._act(m)
+                log.info("%s took %.1f s", m.name, self.clock.now() - began)
         if answer is not None and m.reply:
             self.send(m.reply, answer)
 

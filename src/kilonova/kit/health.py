@@ -4,17 +4,19 @@ A check is a function that gives "" when all is well, and else the reason in a s
 in a registry of our own.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from kilonova.kit.errors import Trouble
 from kilonova.kit.http import Environ, StartResponse
 from kilonova.kit.routes import Route
 
+log = logging.getLogger(__name__)
 Check = Callable[[], str]
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -29,9 +31,6 @@ class Metrics:
         )
         self.requests = Counter(
             "kilonova_http_requests", "Requests answered", ["service", "status"], registry=self.registry
-        )
-        self.mended = Counter(
-            "kilonova_mended", "Things that reconcilers put right", ["reconciler"], registry=self.registry
         )
 
     def observer(self, service: str) -> Callable[[Route | None, int, float], None]:
@@ -50,12 +49,26 @@ class Metrics:
         self, name: str, help: str, read: Callable[[], dict[tuple[str, ...], float]], labels: tuple[str, ...] = ()
     ) -> None:
         """`read()` gives a value for each tuple of label values; () where there are no labels."""
+        self._asked(GaugeMetricFamily, name, help, read, labels)
 
+    def count(
+        self, name: str, help: str, read: Callable[[], dict[tuple[str, ...], float]], labels: tuple[str, ...] = ()
+    ) -> None:
+        """The same of what only grows; shown as `NAME_total`."""
+        self._asked(CounterMetricFamily, name, help, read, labels)
+
+    def _asked(self, kind: Any, name: str, help: str, read: Callable[[], Any], labels: tuple[str, ...]) -> None:
         class Collector:
+            def describe(self) -> Iterable[Any]:
+                return [kind(name, help, labels=labels)]  # asked when it registers: nothing is read then
+
             def collect(self) -> Iterable[Any]:
-                family = GaugeMetricFamily(name, help, labels=labels)
-                for values, n in read().items():
-                    family.add_metric(values, n)
+                family = kind(name, help, labels=labels)
+                try:
+                    for values, n in read().items():
+                        family.add_metric(values, n)
+                except Exception as e:  # the database is away, as a rule: the other figures are worth having
+                    log.warning("%s could not be read: %s", name, type(e).__name__)
                 yield family
 
         self.registry.register(Collector())

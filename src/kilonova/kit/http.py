@@ -24,11 +24,13 @@ import msgspec
 from kilonova.kit import errors
 from kilonova.kit.clock import Ids
 from kilonova.kit.errors import Invalid, NotFound, Trouble, Unknown
+from kilonova.kit.log import about
 from kilonova.kit.policy import Policy
 from kilonova.kit.routes import Call, Context, Reply, Route, Routes
 from kilonova.kit.versions import at, lift, lower
 
 log = logging.getLogger(__name__)
+access = logging.getLogger("kilonova.access")
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -229,8 +231,12 @@ class Service:
             self._serve(req, resp, routes, names)
 
     def _serve(self, req: falcon.Request, resp: falcon.Response, routes: list[Route], names: dict[str, str]) -> None:
-        began, route = self.stopwatch(), None
         self._name(req, resp)
+        with about(request_id=req.context.request_id, global_request_id=_global(req)):
+            self._served(req, resp, routes, names)
+
+    def _served(self, req: falcon.Request, resp: falcon.Response, routes: list[Route], names: dict[str, str]) -> None:
+        began, route = self.stopwatch(), None
         try:
             if "\x00" in req.path:
                 raise NotFound("The resource could not be found.")
@@ -251,8 +257,12 @@ class Service:
             self._answer(resp, answer, route, version)
         except (Trouble, Ended) as e:
             self._fault(req, resp, e)
+        took_s = self.stopwatch() - began
         if self.observe:
-            self.observe(route, resp.status_code, self.stopwatch() - began)
+            self.observe(route, resp.status_code, took_s)
+        if access.isEnabledFor(logging.INFO):  # without the query: who knows what clients put into it
+            where = req.env.get("SCRIPT_NAME", "") + req.path
+            access.info("%s %s %d %.1f ms", req.method, where, resp.status_code, took_s * 1000)
 
     def _name(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.request_id = request_id = self.ids.request()
@@ -343,7 +353,7 @@ class Service:
             headers=req.get_header,
             stream=env.get("wsgi.input"),
             allowed=lambda rule, target: self.policy.allows(context, rule, target),
-            global_request_id=req.get_header("X-OpenStack-Request-ID"),
+            global_request_id=_global(req),
             remote=env.get("REMOTE_ADDR", ""),
             project_in_url=f"/{project}" if project else "",
             content_length=req.content_length,
@@ -581,6 +591,15 @@ def _resource(service: Service, path: str, place: dict[str, list[Route]]) -> Any
     if "GET" in place and "HEAD" not in place:
         members["on_head"] = responder(place["GET"])
     return type(f"At {path}", (), members)()
+
+
+_REQUEST_ID = re.compile(r"req-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+def _global(req: falcon.Request) -> str | None:
+    """What the one who asks calls all that he asks for the same reason; None where it is no id."""
+    said = req.get_header("X-OpenStack-Request-ID")
+    return said if said is not None and _REQUEST_ID.fullmatch(said) else None
 
 
 class _Request(falcon.Request):

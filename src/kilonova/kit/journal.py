@@ -12,6 +12,7 @@ from sqlalchemy.dialects.mysql import MEDIUMTEXT
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Fault, NotFound
+from kilonova.kit.log import named
 from kilonova.kit.ready import ready
 
 # MariaDB's TEXT ends at 64 KiB; a server's user data alone may be that.
@@ -26,6 +27,7 @@ RUNS = sa.Table(
     sa.Column("args", _LONG, nullable=False),  # JSON
     sa.Column("action", sa.String(64)),  # what users call it; NULL: not theirs to see
     sa.Column("request_id", sa.String(64), nullable=False),
+    sa.Column("global_request_id", sa.String(64)),  # what he who asked calls it, for the log
     sa.Column("user_id", sa.String(64), nullable=False),
     sa.Column("project_id", sa.String(64), nullable=False),
     sa.Column("state", sa.String(8), nullable=False),  # running, done, failed, stuck
@@ -177,6 +179,7 @@ def opened(
             "args": args.decode(),
             "action": cause and cause.action,
             "request_id": cause.request_id if cause else "",
+            "global_request_id": named().get("global_request_id"),
             "user_id": cause.user_id if cause else "",
             "project_id": cause.project_id if cause else "",
             "state": "done" if done else "running",

@@ -67,6 +67,7 @@ from kilonova.kit.journal import (
     stuck,
     wake_host,
 )  # fmt: skip
+from kilonova.kit.log import about
 from kilonova.kit.ready import ready
 
 __all__ = [
@@ -426,7 +427,9 @@ class Engine:
                     run = take(unit, id) or (run and self._retaken(unit, run))
                     if run is None:
                         return []
-                    if run.play():
+                    with about(**run.names):
+                        quiet = run.play()
+                    if quiet:
                         return run.others
                     run, take = None, self._take
             except Lost:
@@ -600,6 +603,13 @@ class Run:
         if r.action is None:
             return None
         return Cause(action=r.action, request_id=r.request_id, user_id=r.user_id, project_id=r.project_id)
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """What the log shall say of who is at it."""
+        r = self.row
+        asked = {"request_id": r.request_id, "global_request_id": r.global_request_id}
+        return {**asked, "run": self.id, "server": self.subject}
 
     @property
     def now(self) -> float:
@@ -878,6 +888,9 @@ class Run:
         with _ills():  # who may have waited for the subject to be free; woken after this, for their rows are theirs
             self.others = [r for r in open_runs(self.unit.opened(), self.subject) if r != self.id]
         self._commit(0.0)
+        log.info(
+            "%s: %s after %.1f s%s", self.row.workflow, state, now - self.started, f": {fault.said}" if fault else ""
+        )
         self.engine.ended(self.id)
         return True
 
