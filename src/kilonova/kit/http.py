@@ -8,6 +8,7 @@ Granian carries the bytes (`Server`); in one process a neighbour is called as a 
 import functools
 import itertools
 import logging
+import os
 import re
 import socket
 import threading
@@ -721,7 +722,8 @@ class Server:
 
     def __init__(self, app: Wsgi, listener: socket.socket, *, threads: int = 4) -> None:
         self.app, self.listener, self.threads = app, listener, threads
-        self.wire = _wire(listener.fileno(), threads)
+        # A descriptor of its own: Granian closes what it is given, and a second close would hit who has that number by then.
+        self.wire = _wire(os.dup(listener.fileno()), threads)
         self.thread = threading.Thread(target=self._serve, name="granian", daemon=True)
 
     def start(self) -> None:
@@ -730,6 +732,7 @@ class Server:
     def stop(self, timeout_s: float = 10) -> None:
         self.wire.main_loop_interrupt.set()
         self.thread.join(timeout_s)
+        self.listener.close()
 
     def _serve(self) -> None:
         self.wire.serve(target_loader=lambda *_, **__: self.app, wrap_loader=False)
