@@ -38,7 +38,7 @@ from kilonova.model.server import Server
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import servers
-from kilonova.virt.sim import SimDriver, SimState, copies, copy, plugged, used
+from kilonova.virt.sim import SimDriver, SimState, copies, copy, plugged, seated, used
 from tests.cloud.embedded import Embedded, Person
 
 # What a host's process may die before or after.
@@ -402,7 +402,8 @@ class Cloud:
         left = {name: copies(state) for name, state in self.states.items() if name not in self.dead}
         nics = {name: plugged(state) for name, state in self.states.items() if name not in self.dead}
         disks = {name: used(state) for name, state in self.states.items() if name not in self.dead}
-        return wrong(self.db, holds, copies=left, nics=nics, disks=disks)
+        sat = {name: seated(state) for name, state in self.states.items() if name not in self.dead}
+        return wrong(self.db, holds, copies=left, nics=nics, disks=disks, sat=sat)
 
 
 class Handle:

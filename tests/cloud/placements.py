@@ -30,7 +30,7 @@ def who(token: str) -> Context:
     return PEOPLE[token]
 
 
-NAMES = ("resource_", "inventories", "allocations", "consumers", "traits", "marks")
+NAMES = ("resource_", "inventories", "allocations", "consumers", "traits", "marks", "seats")
 TABLES = [t for t in meta.sorted_tables if t.name.startswith(NAMES)]
 # Made once: a policy is slow to make. Whoever asks is answered out of his own world.
 SERVICE: Any = placement.make_service(placement.World(None, None, Ids()), who)  # type: ignore[arg-type]

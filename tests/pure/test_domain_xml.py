@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kilonova.kit.errors import Refused
+from kilonova.model.host import Cell
 from kilonova.model.machine import Disk, FixedIp, Identity, ImageSource, Machine, Nic
+from kilonova.model.seat import Seat, SeatCell, Taken
+from kilonova.virt.libvirt import host
 from kilonova.virt.libvirt.xml import NAMESPACE, QEMU, Apart, Laid, Layer, Place, domain_xml, epoch_of
 
 ID = "0b1c2d3e-0000-4000-8000-00000000002a"
@@ -194,6 +197,53 @@ def test_cpus() -> None:
     assert made(machine(), at(cpu_mode="none")).find("cpu") is None
     custom = made(machine(), at(cpu_mode="custom", cpu_model="Nehalem")).find("cpu")
     assert custom is not None and (custom.get("match"), custom.findtext("model")) == ("exact", "Nehalem")
+
+
+def test_a_guest_is_made_where_it_sits() -> None:
+    cells = [
+        SeatCell(1, [0, 1, 3], 1024, 2048, {0: 9, 1: 8, 3: 12}),
+        SeatCell(0, [2], 512, 4, floats=[0, 1, 2]),
+    ]
+    seat = Seat(cells, [15], True, [Taken("p", "0000:81:00.1", "CUSTOM_PCI_X")], [3], locked=True)
+    root = made(machine(vcpus=4, memory_mb=1536, seat=seat))
+    pins = {p.get("vcpu"): p.get("cpuset") for p in root.iterfind("cputune/vcpupin")}
+    assert pins == {"0": "9", "1": "8", "3": "12", "2": "0-2"}
+    assert [e.get("cpuset") for e in root.iterfind("cputune/emulatorpin")] == ["15"]
+    assert [e.get("vcpus") for e in root.iterfind("cputune/vcpusched")] == ["3"]
+    assert [e.get("nodeset") for e in root.iterfind("numatune/memory")] == ["0-1"]
+    assert [(e.get("cellid"), e.get("nodeset")) for e in root.iterfind("numatune/memnode")] == [("0", "1"), ("1", "0")]
+    assert [(e.get("cpus"), e.get("memory")) for e in root.iterfind("cpu/numa/cell")] == [
+        ("0-1,3", str(1024 * 1024)),
+        ("2", str(512 * 1024)),
+    ]
+    assert [(e.get("size"), e.get("nodeset")) for e in root.iterfind("memoryBacking/hugepages/page")] == [("2048", "0")]
+    assert root.find("memoryBacking/locked") is not None
+    (address,) = root.iterfind("devices/hostdev[@type='pci']/source/address")
+    assert address.attrib == {"domain": "0x0000", "bus": "0x81", "slot": "0x00", "function": "0x1"}
+    bare = made(machine(seat=Seat([SeatCell(0, [0, 1], 512, 0, {0: 4, 1: 6})])))
+    assert [e.get("cpuset") for e in bare.iterfind("cputune/emulatorpin")] == ["4,6"]
+    assert bare.find("memoryBacking") is None
+    with pytest.raises(Refused):
+        made(machine(seat=Seat(devices=[Taken("p", "0000:81:00.0", "VGPU", "mdev", "nvidia-1")])))
+
+
+def test_cells_of_a_host_as_libvirt_tells_them() -> None:
+    def cpu(id: int, siblings: str) -> str:
+        return f"<cpu id='{id}' socket_id='0' core_id='0' siblings='{siblings}'/>"
+
+    def cell(id: int, *cpus: str) -> str:
+        return (
+            f"<cell id='{id}'><memory unit='KiB'>8388608</memory><pages unit='KiB' size='4'>2000000</pages>"
+            f"<pages unit='KiB' size='2048'>512</pages><cpus num='{len(cpus)}'>{''.join(cpus)}</cpus></cell>"
+        )
+
+    first, second = cell(0, cpu(0, "0,2"), cpu(2, "0,2")), cell(1, cpu(1, "1,3"), cpu(3, "1,3"))
+    text = f"<capabilities><host><topology><cells num='2'>{first}{second}</cells></topology></host></capabilities>"
+    assert host.cells(text, {0, 1, 2}) == [
+        Cell(2, 8192, {2048: 512}, [0, 2], [[0, 2]]),
+        Cell(1, 8192, {2048: 512}, [1], []),
+    ]
+    assert host.cells("<capabilities><host/></capabilities>", {0}) == []
 
 
 def test_emulated_guests_are_told_a_bound_and_others_are_not() -> None:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kilonova.compute.report import stocks
+from kilonova.compute.report import parted, stocks
 from kilonova.contracts.conductor import Report
 from kilonova.contracts.scheduler import Choose
 from kilonova.kit.clock import Ids
@@ -60,14 +60,15 @@ class House:
         self.scheduler = Scheduler(self.db, clock=self.clock, dice=random.Random(1), options=Options(**options))
 
     def host(self, name, *, compute=None, host_ip="", **facts):
-        said = msgspec.structs.replace(FACTS, hypervisor_hostname=name, **facts)
+        compute = compute or Compute(reserved_memory_mb=0)
+        said = parted(msgspec.structs.replace(FACTS, hypervisor_hostname=name, **facts), compute)
         r = Report(
             name,
             self.clock.now(),
             1.0,
             [],
             facts=said,
-            stocks=stocks(said, compute or Compute(reserved_memory_mb=0)),
+            stocks=stocks(said, compute),
             host_ip=host_ip,
         )
         with self.db.tx() as tx:

@@ -5,21 +5,27 @@ import json
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kilonova.kit.errors import Invalid
+from kilonova.contracts.scheduler import Choose
+from kilonova.kit.errors import Invalid, NoCapacity
 from kilonova.model import numa, wants
-from kilonova.model.ask import ask
-from kilonova.model.flavor import Flavor
-from kilonova.model.host import Cell, Stock
+from kilonova.model import seat as seat_model
+from kilonova.model.ask import amounts_of, ask
+from kilonova.model.flavor import Alias, Flavor
+from kilonova.model.host import Cell, HostDevice, Place, Stock
+from kilonova.model.numa import GuestCell
 from kilonova.model.options import Compute
 from kilonova.model.server import Image, Server
+from kilonova.scheduler.cells import Cells
 from kilonova.scheduler.choice import FILTERS, WEIGHERS
 from kilonova.scheduler.rules import RULES, TASTES
-from kilonova.store import hosts, providers, servers
-from tests.pure.test_scheduler import SMALL, House
+from kilonova.store import hosts, placement, providers, seats, servers
+from tests.pure.test_scheduler import FACTS, SMALL, House
 
 SPEC = Path(__file__).parents[2].parent / "shared/spec/scheduler.md"
 ALL = {"a", "b", "c"}
@@ -366,7 +372,7 @@ CELLS = [Cell(4, 4096, {2048: 1024}), Cell(8, 8192, {2048: 512, 1048576: 4})]
         ),
         ({"hw:numa_nodes": "3"}, (3, 300), set()),
         ({"hw:numa_nodes": "junk"}, (1, 1), set()),
-        ({"hw:cpu_policy": "dedicated"}, (8, 1024), {"a"}),
+        ({"hw:cpu_policy": "dedicated"}, (1, 1024), set()),  # no CPU of either is for one server alone
         ({"hw:cpu_policy": "shared"}, (16, 1024), {"a", "b"}),
         ({"hw:mem_page_size": "large"}, (1, 4096), {"a"}),
         ({"hw:mem_page_size": "large"}, (1, 5000), set()),
@@ -385,21 +391,259 @@ def test_numa_nodes(specs, size, who):
     assert house.names(extra_specs=specs, vcpus=size[0], memory_mb=size[1]) == who
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4),
-    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), max_size=4),
+PINNED = Compute(reserved_memory_mb=0, cpu_dedicated_set="2-11")
+CORES = [
+    Cell(6, 8192, {2048: 1024}, list(range(6)), [[0, 1], [2, 3], [4, 5]]),
+    Cell(6, 8192, {}, list(range(6, 12)), [[6, 7], [8, 9], [10, 11]]),
+]
+DEDICATED = {"hw:cpu_policy": "dedicated"}
+
+
+def seated_house():
+    """One host of two cells: 4 and 6 CPUs are for one server each, two for all others."""
+    house = House()
+    return house.host("a", vcpus=12, memory_mb=16_384, cells=CORES, compute=PINNED, traits=["HW_CPU_HYPERTHREADING"])
+
+
+def sit(house, id, vcpus, specs, memory_mb=512):
+    s = Server(id, "p", "u", id, id, Flavor("1", "f", vcpus, memory_mb, 1, extra_specs=specs))
+    place = house.choose(amounts=amounts_of(s), extra_specs=specs, vcpus=vcpus, memory_mb=memory_mb, fresh=True).places
+    return house.tx(seats.claim, s, place[0].provider, now=house.clock.now()) if place else None
+
+
+@pytest.mark.parametrize(
+    ("specs", "sizes"),
+    [
+        (DEDICATED, [4, 2, 4]),
+        (DEDICATED, [6, 4]),
+        (DEDICATED | {"hw:numa_nodes": "2"}, [8]),
+        (DEDICATED | {"hw:cpu_thread_policy": "require"}, [3, 2, 4]),
+        ({"hw:cpu_policy": "mixed", "hw:cpu_dedicated_mask": "^0"}, [3, 3]),
+        (DEDICATED | {"hw:emulator_threads_policy": "isolate"}, [5, 3]),
+    ],
 )
-def test_nodes_are_placed_as_by_trying_all(guest, host):
-    cells = [Cell(*c) for c in host]
-    right = (
-        any(
-            all(g[0] <= h.cpus and g[1] <= h.memory_mb for g, h in zip(guest, some, strict=True))
-            for some in itertools.permutations(cells, len(guest))
-        )
-        if len(guest) <= len(cells)
-        else False
+def test_each_pinned_cpu_is_given_once(specs, sizes):
+    house = seated_house()
+    cpus = []
+    for i, n in enumerate(sizes):
+        seat = sit(house, f"s{i}", n, specs)
+        assert seat is not None, (i, n)
+        assert len({c.host for c in seat.cells}) == len(seat.cells)
+        cpus += sorted(seat.cpus)
+    assert len(cpus) == len(set(cpus)) and set(cpus) <= set(range(2, 12))
+    left = 10 - len(cpus)
+    assert sit(house, "one more", left + 1, specs) is None
+
+
+def test_who_goes_leaves_his_cpus():
+    house = seated_house()
+    first = sit(house, "s0", 6, DEDICATED)
+    assert sit(house, "s1", 6, DEDICATED) is None and sit(house, "s2", 4, DEDICATED) is not None
+    assert house.names(amounts={"MEMORY_MB": 64}, extra_specs=DEDICATED, vcpus=1, memory_mb=64) == set()
+    house.tx(placement.move, "s0", "m0", now=house.clock.now())
+    assert house.tx(seats.of, "s0") is None and house.tx(seats.of, "m0") == first
+    assert house.tx(placement.release, "m0", now=house.clock.now())
+    assert house.tx(seats.of, "m0") is None
+    assert sit(house, "s3", 6, DEDICATED).cpus == first.cpus
+
+
+def test_huge_pages_are_given_once():
+    house = seated_house()
+    specs = {"hw:mem_page_size": "2MB"}
+    for i in range(2):
+        seat = sit(house, f"s{i}", 1, specs, 1024)
+        assert [(c.host, c.page_kb, c.pins) for c in seat.cells] == [(0, 2048, {})]
+    assert sit(house, "s2", 1, specs, 2) is None
+    assert sit(house, "s3", 1, {"hw:mem_page_size": "any"}, 1024).cells[0].page_kb == 4
+
+
+def test_threads_of_a_core_stay_together_and_isolated_ones_want_hosts_without():
+    house = seated_house()
+    pins = sit(house, "s0", 2, DEDICATED).cells[0].pins
+    assert abs(pins[0] - pins[1]) == 1 and min(pins.values()) % 2 == 0
+    assert sit(house, "s1", 1, DEDICATED | {"hw:cpu_thread_policy": "isolate"}) is None
+
+
+@pytest.mark.parametrize(
+    ("specs", "properties"),
+    [
+        ({"hw:numa_nodes": "3"}, {}),
+        ({"hw:numa_nodes": "0"}, {}),
+        ({"hw:numa_nodes": "2", "hw:numa_cpus.0": "0", "hw:numa_mem.0": "64"}, {}),
+        ({"hw:numa_nodes": "1", "hw:numa_cpus.0": "0-9", "hw:numa_mem.0": "1024"}, {}),
+        ({"hw:numa_nodes": "1", "hw:numa_cpus.0": "0-3", "hw:numa_mem.0": "1000"}, {}),
+        ({"hw:numa_nodes": "1", "hw:numa_cpus.0": "3-0", "hw:numa_mem.0": "1024"}, {}),
+        ({"hw:numa_nodes": "1"}, {"hw_numa_nodes": "2"}),
+        ({"hw:cpu_policy": "shared"}, {"hw_cpu_policy": "dedicated"}),
+        ({"hw:cpu_policy": "pinned"}, {}),
+        ({"hw:cpu_policy": "mixed"}, {}),
+        ({"hw:cpu_policy": "mixed", "hw:cpu_dedicated_mask": "0-3"}, {}),
+        ({"hw:cpu_dedicated_mask": "0"}, {}),
+        ({"hw:cpu_thread_policy": "require"}, {}),
+        ({"hw:emulator_threads_policy": "isolate"}, {}),
+        ({"hw:cpu_realtime": "yes"}, {}),
+        ({"hw:mem_page_size": "2XB"}, {}),
+        ({"hw:mem_page_size": "small"}, {"hw_mem_page_size": "large"}),
+        ({}, {"hw_mem_page_size": "large"}),
+        ({"hw:locked_memory": "true"}, {}),
+    ],
+)
+def test_guests_that_cannot_be(specs, properties):
+    with pytest.raises(Invalid):
+        numa.guest(specs, properties, 4, 1024)
+    assert numa.parted(specs, properties, 4, 1024) == (0, 4)
+
+
+def test_guests_as_flavor_and_image_say_together():
+    def g(specs, properties=None):
+        return numa.guest(specs, properties or {}, 4, 1024)
+
+    assert g({}) is None and g({"hw:cpu_policy": "shared"}) is None
+    assert [c.pinned for c in g({}, {"hw_cpu_policy": "dedicated"}).cells] == [[0, 1, 2, 3]]
+    assert g({"resources:PCPU": "4"}).pcpus == 4 and g({"resources:PCPU": "3"}) is None
+    mixed = g({"hw:cpu_policy": "mixed", "hw:cpu_realtime_mask": "^0-1", "hw:cpu_realtime": "yes"})
+    assert (mixed.cells[0].pinned, mixed.realtime) == ([2, 3], [2, 3])
+    assert g({"hw:mem_page_size": "large"}, {"hw_mem_page_size": "1GB"}).page_kb == 1048576
+    two = g(
+        {
+            "hw:numa_nodes": "2",
+            "hw:numa_cpus.0": "0,3",
+            "hw:numa_cpus.1": "1-2",
+            "hw:numa_mem.0": "24",
+            "hw:numa_mem.1": "1000",
+        }
     )
-    assert numa.fits([Cell(*g) for g in guest], cells) == right
+    assert [(c.cpus, c.memory_mb) for c in two.cells] == [([0, 3], 24), ([1, 2], 1000)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3),
+)
+def test_the_columns_say_what_the_claim_would(guest, host):
+    """Whether there is a host cell for each of the guest's: by columns, by the claim, and by trying all."""
+    cells = [Cell(c, 64 * m) for c, m in host]
+    wanted, at = list[GuestCell](), 0
+    for n, m in guest:
+        cpus = list(range(at, at := at + n))
+        wanted.append(GuestCell(cpus, cpus, 64 * m))
+    right = len(guest) <= len(host) and any(
+        all(g[0] <= h[0] and g[1] <= h[1] for g, h in zip(guest, some, strict=True))
+        for some in itertools.permutations(host, len(guest))
+    )
+    facts = msgspec.structs.replace(FACTS, cells=cells, dedicated=list(range(sum(c for c, _ in host))))
+    seat = next(seat_model.seats(numa.Guest(wanted), facts, ()), None)
+    assert (seat is not None) == right
+    columns = Cells(_Rows([facts]))
+    columns.refresh(_Nobody())
+    assert columns.fit(numa.Guest(wanted)).tolist() == [right]
+
+
+class _Rows:
+    """Of hosts only what the columns of cells look at."""
+
+    def __init__(self, kinds):
+        self.kinds, self.n = kinds, len(kinds)
+        self.kind, self.generation = np.arange(self.n), np.zeros(self.n, np.int64)
+        self.places = [Place(f"h{i}", f"h{i}", f"p{i}") for i in range(self.n)]
+
+
+class _Nobody:
+    """A database in which nobody sits anywhere."""
+
+    def execute(self, query):
+        return []
+
+
+# ---- devices
+
+
+GPU = HostDevice("0000:81:00.0", "VGPU", 4, "mdev", cell=1, traits=["CUSTOM_FAST"])
+NIC = HostDevice("0000:82:00.0", "CUSTOM_PCI_NIC", 2, "pci", ["0000:82:00.1", "0000:82:00.2"], cell=0)
+CARD = HostDevice("0000:83:00.0", "CUSTOM_PCI_CARD", cell=1)
+
+
+def device_house():
+    house = House()
+    house.host("a", devices=[GPU, NIC])
+    house.host("b", devices=[CARD, msgspec.structs.replace(CARD, address="0000:84:00.0")])
+    return house.host("c")
+
+
+@pytest.mark.parametrize(
+    ("specs", "who"),
+    [
+        ({"resources:VGPU": "4"}, {"a"}),
+        ({"resources:VGPU": "5"}, set()),
+        ({"resources:VGPU": "1", "trait:CUSTOM_FAST": "required"}, {"a"}),
+        ({"resources:VGPU": "1", "trait:CUSTOM_SLOW": "required"}, set()),
+        ({"resources1:VGPU": "1", "trait1:CUSTOM_FAST": "required", "resources2:CUSTOM_PCI_NIC": "2"}, {"a"}),
+        ({"resources1:VGPU": "1", "trait1:CUSTOM_FAST": "forbidden"}, set()),
+        ({"resources1:CUSTOM_PCI_CARD": "1", "resources2:CUSTOM_PCI_CARD": "1", "group_policy": "isolate"}, {"b"}),
+        ({"resources1:VGPU": "1", "resources2:VGPU": "1", "group_policy": "isolate"}, set()),
+        ({"resources1:VGPU": "1", "resources2:VGPU": "1", "group_policy": "none"}, {"a"}),
+        ({"resources1:CUSTOM_PCI_CARD": "2"}, set()),  # of one provider, and each has one
+        ({"resources1:MEMORY_MB": "64"}, {"a", "b", "c"}),
+    ],
+)
+def test_devices_by_groups(specs, who):
+    house, s = device_house(), Server("s", "p", "u", "s", "s", Flavor("1", "f", 1, 64, 1, extra_specs=specs))
+    wish = ask(s)
+    places = house.scheduler.choose(Choose(server="s", ask=wish, most=9)).places
+    assert {p.host for p in places} == who
+    for p in places:
+        house.tx(seats.claim, msgspec.structs.replace(s, id=p.host), p.provider, now=house.clock.now())
+
+
+def test_each_function_is_given_once_and_comes_back():
+    house = device_house()
+    alias = {"nic": Alias("CUSTOM_PCI_NIC", [])}
+    flavor = Flavor("1", "f", 1, 64, 1, extra_specs={"pci_passthrough:alias": "nic:1"}, aliases=alias)
+
+    def sit_down(id):
+        s = Server(id, "p", "u", id, id, flavor)
+        found = house.scheduler.choose(Choose(server=id, ask=ask(s), most=1, fresh=True))
+        return house.tx(seats.claim, s, found.places[0].provider, now=house.clock.now()) if found.places else found
+
+    got = [sit_down(f"s{i}").devices[0].address for i in range(2)]
+    assert sorted(got) == NIC.functions
+    assert sit_down("s2").why == {"room": 3}
+    house.tx(placement.release, "s0", now=house.clock.now())
+    assert sit_down("s3").devices[0].address == got[0]
+
+
+def test_a_device_that_is_gone_gives_out_nothing():
+    house = device_house()
+    s = Server("s", "p", "u", "s", "s", Flavor("1", "f", 1, 64, 1, extra_specs={"resources:VGPU": "1"}))
+    place = house.scheduler.choose(Choose(server="s", ask=ask(s), most=1)).places[0]
+    house.tx(seats.claim, s, place.provider, now=house.clock.now())
+    house.host("a", devices=[NIC])
+    assert house.names(amounts={"VGPU": 1}) == set() and house.names(amounts={"CUSTOM_PCI_NIC": 1}) == {"a"}
+    house.tx(placement.release, "s", now=house.clock.now())
+    house.host("a", devices=[])
+    assert len(house.tx(lambda tx: tx.execute(sa.select(placement.PROVIDERS)).all())) == 3 + 2  # hosts, cards
+
+
+@pytest.mark.parametrize(("policy", "cells"), [("required", {1}), ("preferred", {0, 1}), ("", {1})])
+def test_devices_are_near(policy, cells):
+    house = House().host("a", vcpus=12, memory_mb=16_384, cells=CORES, compute=PINNED, devices=[GPU])
+    specs = DEDICATED | {"resources:VGPU": "1"} | ({"hw:pci_numa_affinity_policy": policy} if policy else {})
+    s = Server("s", "p", "u", "s", "s", Flavor("1", "f", 2, 64, 1, extra_specs=specs))
+    house.tx(
+        placement.claim,
+        "x",
+        place := house.choose().places[0].provider,
+        {"MEMORY_MB": 1},
+        now=1.0,
+        project_id="p",
+        user_id="u",
+    )
+    seat = house.tx(seats.claim, s, place, now=1.0)
+    assert {c.host for c in seat.cells} <= cells
+    six = msgspec.structs.replace(s, id="six", flavor=msgspec.structs.replace(s.flavor, vcpus=5))
+    if policy == "required":
+        with pytest.raises(NoCapacity):  # cell 1 has 4 left
+            house.tx(seats.claim, six, place, now=1.0)
 
 
 # ---- tastes

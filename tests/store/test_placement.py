@@ -19,7 +19,7 @@ from kilonova.store.placement import ALLOCATIONS, CONSUMERS, INVENTORIES, PROVID
 TABLES = [
     t
     for t in meta.sorted_tables
-    if t.name.startswith(("resource_", "inventories", "allocations", "consumers", "traits"))
+    if t.name.startswith(("resource_", "inventories", "allocations", "consumers", "traits", "seats"))
 ]
 WHO = {"project_id": "p", "user_id": "u"}
 SMALL = {"VCPU": 1, "MEMORY_MB": 512, "DISK_GB": 1}

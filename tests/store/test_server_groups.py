@@ -26,6 +26,7 @@ TABLES = [
             "traits",
             "servers",
             "server_groups",
+            "seats",
             "quota",
             "migrations",
         )

@@ -32,6 +32,7 @@ from kilonova.api.devices import DeviceWish, OldDeviceWish, asked, fitting, of_i
 from kilonova.api.registry import R, World, cause, link, links
 from kilonova.api.reserved import reserved
 from kilonova.api.server_groups import hinted
+from kilonova.api.topology import made_of
 from kilonova.contracts.jobs import Build
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuota
@@ -254,6 +255,7 @@ def _gather(call: Call, wish: Wish, hints: dict[str, msgspec.Raw], most: int) ->
     if devices:
         devices, image = seen(call, devices, image, most=most, zone=zone)
         devices = fitting(call, devices, flavor)
+    flavor = made_of(world.config, flavor, image)
     networks = _networks(call, wish, most)
     groups = [] if networks == "none" else _groups(call, wish.security_groups or [])
     return Found(flavor, image, keypair, networks, groups, zone, host, node, forced, company, devices)

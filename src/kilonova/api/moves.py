@@ -9,6 +9,7 @@ from msgspec import Meta, field
 from kilonova.api.bodies import Boolish, DiskConfig, HostName, Yes, truth
 from kilonova.api.boot_image import GIB
 from kilonova.api.registry import R, World, cause, the_server, unlocked
+from kilonova.api.topology import made_of
 from kilonova.contracts.jobs import Evacuate, LiveMigrate, Resize, Settle
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound
@@ -73,7 +74,7 @@ def _new_flavor(call: Call, tx: Tx, server: Server, ref: str) -> Flavor:
             "Flavor's disk is smaller than the minimum size specified in image metadata. "
             f"Flavor disk is {flavor.disk_gb * GIB} bytes, minimum size is {image.min_disk_gb * GIB} bytes."
         )
-    return flavor
+    return made_of(call.world.config, flavor, image)
 
 
 def _may_use(call: Call, tx: Tx, flavor: Flavor) -> bool:

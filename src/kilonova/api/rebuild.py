@@ -11,6 +11,7 @@ from kilonova.api.create import File, OneName, ShortName, check_files, hostname_
 from kilonova.api.refusals import without_tpm
 from kilonova.api.registry import R, World, cause, link, owner, the_server, unlocked
 from kilonova.api.servers import about
+from kilonova.api.topology import same_topology
 from kilonova.contracts.jobs import Rebuild
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Invalid, OverQuota
@@ -74,6 +75,7 @@ def rebuild(call: Call, id: str) -> Reply:
     _may(call, before, wish)
     image = boot_image.image_of(boot_image.shown(call, wish.image_ref))
     boot_image.fits(call, before.flavor, image, volume_backed=before.volume_backed)
+    same_topology(before.flavor, before.image, image)
     other = image.id != before.image.id and not before.volume_backed
     if not before.volume_backed:
         facts |= {"image": image, "image_id": image.id}

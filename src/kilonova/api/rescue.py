@@ -8,7 +8,7 @@ from msgspec import field
 from kilonova.api import boot_image
 from kilonova.api.bodies import Uuid
 from kilonova.api.refusals import without_tpm
-from kilonova.api.registry import R, World, cause, owner, the_server, unlocked
+from kilonova.api.registry import R, World, cause, the_server, unlocked
 from kilonova.contracts.compute import Diagnose, Stats
 from kilonova.contracts.jobs import CrashDump, Password, Readdress, Rescue, Unrescue
 from kilonova.kit.db import Tx
@@ -218,12 +218,3 @@ def _free(s: Stats) -> dict[str, Any]:
                   "tx": nic.tx_octets, "tx_packets": nic.tx_packets, "tx_errors": nic.tx_errors, "tx_drop": nic.tx_drop}  # fmt: skip
         shown |= {f"{nic.device}_{name}": n for name, n in counts.items()}
     return shown
-
-
-@R.get("/v2.1/servers/{server_id}/topology", versions="2.78-", policy="compute:server:topology:index", late=True)
-def topology(call: Call, server_id: str) -> dict[str, Any]:
-    """No machine of ours is made of NUMA nodes, nor of huge pages: its host lays it out as it likes."""
-    with call.world.db.read() as tx:
-        server = the_server(call, tx, server_id)
-    call.may("compute:server:topology:host:index", owner(server))
-    return {"nodes": [], "pagesize_kb": None}

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from kilonova.api.topology import made_of
 from kilonova.cli import config as configuration
 from kilonova.cli import database
 from kilonova.kit.clock import WallClock
@@ -21,6 +22,7 @@ from kilonova.model import wants
 from kilonova.model.ask import Ask
 from kilonova.model.flavor import Flavor
 from kilonova.model.options import Config
+from kilonova.model.server import Image
 from kilonova.scheduler.select import Scheduler
 from kilonova.store import catalog, hosts
 
@@ -133,7 +135,7 @@ def _why(db: Db, config: Config, chosen: argparse.Namespace) -> int:
         down_after_s=down,
         default_zone=config.api.default_availability_zone,
     )
-    against = scheduler.explain(_ask(flavor, chosen))
+    against = scheduler.explain(_ask(config, flavor, chosen))
     fit = [host for host, rules in against.items() if not rules]
     counts = dict(Counter(name for rules in against.values() for name in rules).most_common())
     if chosen.json:
@@ -158,13 +160,16 @@ def _flavor(tx: Tx, said: str) -> Flavor:
     return named or catalog.flavor(tx, said)
 
 
-def _ask(flavor: Flavor, chosen: argparse.Namespace) -> Ask:
+def _ask(config: Config, flavor: Flavor, chosen: argparse.Namespace) -> Ask:
     """Raises Invalid."""
     if odd := [p for p in chosen.property if "=" not in p]:
         raise Invalid(f"--property {odd[0]}: it must be KEY=VALUE.")
     properties = dict(p.split("=", 1) for p in chosen.property)
+    flavor = made_of(config, flavor, Image(properties=properties))
     return Ask(
-        amounts=wants.amounts(flavor, volume_backed=chosen.volume),
+        amounts=wants.amounts(flavor, properties, volume_backed=chosen.volume),
+        parts=wants.parts(flavor),
+        isolate=wants.isolated(flavor.extra_specs),
         required=sorted(wants.required(flavor.extra_specs, properties)),
         forbidden=sorted(wants.forbidden(flavor.extra_specs, properties)),
         zone=chosen.zone,

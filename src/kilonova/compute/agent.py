@@ -15,7 +15,7 @@ import msgspec
 
 import kilonova
 from kilonova.compute.machines import HANDLERS, QUESTIONS
-from kilonova.compute.report import report
+from kilonova.compute.report import parted, report
 from kilonova.contracts.compute import compute
 from kilonova.contracts.conductor import PowerChanged, Report
 from kilonova.kit.ask import Answerer, Bus, asked
@@ -124,7 +124,7 @@ class ComputeHost:
         epochs = {m.id: m.epoch for m in machines}
         with self.guard:
             self.epochs = epochs | {id: e for id, e in self.epochs.items() if id in self.acts}
-        facts = self.driver.host()
+        facts = parted(self.driver.host(), self.options)
         lasting = msgspec.structs.replace(facts, disk_free_gb=0, uptime="")
         tell = lasting != self.told or self.reports < FACTS_EVERY or self.reports % FACTS_EVERY == 0
         self.told = lasting

@@ -6,14 +6,18 @@ import msgspec
 
 from kilonova.contracts.conductor import HeldHere, Report
 from kilonova.model.host import HostFacts, Stock
+from kilonova.model.numa import cpu_set
 from kilonova.model.options import Compute
+from kilonova.model.seat import cpus_of
 from kilonova.virt.driver import POWER_NUMBERS, Held
 
 
 def stocks(facts: HostFacts, options: Compute) -> list[Stock]:
     """What may be given out of what there is. One server can have at most what is really there."""
+    shared = len(facts.shared) if facts.shared or facts.dedicated else facts.vcpus
     ratios = {
-        "VCPU": (facts.vcpus, options.reserved_cpus, options.cpu_allocation_ratio),
+        "VCPU": (shared, options.reserved_cpus, options.cpu_allocation_ratio),
+        "PCPU": (len(facts.dedicated), 0, 1.0),
         "MEMORY_MB": (facts.memory_mb, options.reserved_memory_mb, options.memory_allocation_ratio),
         "DISK_GB": (facts.disk_gb, ceil(options.reserved_disk_mb / 1024), options.disk_allocation_ratio),
     }
@@ -22,6 +26,16 @@ def stocks(facts: HostFacts, options: Compute) -> list[Stock]:
         for name, (total, reserved, ratio) in ratios.items()
         if total > 0
     ]
+
+
+def parted(facts: HostFacts, options: Compute) -> HostFacts:
+    """With its CPUs parted as the operator wants it: those for one server alone, and those that all others share."""
+    if not (options.cpu_dedicated_set or options.cpu_shared_set):
+        return facts
+    there = {cpu for ids in cpus_of(facts.cells) for cpu in ids} or set(range(facts.vcpus))
+    dedicated = cpu_set(options.cpu_dedicated_set) & there
+    shared = (cpu_set(options.cpu_shared_set) & there if options.cpu_shared_set else there) - dedicated
+    return msgspec.structs.replace(facts, dedicated=sorted(dedicated), shared=sorted(shared))
 
 
 def report(

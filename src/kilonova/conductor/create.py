@@ -26,13 +26,14 @@ from kilonova.kit.errors import (
     Trouble,
 )
 from kilonova.kit.workflow import Run, command, effect, record, workflow
-from kilonova.model.ask import amounts_of, ask
+from kilonova.model.ask import ask
 from kilonova.model.devices import Device
 from kilonova.model.host import Place
 from kilonova.model.plan import plan
+from kilonova.model.seat import Seat
 from kilonova.model.server import Server
 from kilonova.model.states import VM, Task
-from kilonova.store import hosts, placement, server_groups, servers
+from kilonova.store import hosts, placement, seats, server_groups, servers
 
 NO_HOST = "No valid host was found. There are not enough hosts available."
 CHOICES = 10  # claims may be lost to others; to be asked so often for new places is more than bad luck
@@ -178,23 +179,15 @@ def choose(world: World, key: str, job: Build, tried: list[str], fresh: bool) ->
 class Claimed(msgspec.Struct, frozen=True):
     number: int
     epoch: int
+    seat: Seat | None = None
 
 
 @record
 def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Claimed:
     server_groups.admit(tx, server, place.host, place.provider)
-    placement.claim(
-        tx,
-        server.id,
-        place.provider,
-        amounts_of(server),
-        now=now,
-        project_id=server.project_id,
-        user_id=server.user_id,
-        new=epoch == server.epoch + 1,
-    )
+    seat = seats.claim(tx, server, place.provider, now=now, new=epoch == server.epoch + 1)
     servers.settle(tx, server, place.host, place.node, epoch, str(Task.networking), now)
-    return Claimed(server.number or servers.get(tx, server.id).number, epoch)
+    return Claimed(server.number or servers.get(tx, server.id).number, epoch, seat)
 
 
 @claim.undo
@@ -238,6 +231,7 @@ def spawn(job: Build, place: Place, claimed: Claimed, plugged: Plugged, connecte
         nics=plugged.nics,
         number=claimed.number,
         epoch=claimed.epoch,
+        seat=claimed.seat,
         zone=place.zone,
         admin_password=job.admin_password,
         files=job.files,

@@ -107,9 +107,9 @@ def choose(world: World, key: str, job: Evacuate, server: Server, tried: list[st
 
 @record
 def claim(tx: Tx, job: Evacuate, server: Server, place: Place, now: float) -> Goal:
-    epoch = moves.claimed(tx, server, job.migration, place, server.flavor, now, Status.pre_migrating)
+    goal = moves.claimed(tx, server, job.migration, place, server.flavor, now, Status.pre_migrating)
     servers.step(tx, job.server, str(Task.rebuild_block_device_mapping), now)
-    return Goal(place, epoch)
+    return goal
 
 
 @claim.undo

@@ -160,7 +160,7 @@ def choose(world: World, key: str, job: LiveMigrate, tried: list[str], fresh: bo
 @record
 def claim(tx: Tx, job: LiveMigrate, place: Place, now: float) -> Goal:
     s = job.server
-    return Goal(place, moves.claimed(tx, s, job.migration, place, s.flavor, now, Status.preparing))
+    return moves.claimed(tx, s, job.migration, place, s.flavor, now, Status.preparing)
 
 
 @claim.undo

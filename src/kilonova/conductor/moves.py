@@ -17,14 +17,15 @@ from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import NoCapacity, Trouble, Unavailable, Unsupported
 from kilonova.kit.workflow import Run, effect, record
-from kilonova.model.ask import amounts, ask
+from kilonova.model.ask import ask
 from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.host import Place
 from kilonova.model.machine import Machine
 from kilonova.model.plan import plan
+from kilonova.model.seat import Seat
 from kilonova.model.server import Plug, Server
-from kilonova.store import hosts, migrations, placement, server_groups, servers
+from kilonova.store import hosts, migrations, placement, seats, server_groups, servers
 from kilonova.store.migrations import Status
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Goal(msgspec.Struct, frozen=True):
 
     place: Place
     epoch: int
+    seat: Seat | None = None
 
 
 @effect
@@ -88,23 +90,15 @@ def choice(
 
 def claimed(
     tx: Tx, server: Server, migration: str, place: Place, flavor: Flavor, now: float, status: Status, **facts: Any
-) -> int:
-    """A share of this place is the server's; what it held is its migration's. The epoch it will have there. Raises NoCapacity."""
+) -> Goal:
+    """A share of this place is the server's; what it held is its migration's. Raises NoCapacity."""
     server_groups.admit(tx, server, place.host, place.provider)
     placement.move(tx, server.id, migration, now=now)
-    placement.claim(
-        tx,
-        server.id,
-        place.provider,
-        amounts(flavor, volume_backed=server.volume_backed),
-        now=now,
-        project_id=server.project_id,
-        user_id=server.user_id,
-    )
+    seat = seats.claim(tx, msgspec.structs.replace(server, flavor=flavor), place.provider, now=now)
     epoch = migrations.next_epoch(tx, server, migration)
     told = {"dest": place.host, "dest_node": place.node, "dest_ip": hosts.address(tx, place.host)} | facts
     migrations.change(tx, migration, now, status, **told)
-    return epoch
+    return Goal(place, epoch, seat)
 
 
 def given_back(tx: Tx, server: Server, migration: str, now: float) -> None:
@@ -132,7 +126,9 @@ def machine(server: Server, goal: Goal, joined: Joined, **more: Any) -> Machine:
     if connected:
         there = msgspec.structs.replace(there, devices=connected.devices)
         more["connections"] = connected.connections
-    return plan(there, nics=plugged.nics, number=server.number, epoch=goal.epoch, zone=goal.place.zone, **more)
+    return plan(
+        there, nics=plugged.nics, number=server.number, epoch=goal.epoch, seat=goal.seat, zone=goal.place.zone, **more
+    )
 
 
 def carry(run: Run, server: Server, to: Place) -> Connected | None:

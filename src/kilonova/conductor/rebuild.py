@@ -23,9 +23,10 @@ from kilonova.kit.workflow import Run, command, effect, record, workflow
 from kilonova.model.ask import Ask, ask
 from kilonova.model.devices import Device
 from kilonova.model.plan import plan
+from kilonova.model.seat import Seat
 from kilonova.model.server import Image, Server
 from kilonova.model.states import VM, Task
-from kilonova.store import hosts, servers
+from kilonova.store import hosts, seats, servers
 
 NO_HOST = "No valid host was found. There are not enough hosts available."
 
@@ -86,14 +87,15 @@ class Present(msgspec.Struct, frozen=True):
 
     plugged: Plugged
     zone: str
+    seat: Seat | None = None
 
 
 @effect
 def present(world: World, key: str, server: Server) -> Present:
     with world.db.read() as tx:
         zone = hosts.zones(tx).get(server.host or "", world.config.api.default_availability_zone)
-        now = servers.get(tx, server.id)
-    return Present(ports.present(world, now), zone)
+        now, seat = servers.get(tx, server.id), seats.of(tx, server.id)
+    return Present(ports.present(world, now), zone, seat)
 
 
 # ---- a root disk that is a volume
@@ -178,6 +180,7 @@ def make(job: Rebuild, host: str, found: Present, root: Root | None) -> To[Done]
         nics=found.plugged.nics,
         number=server.number,
         epoch=server.epoch,
+        seat=found.seat,
         zone=found.zone,
         admin_password=job.admin_password,
         files=job.files,

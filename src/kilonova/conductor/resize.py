@@ -21,7 +21,7 @@ from kilonova.model.flavor import Flavor
 from kilonova.model.host import Place
 from kilonova.model.server import Server
 from kilonova.model.states import VM, PowerState, Task
-from kilonova.store import migrations, placement, servers
+from kilonova.store import migrations, placement, seats, servers
 from kilonova.store.migrations import Status
 
 
@@ -79,8 +79,7 @@ def choose(world: World, key: str, job: Resize, tried: list[str], fresh: bool) -
 
 @record(event="cold_migrate")
 def claim(tx: Tx, job: Resize, place: Place, now: float) -> Goal:
-    epoch = moves.claimed(tx, job.server, job.migration, place, job.flavor, now, Status.pre_migrating)
-    return Goal(place, epoch)
+    return moves.claimed(tx, job.server, job.migration, place, job.flavor, now, Status.pre_migrating)
 
 
 @claim.undo
@@ -220,26 +219,27 @@ def revert(run: Run, job: Settle) -> None:
     assert s.host is not None
     old = run(kept, job.migration)
     back, there = run(home, old.host, old.node), run(home, s.host, s.node)
-    epoch = run(returning, job, run.now)
+    goal = run(returning, job, back, run.now)
     try:
         run(leave, s, s.host)
     except HostGone:
         pass
     joined = Joined(run(rebind, s, back, there), moves.carry(run, s, back))
-    done = run(come_back, job, old, Goal(back, epoch), joined)
+    done = run(come_back, job, old, goal, joined)
     moves.carried(run, joined)
     run.no_return()
     try:
         run(leave_nothing, s.id, s.host, s.epoch)
     except Trouble:
         pass  # it is found there, and swept
-    run(reverted, job, old, Goal(back, epoch), joined, done.power_state, run.now)
+    run(reverted, job, old, goal, joined, done.power_state, run.now)
     moves.left(run, s, joined)
 
 
 @record
-def returning(tx: Tx, job: Settle, now: float) -> int:
-    return migrations.next_epoch(tx, job.server, job.migration)
+def returning(tx: Tx, job: Settle, back: Place, now: float) -> Goal:
+    """Where it sat is its migration's as yet."""
+    return Goal(back, migrations.next_epoch(tx, job.server, job.migration), seats.of(tx, job.migration))
 
 
 @command(event="compute_revert_resize")

@@ -27,14 +27,15 @@ from kilonova.kit.errors import Conflict, HostGone, NotFound, Trouble
 from kilonova.kit.journal import reached
 from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import FOREVER, Run, command, effect, record, start, workflow
-from kilonova.model.ask import amounts_of, ask
+from kilonova.model.ask import ask
 from kilonova.model.capture import SHELVED, SHELVED_AT, SHELVED_HOST, SHELVED_IMAGE
 from kilonova.model.devices import Device
 from kilonova.model.host import Place
 from kilonova.model.plan import from_image, plan
+from kilonova.model.seat import Seat
 from kilonova.model.server import Image, Server
 from kilonova.model.states import VERBS, VM, PowerState, Task
-from kilonova.store import compare, placement, server_groups, servers
+from kilonova.store import compare, placement, seats, server_groups, servers
 
 log = logging.getLogger(__name__)
 TURNS = 10  # that places are asked for: claims may be lost to others
@@ -264,11 +265,11 @@ def land(run: Run, job: Unshelve, image: Image | None) -> None:
 
 
 def settle_on(run: Run, s: Server, image: Image | None, place: Place, epoch: int) -> None:
-    run(claim, s, place, epoch, run.now)
+    seat = run(claim, s, place, epoch, run.now)
     plugged = run(plug, s, place)
     connected = volumes.connected(run, s, place.host) if volumes.has_volumes(s) else None
     run(on_its_way, s, Task.spawning, run.now)
-    done = run(spawn, s, image, place, epoch, plugged, connected)
+    done = run(spawn, s, image, place, epoch, plugged, connected, seat)
     run.no_return()
     if connected is not None:
         run(volumes.complete, [d.attachment_id or "" for d in connected.devices if d.is_volume])
@@ -303,11 +304,11 @@ def choose(world: World, key: str, job: Unshelve, tried: list[str], fresh: bool)
 
 
 @record
-def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> None:
+def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Seat | None:
     server_groups.admit(tx, server, place.host, place.provider)
-    project, user = server.project_id, server.user_id
-    placement.claim(tx, server.id, place.provider, amounts_of(server), now=now, project_id=project, user_id=user)
+    seat = seats.claim(tx, server, place.provider, now=now)
     servers.settle(tx, server, place.host, place.node, epoch, str(Task.unshelving), now)
+    return seat
 
 
 @claim.undo
@@ -328,7 +329,13 @@ def _(world: World, key: str, server: Server, place: Place) -> None:
 
 @command(patience_s=1800, event="compute_unshelve_instance")
 def spawn(
-    server: Server, image: Image | None, place: Place, epoch: int, plugged: Plugged, connected: Connected | None
+    server: Server,
+    image: Image | None,
+    place: Place,
+    epoch: int,
+    plugged: Plugged,
+    connected: Connected | None,
+    seat: Seat | None = None,
 ) -> To[Done]:
     there = msgspec.structs.replace(server, plugs=plugged.plugs, devices=connected.devices if connected else [])
     connections = connected.connections if connected else None
@@ -337,6 +344,7 @@ def spawn(
         nics=plugged.nics,
         number=server.number,
         epoch=epoch,
+        seat=seat,
         zone=place.zone,
         connections=connections,
     )
@@ -345,14 +353,26 @@ def spawn(
 
 @spawn.undo
 def _(
-    server: Server, image: Image | None, place: Place, epoch: int, plugged: Plugged, connected: Connected | None
+    server: Server,
+    image: Image | None,
+    place: Place,
+    epoch: int,
+    plugged: Plugged,
+    connected: Connected | None,
+    seat: Seat | None = None,
 ) -> To[Done]:
     return To(place.host, Destroy(server=server.id, epoch=epoch))
 
 
 @spawn.on("abort")
 def _(
-    server: Server, image: Image | None, place: Place, epoch: int, plugged: Plugged, connected: Connected | None
+    server: Server,
+    image: Image | None,
+    place: Place,
+    epoch: int,
+    plugged: Plugged,
+    connected: Connected | None,
+    seat: Seat | None = None,
 ) -> To[Done]:
     return To(place.host, Abandon(server=server.id))
 

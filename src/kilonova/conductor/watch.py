@@ -41,7 +41,7 @@ from kilonova.kit.workflow import Cause, Run, command, forget, noted, record, st
 from kilonova.model.devices import Device
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM, PowerState, Task, Verb
-from kilonova.store import compare, hosts, migrations, placement, servers
+from kilonova.store import compare, hosts, migrations, placement, seats, servers
 from kilonova.store.migrations import Status
 
 log = logging.getLogger(__name__)
@@ -545,7 +545,7 @@ def _claims_mended(tx: Tx, world: World, loose: list[tuple[str, str]], bare: lis
         if placement.release(tx, consumer, provider, now=now):
             said.append(f"{consumer} held something of {provider} and is not there")
     for id, provider in set(bare) & set(compare.unclaimed(tx, 10_000)):
-        if placement.claim_anyhow(tx, servers.get(tx, id), provider, now=now):
+        if seats.claim_anyhow(tx, servers.get(tx, id), provider, now=now):
             said.append(f"{id} is on {provider} and held nothing of it")
     return sorted(said)
 

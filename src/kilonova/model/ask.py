@@ -5,9 +5,10 @@ from typing import Any
 import msgspec
 
 from kilonova.model import wants
+from kilonova.model.candidates import Group, Query
 from kilonova.model.server import Server
 from kilonova.model.server_group import Company
-from kilonova.model.wants import amounts
+from kilonova.model.wants import Part, amounts
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -39,13 +40,15 @@ class Ask(msgspec.Struct, frozen=True):
     far: list[str] = []  # hosts of servers that it shall not be with
     group_id: str | None = None
     in_place: bool = False  # it is there already: may it run this image?
+    parts: list[Part] = []  # what one provider each must serve; counted in `amounts` too
+    isolate: bool = False  # … each another one
     member_of: list[list[str]] = []  # of each list, in one of these aggregates (Placement API)
     company: Company | None = None
 
 
 def amounts_of(server: Server) -> dict[str, int]:
     """What this server takes of its host."""
-    return amounts(server.flavor, volume_backed=server.volume_backed)
+    return amounts(server.flavor, server.image.properties, volume_backed=server.volume_backed)
 
 
 def ask(server: Server, *, host: str | None = None, node: str | None = None, forced: bool = False) -> Ask:
@@ -59,6 +62,8 @@ def ask(server: Server, *, host: str | None = None, node: str | None = None, for
         host=host,
         node=node,
         forced=forced,
+        parts=wants.parts(server.flavor),
+        isolate=wants.isolated(specs),
         project_id=server.project_id,
         flavor=server.flavor.name,
         extra_specs=specs,
@@ -72,6 +77,22 @@ def ask(server: Server, *, host: str | None = None, node: str | None = None, for
     )
 
 
+def served(ask: Ask) -> Query:
+    """The question which providers of one host serve it. What has no suffix may be served by several together."""
+    left = dict(ask.amounts)
+    for part in ask.parts:
+        for name, n in part.amounts.items():
+            left[name] -= n
+    required = tuple(frozenset({t}) for t in ask.required)
+    groups = {"": Group({c: n for c, n in left.items() if n > 0}, required, frozenset(ask.forbidden))}
+    for part in ask.parts:
+        must = tuple(frozenset({t}) for t in part.required)
+        groups[part.suffix] = Group(part.amounts, must, frozenset(part.forbidden))
+    if not groups[""].resources:
+        del groups[""]
+    return Query(groups, isolate=ask.isolate)
+
+
 def _can_travel(hint: Any) -> bool:
     """Numbers beyond 64 bits cannot be sent, and no rule asks for them."""
     try:
@@ -81,4 +102,4 @@ def _can_travel(hint: Any) -> bool:
     return True
 
 
-__all__ = ["Ask", "amounts", "amounts_of", "ask"]
+__all__ = ["Ask", "Part", "amounts", "amounts_of", "ask", "served"]

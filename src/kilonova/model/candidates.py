@@ -17,13 +17,13 @@ MOST_STEPS = 2_000_000  # combinations looked at for one query; what was found u
 class Inventory(NamedTuple):
     """One resource class of one provider, and how much of it is held."""
 
-    total: int
+    total: float
     reserved: int
     min_unit: int
     max_unit: int
     step_size: int
     allocation_ratio: float
-    used: int
+    used: float
 
     @property
     def capacity(self) -> int:

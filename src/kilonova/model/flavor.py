@@ -3,6 +3,14 @@
 import msgspec
 
 
+class Alias(msgspec.Struct, frozen=True):
+    """What an operator means by a name of PCI devices: so many of that class, one after the other, with these traits."""
+
+    resource_class: str
+    traits: list[str] = []
+    numa_policy: str = ""
+
+
 class Flavor(msgspec.Struct, frozen=True):
     """`id` is the API's flavorid. RAM in MiB, disks in GiB, swap in MiB (Compute API, flavors)."""
 
@@ -18,3 +26,4 @@ class Flavor(msgspec.Struct, frozen=True):
     disabled: bool = False
     description: str | None = None
     extra_specs: dict[str, str] = {}
+    aliases: dict[str, Alias] = {}  # what those in `pci_passthrough:alias` meant when the server was made

@@ -1,16 +1,34 @@
 """A host, as it describes itself: what it has, and what of it may be given out."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """A NUMA node of a host. `pages`: how many huge pages of each size in KiB it has."""
+    """A NUMA node of a host. `pages`: how many huge pages of each size in KiB it has; `siblings`: its cores, by their CPUs."""
 
     cpus: int
     memory_mb: int
     pages: dict[int, int] = {}
+    ids: list[int] = []
+    siblings: list[list[int]] = []
+
+
+class HostDevice(msgspec.Struct, frozen=True):
+    """A device that can be given to servers, or several functions of one. In Placement it is a provider under its host.
+
+    `functions`: their addresses; empty: just the device itself, or (mdev) devices that are made of it when they are wanted.
+    """
+
+    address: str  # 0000:81:00.0
+    resource_class: str  # CUSTOM_PCI_10DE_1EB8, VGPU
+    total: int = 1
+    kind: Literal["pci", "mdev"] = "pci"
+    functions: list[str] = []
+    mdev_type: str = ""
+    cell: int | None = None
+    traits: list[str] = []
 
 
 class HostFacts(msgspec.Struct, frozen=True):
@@ -30,6 +48,9 @@ class HostFacts(msgspec.Struct, frozen=True):
     cells: list[Cell] = []  # empty: it does not tell
     metrics: dict[str, float] = {}  # what it measures of itself, by name
     connector: dict[str, Any] = {}  # who it is to a volume service: initiator, nqn …
+    shared: list[int] = []  # CPUs that servers without CPUs of their own share; empty: all that are not `dedicated`
+    dedicated: list[int] = []  # CPUs that are given to one server each
+    devices: list[HostDevice] = []
     uptime: str = ""  # as `uptime` prints it; "": not known
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from kilonova.model import numa
 from kilonova.model.machine import Disk, FixedIp, Identity, Nic
 from kilonova.model.server import Plug, Server
 
@@ -41,6 +42,9 @@ def identity_of(
         files=list(files),
         nics=[nic_of(p) for p in server.plugs] if nics is None else list(nics),
         disks=list(disks),
+        dedicated_cpus=numa.pinned(
+            server.flavor.extra_specs, image.properties, server.flavor.vcpus, server.flavor.memory_mb
+        ),
     )
 
 

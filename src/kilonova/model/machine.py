@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from kilonova.model.seat import Seat
+
 Bus = Literal["virtio", "scsi", "ide", "sata", "usb"]
 
 
@@ -146,6 +148,7 @@ class Machine(msgspec.Struct, frozen=True):
     extra_specs: dict[str, str] = {}  # the flavor's
     flavor_name: str = ""
     owner_name: str = ""
+    seat: Seat | None = None  # what of its host is this machine's alone; None: it has no wish
     epoch: int = 0  # rises when the server moves: a host with an older one is no longer its owner
 
 

@@ -150,6 +150,17 @@ class Compute(Struct, frozen=True):
     reserved_memory_mb: A[int, Meta(description="Memory kept for the host itself.", ge=0)] = 512
     reserved_disk_mb: A[int, Meta(description="Disk kept for the host itself.", ge=0)] = 0
     cpu_allocation_ratio: A[float, Meta(description="Virtual CPUs given out for each real one.", gt=0)] = 4.0
+    cpu_dedicated_set: A[
+        str,
+        Meta(description="CPUs that servers with `hw:cpu_policy` get for themselves (PCPU).", examples=["4-15,^8"]),
+    ] = ""
+    cpu_shared_set: A[
+        str,
+        Meta(
+            description="CPUs that all other servers share (VCPU); unset, those that are not dedicated.",
+            examples=["0-3"],
+        ),
+    ] = ""
     memory_allocation_ratio: A[float, Meta(description="Memory given out for each MB there is.", gt=0)] = 1.0
     disk_allocation_ratio: A[float, Meta(description="Disk given out for each GB there is.", gt=0)] = 1.0
     shutdown_timeout_s: A[
@@ -260,6 +271,16 @@ class Sim(Struct, frozen=True):
     cpus: A[int, Meta(description="CPUs of each.", ge=1)] = 64
     memory_mb: A[int, Meta(description="Memory of each.", ge=1)] = 262_144
     disk_gb: A[int, Meta(description="Disk of each.", ge=1)] = 4096
+    cells: A[int, Meta(description="NUMA nodes of each.", ge=1, le=16)] = 1
+    threads: A[int, Meta(description="Threads of each core.", ge=1, le=8)] = 1
+    pages: A[dict[str, int], Meta(description="Huge pages of each node, by their size in KiB: `{2048 = 1024}`.")] = {}
+    devices: A[
+        tuple[str, ...],
+        Meta(
+            description="Devices of each, by resource class: `CUSTOM_PCI_10DE_1EB8`, eight functions of one as "
+            "`CUSTOM_PCI_8086_154D=8`, four virtual GPUs of one as `VGPU=4`; `@1` after it: on that NUMA node."
+        ),
+    ] = ()
     latency_s: A[float, Meta(description="How long an act takes, on the average.", ge=0)] = 0.0
     boot_s: A[float, Meta(description="How long a guest takes to boot, on the average.", ge=0)] = 0.0
     failure_rate: A[float, Meta(description="How many acts of a thousand fail, as a fraction.", ge=0, le=1)] = 0.0
@@ -327,6 +348,18 @@ class Scheduler(Struct, frozen=True):
     ] = False
     shuffle_best: A[int, Meta(description="Chooses by lot among so many of the best hosts.", ge=1)] = 1
     max_instances_per_host: A[int, Meta(description="Servers on a host, at most; 0 is no limit.", ge=0)] = 0
+
+
+class Pci(Struct, frozen=True):
+    """Devices of hosts that are given to servers."""
+
+    aliases: A[
+        dict[str, str],
+        Meta(
+            description="What names in `pci_passthrough:alias` mean: a resource class, then traits that the device must have, "
+            'then how near it must be: `{gpu = "CUSTOM_PCI_10DE_1EB8,HW_GPU_API_VULKAN,required"}`.'
+        ),
+    ] = {}
 
 
 class Workers(Struct, frozen=True):
@@ -639,6 +672,7 @@ class Config(Struct, frozen=True):
     libvirt: Libvirt = Libvirt()
     sim: Sim = Sim()
     scheduler: Scheduler = Scheduler()
+    pci: Pci = Pci()
     workers: Workers = Workers()
     metadata: Metadata = Metadata()
     companions: Companions = Companions()

@@ -7,6 +7,7 @@ import msgspec
 from kilonova.model.disks import Connections, disks, source_of
 from kilonova.model.identity import identity_of
 from kilonova.model.machine import Disk, ImageSource, Machine, Nic, VolumeSource
+from kilonova.model.seat import Seat
 from kilonova.model.server import Image, Server
 
 VIF_MODELS = {"virtio", "e1000", "e1000e", "rtl8139", "ne2k_pci", "pcnet", "vmxnet3", "igb", "lan9118", "spapr-vlan"}
@@ -25,6 +26,7 @@ def plan(
     owner: str = "",
     force_config_drive: bool = False,
     connections: Connections | None = None,
+    seat: Seat | None = None,
 ) -> Machine:
     """The whole machine. `number` names it where UUIDs are too long; `epoch` rises with each host it is given to.
 
@@ -59,6 +61,7 @@ def plan(
         extra_specs=specs,
         flavor_name=server.flavor.name,
         owner_name=owner,
+        seat=seat,
         epoch=epoch,
     )
 

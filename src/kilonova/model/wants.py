@@ -1,14 +1,20 @@
 """What flavor and image want of a host, in Placement's words: amounts of resource classes, and traits (scheduler.md, 4 and 5)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import ceil
+from types import MappingProxyType
 
+import msgspec
+
+from kilonova.model import numa
 from kilonova.model.flavor import Flavor
 
 VCPU, PCPU, MEMORY_MB, DISK_GB = "VCPU", "PCPU", "MEMORY_MB", "DISK_GB"
 MOST = 2**31 - 1
 GRANULAR = re.compile(r"(resources|trait)([a-zA-Z0-9_-]{1,64})?:([A-Z0-9_]{1,255})")
+OURS = "OWNER_NOVA"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 YES = frozenset({"true", "1", "yes", "on", "t", "y"})
 
 # fmt: off
@@ -25,20 +31,26 @@ IMAGE_TRAITS = {
 # fmt: on
 
 
-def amounts(flavor: Flavor, *, volume_backed: bool = False) -> dict[str, int]:
-    """What a server of this flavor takes. `resources:CLASS=n` (also `resources1:…`) overrides, 0 takes a class out.
+class Part(msgspec.Struct, frozen=True):
+    """What one provider must serve alone (Placement API, granular request groups)."""
 
-    Pinned CPUs are VCPU, too, as where a host of Nova reports no PCPU: none of ours does.
+    suffix: str
+    amounts: dict[str, int]
+    required: list[str] = []
+    forbidden: list[str] = []
+
+
+def amounts(flavor: Flavor, properties: Mapping[str, str] = NOTHING, *, volume_backed: bool = False) -> dict[str, int]:
+    """All that a server of this flavor and image takes, of its host and of what hangs on it.
+
+    `resources:CLASS=n` (also `resources1:…`) overrides what follows from the flavor, 0 takes a class out.
     """
-    said: dict[str, int] = {}
-    for key, text in flavor.extra_specs.items():
-        m = GRANULAR.fullmatch(key)
-        if m and m[1] == "resources" and re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) and int(text) <= MOST:
-            said[m[3]] = said.get(m[3], 0) + int(text)
+    said = _summed([*_said(flavor.extra_specs).values(), *(p.amounts for p in _of_aliases(flavor))])
     disk_gb = (0 if volume_backed else flavor.disk_gb) + flavor.ephemeral_gb + ceil(flavor.swap_mb / 1024)
-    usual = {VCPU: flavor.vcpus, MEMORY_MB: flavor.memory_mb, DISK_GB: disk_gb}
-    if PCPU in said:
-        del usual[VCPU]
+    pinned, floating = numa.parted(flavor.extra_specs, properties, flavor.vcpus, flavor.memory_mb)
+    usual = {VCPU: floating, PCPU: pinned, MEMORY_MB: flavor.memory_mb, DISK_GB: disk_gb}
+    if VCPU in said or PCPU in said:
+        del usual[VCPU], usual[PCPU]
     if _yes(flavor.extra_specs.get("hw:mem_encryption")):
         usual["MEM_ENCRYPTION_CONTEXT"] = 1
     for label in filter(None, flavor.extra_specs.get("hw:pmem", "").split(",")):
@@ -47,15 +59,85 @@ def amounts(flavor: Flavor, *, volume_backed: bool = False) -> dict[str, int]:
     return {c: n for c, n in (usual | said).items() if n > 0}
 
 
+def parts(flavor: Flavor) -> list[Part]:
+    """What is asked of one provider each: groups with a suffix, and each device of an alias."""
+    specs, found = flavor.extra_specs, list[Part]()
+    marks = {v: _marks(specs, v) for v in ("required", "forbidden")}
+    for suffix, classes in sorted(_said(specs).items()):
+        if suffix and (some := {c: n for c, n in classes.items() if n}):
+            traits = [sorted(marks[v].get(suffix, ())) for v in ("required", "forbidden")]
+            found.append(Part(suffix, some, *traits))
+    return found + _of_aliases(flavor)
+
+
+def _of_aliases(flavor: Flavor) -> list[Part]:
+    found = list[Part]()
+    for name, n in aliases(flavor.extra_specs).items() if flavor.aliases else ():
+        if (alias := flavor.aliases.get(name)) is not None:
+            found += [Part(f"_pci_{name}_{i}", {alias.resource_class: 1}, [OURS, *alias.traits]) for i in range(n)]
+    return found
+
+
+def isolated(specs: Mapping[str, str]) -> bool:
+    """Must its groups be served by different providers?"""
+    return specs.get("group_policy") == "isolate"
+
+
+def aliases(specs: Mapping[str, str]) -> dict[str, int]:
+    """Names of PCI devices, and how many of each."""
+    found: dict[str, int] = {}
+    for word in filter(None, (w.strip() for w in specs.get("pci_passthrough:alias", "").split(","))):
+        name, _, n = word.rpartition(":")
+        if name and re.fullmatch(r"[0-9]{1,4}", n, re.ASCII):
+            found[name] = found.get(name, 0) + int(n)
+    return found
+
+
+def numa_policy(flavor: Flavor, properties: Mapping[str, str]) -> str:
+    """How near its devices must be: required, legacy, preferred; of several the strictest."""
+    said = {flavor.extra_specs.get("hw:pci_numa_affinity_policy") or properties.get("hw_pci_numa_affinity_policy", "")}
+    said |= {a.numa_policy for a in flavor.aliases.values()} if said == {""} else set()
+    return next((p for p in ("required", "legacy", "preferred") if p in said), "legacy")
+
+
+def _said(specs: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """By suffix, `resources<suffix>:CLASS=n`."""
+    found: dict[str, dict[str, int]] = {}
+    for key, text in specs.items():
+        m = GRANULAR.fullmatch(key)
+        if m and m[1] == "resources" and re.fullmatch(r"[0-9]{1,10}", text, re.ASCII) and int(text) <= MOST:
+            found.setdefault(m[2] or "", {})[m[3]] = int(text)
+    return found
+
+
+def _marks(specs: Mapping[str, str], value: str) -> dict[str, set[str]]:
+    """By suffix, `trait<suffix>:T=value`."""
+    found: dict[str, set[str]] = {}
+    for key, v in specs.items():
+        if v == value and (m := _trait(key)):
+            found.setdefault(m[2] or "", set()).add(m[3])
+    return found
+
+
+def _summed(all: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for amounts in all:
+        for c, n in amounts.items():
+            found[c] = found.get(c, 0) + n
+    return found
+
+
 def required(specs: Mapping[str, str], properties: Mapping[str, str]) -> set[str]:
-    """Traits that the host must have: those that are named, and those that follow from what else is asked."""
-    named = {m[3] for k, v in (*specs.items(), *properties.items()) if v == "required" and (m := _trait(k))}
-    return named | _followed(specs, properties)
+    """Traits that the host must have, but for those of groups with something of their own (`parts`): those that are named, and those that follow from what else is asked."""
+    groups = {suffix for suffix, classes in _said(specs).items() if suffix and any(classes.values())}
+    named = {t for suffix, traits in _marks(specs, "required").items() if suffix not in groups for t in traits}
+    return named | _marks(properties, "required").get("", set()) | _followed(specs, properties)
 
 
 def forbidden(specs: Mapping[str, str], properties: Mapping[str, str]) -> set[str]:
     """Traits that it must not have."""
-    named = {m[3] for k, v in specs.items() if v == "forbidden" and (m := _trait(k))}
+    groups = {suffix for suffix, classes in _said(specs).items() if suffix and any(classes.values())}
+    named = {t for suffix, traits in _marks(specs, "forbidden").items() if suffix not in groups for t in traits}
     policy = specs.get("hw:cpu_thread_policy") or properties.get("hw_cpu_thread_policy")
     return named | ({"HW_CPU_HYPERTHREADING"} if policy == "isolate" else set())
 

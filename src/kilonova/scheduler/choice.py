@@ -25,6 +25,8 @@ ALWAYS = (
     "own_aggregates",
     "isolated_aggregates",
     "segments",
+    "devices",
+    "numa",
 )
 """What Placement and its pre-filters see to in Nova, whatever filters are enabled."""
 
@@ -41,7 +43,7 @@ FILTERS: dict[str, tuple[str, ...]] = {
     "AggregateMultiTenancyIsolation": ("tenants",),         "AggregateTypeAffinityFilter": ("aggregate_types",),
     "NumInstancesFilter": ("num_instances",),               "AggregateNumInstancesFilter": ("aggregate_num_instances",),
     "IoOpsFilter": ("io_ops_few",),                         "AggregateIoOpsFilter": ("aggregate_io_ops",),
-    "NUMATopologyFilter": ("numa",),                        "PciPassthroughFilter": ("room",),
+    "NUMATopologyFilter": ("numa",),                        "PciPassthroughFilter": ("devices",),
     # Gone from Nova, and still in many a nova.conf: `room` and `zone` see to it.
     "RetryFilter": (), "RamFilter": (), "CoreFilter": (), "DiskFilter": (), "AvailabilityZoneFilter": (),
     "AggregateRamFilter": (), "AggregateCoreFilter": (), "AggregateDiskFilter": (), "ExactRamFilter": (), "ExactCoreFilter": (), "ExactDiskFilter": (),

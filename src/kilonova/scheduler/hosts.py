@@ -6,7 +6,7 @@ What was chosen and is not claimed yet is subtracted here, so that a burst does 
 """
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -15,7 +15,10 @@ import numpy.typing as npt
 import sqlalchemy as sa
 
 from kilonova.kit.db import Tx
+from kilonova.model.ask import Ask
+from kilonova.model.candidates import Forest, Inventory, Provider
 from kilonova.model.host import HostFacts, Place
+from kilonova.scheduler.cells import Cells
 from kilonova.store import hosts as book
 from kilonova.store import placement, servers
 
@@ -78,6 +81,10 @@ class Hosts:
         self.traits: npt.NDArray[np.uint64] = np.zeros((n, 1), np.uint64)
         self.trait_of: dict[str, int] = {}
         self.waits: dict[int, deque[tuple[float, Floats]]] = {}
+        self.children: dict[int, dict[str, Child]] = {}  # providers under a row's own
+        self.marks: dict[str, set[str]] = {}  # their traits
+        self.below: dict[int, Floats] = {}  # of classes that some of them have: what is left there, together
+        self.cells = Cells(self)
 
     # -- as rules see them
 
@@ -89,7 +96,29 @@ class Hosts:
         i = self.classes.get(name)
         if i is None:
             return np.zeros(self.n)
-        return np.asarray(self.free[:, i])
+        return np.asarray(self.free[:, i] + self.below.get(i, 0.0))
+
+    def nested(self, ask: Ask) -> bool:
+        """Is it a question which providers of a host serve this?"""
+        return bool(ask.parts) or any(self.classes.get(name) in self.below for name in ask.amounts)
+
+    def tree(self, row: int, traits: Collection[str]) -> Forest:
+        """A host's own provider with those under it, as far as these traits go."""
+        p = self.places[row]
+        own = {
+            name: Inventory(
+                float(self.capacity[row, c]), 0, self.min_unit[row, c], self.max_unit[row, c], self.step[row, c], 1.0,
+                float(self.used[row, c] + self.pending[row, c]),
+            )
+            for name, c in self.classes.items() if self.max_unit[row, c]
+        }  # fmt: skip
+        bits = {t: self.trait_of[t] for t in traits if t in self.trait_of}
+        mine = frozenset(t for t, bit in bits.items() if int(self.traits[row, bit // 64]) >> bit % 64 & 1)
+        root = Provider(p.provider, p.node, None, p.provider, 0, 0.0, 0.0, own, mine)
+        return Forest({p.provider: root} | {c.uuid: c.provider(p.provider, self.marks) for c in self._under(row)})
+
+    def _under(self, row: int) -> Iterable["Child"]:
+        return self.children.get(row, {}).values()
 
     def having(self, traits: Iterable[str]) -> Bools:
         """Which rows have all of these traits."""
@@ -139,8 +168,16 @@ class Hosts:
 
     # -- keeping fresh
 
-    def refresh(self, tx: Tx, now: float, *, at_once: bool = False) -> None:
-        """Read what may have changed since we last looked; claims a quarter of a second late, or `at_once`."""
+    def refresh(self, tx: Tx, now: float, *, at_once: bool = False, seats: bool = False) -> None:
+        """Read what may have changed since we last looked; claims a quarter of a second late, or `at_once`.
+
+        `seats`: somebody asks for host CPUs or memory of cells.
+        """
+        self._refreshed(tx, now, at_once or seats)
+        if seats:
+            self.cells.refresh(tx)
+
+    def _refreshed(self, tx: Tx, now: float, at_once: bool) -> None:
         if (mark := book.marked(tx)) != self.mark or now - self.read_at > WHOLE_S:
             self.load(tx, now, mark)
             return
@@ -171,7 +208,8 @@ class Hosts:
             self.metrics = [msgspec.json.decode(r.facts, type=HostFacts).metrics for r in rows]
         self._more(tx)
         self._grouped(tx)
-        self._traits(placement.traits(tx))
+        self.marks = placement.traits(tx)
+        self._traits(self.marks)
         self._stocked(stocks, now)
         self.watched = self.read_at = now
 
@@ -238,15 +276,31 @@ class Hosts:
         if count:
             self.lately = len(stocks)
         moved = {i for s in stocks if (i := self.row.get(s[0])) is not None and s[1] != self.generation[i]}
+        for s in stocks:
+            if s[0] not in self.row and (row := self.row.get(s[11])) is not None:
+                child = self.children.get(row, {}).get(s[0])
+                if child is not None and child.generation != s[1]:
+                    child.inventories.clear()
         lost = sorted(moved)
         self.capacity[lost] = self.used[lost] = self.max_unit[lost] = 0
         self.free[lost] = -self.pending[lost]
         self._stocked(stocks, now)
 
     def _stocked(self, stocks: Iterable[Any], now: float) -> None:
-        for provider, generation, changed_at, name, total, reserved, ratio, used, least, most, step in stocks:
+        under = set[int]()
+        for (
+            provider, generation, changed_at, name, total, reserved, ratio, used, least, most, step, root, parent,
+        ) in stocks:  # fmt: skip
             i, c = self.row.get(provider), self.classes.get(name)
             if i is None:
+                if (row := self.row.get(root)) is not None:
+                    self.cursor = max(self.cursor, changed_at)
+                    child = self.children.setdefault(row, {}).setdefault(provider, Child(provider, parent))
+                    child.parent, child.generation = parent, generation
+                    if name is not None:
+                        child.inventories[name] = Inventory(total, reserved, least, most, step, ratio, used)
+                        self.mark = self.mark if c is not None else -1
+                    under.add(row)
                 continue  # no host's own
             if generation != self.generation[i]:
                 if self.generation[i] >= 0:
@@ -262,7 +316,19 @@ class Hosts:
             self.min_unit[i, c], self.max_unit[i, c], self.step[i, c] = least, most, step
             if least > 1 or step > 1:
                 self.odd.add(c)
+        for row in under:
+            self._summed(row)
         self.looked = now
+
+    def _summed(self, row: int) -> None:
+        """What is left under this row."""
+        for left in self.below.values():
+            left[row] = 0
+        for child in self._under(row):
+            for name, i in child.inventories.items():
+                if (c := self.classes.get(name)) is not None:
+                    left = self.below.setdefault(c, np.zeros(self.n))
+                    left[row] += max(0.0, (i.total - i.reserved) * i.allocation_ratio - i.used)
 
     def _more(self, tx: Tx) -> None:
         if "loads" in self.more:
@@ -281,6 +347,20 @@ class Hosts:
             at = seen.get(p.host)
             self.seen[i] = -1e18 if at is None else at
         self.watched = now
+
+
+class Child:
+    """A provider under a host's own, as it was read last."""
+
+    __slots__ = ("generation", "inventories", "parent", "uuid")
+
+    def __init__(self, uuid: str, parent: str | None) -> None:
+        self.uuid, self.parent, self.generation = uuid, parent, -1
+        self.inventories: dict[str, Inventory] = {}
+
+    def provider(self, root: str, marks: Mapping[str, set[str]]) -> Provider:
+        traits = frozenset(marks.get(self.uuid, ()))
+        return Provider(self.uuid, "", self.parent, root, 0, 0.0, 0.0, self.inventories, traits)
 
 
 _n, _s = book.NODES.c, book.SERVICES.c

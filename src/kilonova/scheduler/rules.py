@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import os_traits
 
+from kilonova.kit.errors import Invalid
 from kilonova.model import fit, wants
-from kilonova.model.ask import Ask
-from kilonova.model.numa import fits, wanted
+from kilonova.model.ask import Ask, served
+from kilonova.model.candidates import candidates
+from kilonova.model.numa import guest as numa_guest
 from kilonova.model.options import Scheduler as Options
 from kilonova.model.server_group import admits
 from kilonova.scheduler.hosts import Bools, Floats, Hosts
@@ -30,7 +32,6 @@ class View:
         self.now, self.down_after_s, self.options = now, down_after_s, options
 
 
-OURS = "OWNER_NOVA"
 STANDARD_TRAITS = frozenset(os_traits.get_traits())
 RULES: dict[str, tuple[Rule, bool]] = {}
 TASTES: dict[str, tuple[Taste, float]] = {}
@@ -72,9 +73,9 @@ def enabled(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
 @rule()
 def ours(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     """Providers that are for servers; asked as soon as every host knows to say so."""
-    if not hosts.kinds or any(OURS not in facts.traits for facts in hosts.kinds):
+    if not hosts.kinds or any(wants.OURS not in facts.traits for facts in hosts.kinds):
         return ...
-    return hosts.with_trait(OURS)
+    return hosts.with_trait(wants.OURS)
 
 
 @rule()
@@ -107,11 +108,18 @@ def zone(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
 
 @rule()
 def room(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    return _room(hosts, ask)
+
+
+def _room(hosts: Hosts, ask: Ask) -> Bools:
     fits = np.ones(hosts.n, bool)
     for name, n in ask.amounts.items():
         i = hosts.column(name)
         if i is None:
             return np.zeros(hosts.n, bool)
+        if (below := hosts.below.get(i)) is not None:  # `devices` says whose it can be
+            fits &= hosts.free[:, i] + below >= n
+            continue
         fits &= hosts.free[:, i] >= n
         fits &= hosts.max_unit[:, i] >= n
         if i in hosts.odd:
@@ -123,7 +131,7 @@ def room(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
 def traits(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     if not (ask.required or ask.forbidden):
         return ...
-    fits = hosts.having(ask.required)
+    fits = np.ones(hosts.n, bool) if hosts.nested(ask) else hosts.having(ask.required)
     for t in ask.forbidden:
         fits &= ~hosts.with_trait(t)
     return fits
@@ -151,11 +159,27 @@ def capabilities(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     return kinds(hosts, [all(k in s and fit.matches(str(s[k]), v) for k, v in wanted.items()) for s in said])
 
 
-@rule(standard=False)
+@rule()
+def devices(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Hosts whose devices, and what else is under them in Placement, can serve each part of this. Asked where there is room."""
+    if not hosts.nested(ask):
+        return ...
+    query = served(ask)
+    traits = {t for g in query.groups.values() for t in (*g.forbidden, *(t for one_of in g.required for t in one_of))}
+    fits, there = np.ones(hosts.n, bool), _room(hosts, ask)
+    for row in np.flatnonzero(there).tolist():
+        fits[row] = next(candidates(hosts.tree(row, traits), query), None) is not None
+    return fits
+
+
+@rule()
 def numa(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
-    """Hosts whose NUMA nodes and huge pages are as the guest's must be; a host that does not tell of any is none."""
-    cells = wanted(ask.extra_specs, ask.properties, ask.vcpus, ask.memory_mb)
-    return ... if cells is None else kinds(hosts, [fits(cells, facts.cells) for facts in hosts.kinds])
+    """Hosts with CPUs and pages left for each of the guest's cells; a host that does not tell of its cells has none."""
+    try:
+        guest = numa_guest(ask.extra_specs, ask.properties, ask.vcpus, ask.memory_mb)
+    except Invalid:
+        return np.zeros(hosts.n, bool)
+    return ... if guest is None else hosts.cells.fit(guest)
 
 
 @rule()
@@ -198,7 +222,7 @@ def affinity(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     return _company(hosts, ask, "affinity")
 
 
-FORCED = frozenset({"named", "not_avoided", "room"})  # all that is asked for a forced host
+FORCED = frozenset({"named", "not_avoided", "room", "devices", "numa"})  # all that is asked for a forced host
 IN_PLACE = frozenset(
     {"named", "image", "isolated", "aggregate_image"}
 )  # of a server that is rebuilt where it is (scheduler.md, "rebuild")

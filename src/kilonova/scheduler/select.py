@@ -21,6 +21,7 @@ from kilonova.kit.clock import Clock
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Unsupported
 from kilonova.model.ask import Ask
+from kilonova.model.numa import WISHES
 from kilonova.model.options import Scheduler as Options
 from kilonova.scheduler.aggregates import least
 from kilonova.scheduler.choice import NEGATIVE, WEIGHERS, Choice
@@ -94,6 +95,7 @@ class Scheduler:
         now = self.clock.now()
         with self.db.read() as tx:
             self.hosts.load(tx, now)
+            self.hosts.cells.refresh(tx)
         view, against = View(now, self.down_after_s, self.options), dict[str, list[str]]()
         names = [f"{p.host}" if p.node == p.host else f"{p.host} {p.node}" for p in self.hosts.places]
         for name in names:
@@ -119,10 +121,14 @@ class Scheduler:
         try:
             now = self.clock.now()
             with self.db.read() as tx:
-                self.hosts.refresh(tx, now, at_once=any(w.m.fresh for w in all))
+                self.hosts.refresh(
+                    tx, now, at_once=any(w.m.fresh for w in all), seats=(seats := any(map(_seated, all)))
+                )
                 left = self._place(all, now)
                 if left:
                     self.hosts.load(tx, now)
+                    if seats:
+                        self.hosts.cells.refresh(tx)
             for w in self._place(left, now):
                 w.answer = self._nowhere(w.m.ask, now)
         except BaseException:
@@ -241,6 +247,11 @@ class _Waiting:
     def __init__(self, m: Choose) -> None:
         self.m = m
         self.answer: Chosen | None = None
+
+
+def _seated(w: _Waiting) -> bool:
+    """Does it ask for a part of its host's cells?"""
+    return any(k.startswith(WISHES) for k in (*w.m.ask.extra_specs, *w.m.ask.properties))
 
 
 def _alike(all: "Sequence[_Waiting]") -> "list[list[_Waiting]]":

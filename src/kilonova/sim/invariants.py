@@ -3,17 +3,20 @@
 Tests ask it after every story, the simulator after every storm, and an operator may ask it of a living cloud.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
+import msgspec
 import sqlalchemy as sa
 
 from kilonova.clients.volume import MADE_FOR, MADE_OF
 from kilonova.companions.volume.attachments import follows
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.journal import RUNS, STEPS, fault_of
-from kilonova.model.ask import amounts, amounts_of
+from kilonova.model import numa
+from kilonova.model.ask import amounts_of
 from kilonova.model.capture import MARK, SHELVED_IMAGE
+from kilonova.model.seat import Seat, rooms
 from kilonova.model.server import Server
 from kilonova.model.server_group import admits
 from kilonova.model.states import VM
@@ -24,6 +27,7 @@ from kilonova.store import (
     migrations,
     networks,
     placement,
+    seats,
     server_groups,
     servers,
     volumes,
@@ -53,18 +57,20 @@ def wrong(
     copies: Mapping[str, Iterable[tuple[str, str]]] | None = None,
     nics: Mapping[str, Mapping[str, list[str]]] | None = None,
     disks: Mapping[str, Mapping[str, list[str]]] | None = None,
+    sat: Mapping[str, Mapping[str, Seat | None]] | None = None,
 ) -> list[str]:
     """What is not as it must be, in words; nothing: all is well.
 
     `holds`: of each host that works, what it has: {server: (power, epoch)}.  `ports`: (id, device, host) of all ports
     that belong to servers; None: they are looked up in our own network service.  `copies`: of each host that works, the
     (server, image) of disks that were copied for images and are still there: there must be none.  `nics`: of each host,
-    the ports that its machines are plugged into; `disks`: the volumes that are disks of them.
+    the ports that its machines are plugged into; `disks`: the volumes that are disks of them; `sat`: where they sit.
     """
     with db.read() as tx:
         all = [servers.of(r) for r in tx.execute(servers.SELECT)]
         said = _runs(tx)
         said += _claims(tx, all)
+        said += _seats(tx, all, sat or {})
         said += _machines(all, holds, undecided(tx))
         said += _moves(tx, all)
         said += [f"port {b.port_id} could still come to {b.host}" for b in networks.find(tx, networks.Binding)]
@@ -89,11 +95,14 @@ def _runs(tx: Tx) -> list[str]:
 def _claims(tx: Tx, all: list[Server]) -> list[str]:
     said = []
     of = {n.uuid: n.host for n in tx.execute(sa.select(hosts.NODES))}
+    p = placement.PROVIDERS.c
+    of |= {uuid: of[root] for uuid, root in tx.execute(sa.select(p.uuid, p.root)) if root in of}
     sums: dict[tuple[str, str], int] = defaultdict(int)
     held: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
     for a in tx.execute(sa.select(placement.ALLOCATIONS)):
         sums[a.provider, a.resource_class] += a.amount
-        held[a.consumer][of.get(a.provider, a.provider)][a.resource_class] = a.amount
+        of_host = held[a.consumer][of.get(a.provider, a.provider)]
+        of_host[a.resource_class] = of_host.get(a.resource_class, 0) + a.amount
     for i in tx.execute(sa.select(placement.INVENTORIES)):
         have = sums.pop((i.provider, i.resource_class), 0)
         if i.used != have:
@@ -106,12 +115,45 @@ def _claims(tx: Tx, all: list[Server]) -> list[str]:
         found = {h: dict(c) for h, c in held.pop(s.id, {}).items()}
         if found != expect:
             said.append(f"{s.id} ({s.vm_state}) on {s.host} holds {found}")
-    on_volumes = {s.id for s in all if s.volume_backed}
+    known = {s.id: s for s in all}
     for m in undecided(tx):
         found = {h: dict(c) for h, c in held.pop(m.uuid, {}).items()}
-        if m.old_flavor is None or found != {m.source: amounts(m.old_flavor, volume_backed=m.server in on_volumes)}:
+        s = known[m.server]
+        if m.old_flavor is None or found != {m.source: amounts_of(msgspec.structs.replace(s, flavor=m.old_flavor))}:
             said.append(f"the {m.type} of {m.server} from {m.source} holds {found}")
     return said + [f"{consumer} is no server and holds {dict(h)}" for consumer, h in held.items()]
+
+
+def _seats(tx: Tx, all: list[Server], machines: Mapping[str, Mapping[str, Seat | None]]) -> list[str]:
+    """No two sit on one CPU, one page or one device; who wants a seat has one, where its claim is, and nobody else."""
+    said = []
+    facts = {n.uuid: hosts.facts_of(n) for n in tx.execute(sa.select(hosts.NODES))}
+    holds = {(a.consumer, a.provider) for a in tx.execute(sa.select(placement.ALLOCATIONS))}
+    sat = seats.of_providers(tx)
+    for provider, there in sat.items():
+        cpus = Counter(cpu for s in there.values() for cpu in s.cpus)
+        cpus.update(s for s in facts[provider].shared if s in cpus)
+        things = Counter((t.provider, t.address) for s in there.values() for t in s.devices if t.kind == "pci")
+        said += [f"{n} are on CPU {cpu} of {facts[provider].hypervisor_hostname}" for cpu, n in cpus.items() if n > 1]
+        said += [f"{n} have {at} of {facts[provider].hypervisor_hostname}" for at, n in things.items() if n > 1]
+        for room in rooms(facts[provider], there.values()):
+            said += [
+                f"{-n} pages of {kb} KiB too many are taken of {provider}" for kb, n in room.pages.items() if n < 0
+            ]
+        said += [f"{c} sits on {provider} and holds nothing of it" for c in there if (c, provider) not in holds]
+    seated = {c: seat for there in sat.values() for c, seat in there.items()}
+    for s in all:
+        here = machines.get(s.host or "", {})
+        if s.deleted_at is None and s.id in here and s.vm_state != VM.error and here[s.id] != seated.get(s.id):
+            said.append(f"{s.id} ({s.vm_state}) sits as {here[s.id]} on {s.host}, written is {seated.get(s.id)}")
+    for s in all:
+        guest = numa.guest(s.flavor.extra_specs, s.image.properties, s.flavor.vcpus, s.flavor.memory_mb)
+        wants_one = bool(s.host and s.deleted_at is None and (guest or s.flavor.aliases))
+        if wants_one and s.id not in seated:
+            said.append(f"{s.id} ({s.vm_state}) on {s.host} has no seat")
+        if s.id in seated and not (s.host and s.deleted_at is None):
+            said.append(f"{s.id} ({s.vm_state}) sits somewhere")
+    return said
 
 
 def undecided(tx: Tx) -> list[migrations.Migration]:

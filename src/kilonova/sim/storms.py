@@ -7,7 +7,7 @@ from typing import Any
 
 from kilonova.conductor import create, evacuate, live_migrate, resize
 from kilonova.kit.workflow import Step
-from kilonova.sim.world import CALM, FLAVOR, LARGE, Api, Faults, Sim
+from kilonova.sim.world import CALM, FLAVOR, LARGE, PINNED, Api, Faults, Sim
 from kilonova.store import servers
 
 VERBS: list[tuple[str, Any]] = [
@@ -62,7 +62,8 @@ class User:
         """`group`: a policy; the servers that name the same are in one group. `volume`: one is made with it, and goes
         with it; its "root" or another, "beside" that."""
         image = self.sim.image_id
-        wish: dict[str, Any] = {"name": name, "flavorRef": FLAVOR.id, "imageRef": image, "networks": "auto"}
+        flavor = PINNED if name.endswith(("3", "7")) else FLAVOR  # some have a CPU of their own
+        wish: dict[str, Any] = {"name": name, "flavorRef": flavor.id, "imageRef": image, "networks": "auto"}
         if volume == "beside":
             wish["block_device_mapping_v2"] = [ROOT | {"uuid": image}, BLANK]
         elif volume == "root":

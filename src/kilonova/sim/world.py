@@ -41,11 +41,12 @@ from kilonova.model.machine import Machine
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import catalog
-from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged, used
+from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged, seated, used
 
 BEGAN = 1_800_000_000.0
 FLAVOR = Flavor("small", "small", 1, 1024, 10)
 LARGE = Flavor("large", "large", 2, 1536, 10)
+PINNED = Flavor("pinned", "pinned", 1, 1024, 10, extra_specs={"hw:cpu_policy": "dedicated"})
 URL = "http://cloud.sim"
 PASSWORD = "of the simulator"
 QUIET = frozenset({"Report", "report", "turn"})  # these would drown the others
@@ -246,7 +247,8 @@ class Sim:
         left = {h.name: copies(h.state) for h in self.hosts.values() if not h.for_good}
         nics = {h.name: plugged(h.state) for h in self.hosts.values() if not h.for_good}
         disks = {h.name: used(h.state) for h in self.hosts.values() if not h.for_good}
-        return self.wrong + wrong(self.db, holds, copies=left, nics=nics, disks=disks)
+        sat = {h.name: seated(h.state) for h in self.hosts.values() if not h.for_good}
+        return self.wrong + wrong(self.db, holds, copies=left, nics=nics, disks=disks, sat=sat)
 
     def twins(self, id: str) -> None:
         """Two hosts that are both well must not run the same server."""
@@ -522,11 +524,11 @@ class Host(Process):
             self.state,
             clock=clock,
             dice=random.Random(sim.dice.getrandbits(64)),
-            options=options.Sim(cpus=4, memory_mb=4608, disk_gb=100),
+            options=options.Sim(cpus=6, memory_mb=4608, disk_gb=100),
             peers=sim.states,
         )
         driver.process = self
-        compute = msgspec.structs.replace(sim.config.compute, cpu_allocation_ratio=1.0)
+        compute = msgspec.structs.replace(sim.config.compute, cpu_allocation_ratio=1.0, cpu_dedicated_set="4-5")
         near = self.near(clock)
         self.host = ComputeHost(
             self.name,
@@ -681,6 +683,7 @@ def _template() -> Path:
     with db.tx() as tx:
         catalog.add_flavor(tx, FLAVOR, BEGAN)
         catalog.add_flavor(tx, LARGE, BEGAN)
+        catalog.add_flavor(tx, PINNED, BEGAN)
     (directory / "image").write_text(made.id)
     (directory / "user.json").write_bytes(
         msgspec.json.encode({"user_id": "user", "project_id": first.demo_project_id, "user_name": "user"})

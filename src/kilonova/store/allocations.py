@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid
 from kilonova.model.candidates import Inventory
-from kilonova.store.placement import ALLOCATIONS, CONSUMERS, INVENTORIES, MOVED, PROVIDERS
+from kilonova.store.placement import ALLOCATIONS, CONSUMERS, INVENTORIES, MOVED, PROVIDERS, in_order
 from kilonova.store.providers import RACE, UNKNOWN_PROVIDER, known_classes
 
 Held = Mapping[str, Mapping[str, int]]
@@ -55,7 +55,7 @@ def replace(tx: Tx, writes: Sequence[Write], now: float, *, whole: bool = False)
     known_classes(tx, {name for held in wanted.values() for amounts in held.values() for name in amounts})
     before = _held(tx, names)
     providers = {p for held in (*before.values(), *wanted.values()) for p in held}
-    for provider in sorted(providers):
+    for provider in in_order(tx, providers):
         if not tx.execute(MOVED, {"at": provider, "now": now}).rowcount:
             raise Invalid(
                 f"Allocation for resource provider '{provider}' that does not exist.",

@@ -67,6 +67,7 @@ def add_flavor(tx: Tx, flavor: Flavor, now: float) -> None:
         )
         raise Conflict(said)
     values = msgspec.structs.asdict(flavor) | {"extra_specs": _text(flavor.extra_specs), "created_at": now}
+    del values["aliases"]
     tx.execute(sa.insert(FLAVORS), values)
 
 
@@ -205,7 +206,7 @@ def refuse_flavor(tx: Tx, id: str, project_id: str) -> None:
 
 def _flavor(row: Any) -> Flavor:
     m = row._mapping
-    values = {f: m[f] for f in Flavor.__struct_fields__ if f != "extra_specs"}
+    values = {f: m[f] for f in Flavor.__struct_fields__ if f not in ("extra_specs", "aliases")}
     return Flavor(**values, extra_specs=msgspec.json.decode(m["extra_specs"]))
 
 

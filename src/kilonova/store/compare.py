@@ -61,7 +61,7 @@ def stuck(tx: Tx, before: float, most: int = 100) -> list[str]:
 
 def unowned(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
     """(consumer, provider) of claims for servers that are dead, or elsewhere, and that no run is at; and of moves that are over."""
-    return [(r.consumer, r.provider) for q in (UNOWNED, OVER) for r in tx.execute(q, {"most": most})]
+    return [(r.consumer, r.root) for q in (UNOWNED, OVER) for r in tx.execute(q, {"most": most})]
 
 
 def unclaimed(tx: Tx, most: int = 100) -> list[tuple[str, str]]:
@@ -194,10 +194,12 @@ MISCOUNTED = (
 )
 # Other services' consumers are theirs to care for.
 _instances = placement.CONSUMERS.c.type == "INSTANCE"
+_p = placement.PROVIDERS.c  # what is held of a provider under a host's is held of that host
 UNOWNED = ready(
-    sa.select(_a.consumer, _a.provider)
+    sa.select(_a.consumer, _p.root)
     .join(placement.CONSUMERS, placement.CONSUMERS.c.uuid == _a.consumer)
-    .outerjoin(_n.uuid.table, _n.uuid == _a.provider)
+    .join(placement.PROVIDERS, _p.uuid == _a.provider)
+    .outerjoin(_n.uuid.table, _n.uuid == _p.root)
     .outerjoin(servers.T, sa.and_(_t.id == _a.consumer, _t.deleted_at.is_(None)))
     .where(
         _instances,
@@ -209,8 +211,9 @@ UNOWNED = ready(
 )
 # A migration holds something of its source only while its user may decide, or that host must hear of an evacuation.
 OVER = (
-    sa.select(_a.consumer, _a.provider)
+    sa.select(_a.consumer, _p.root)
     .join(placement.CONSUMERS, placement.CONSUMERS.c.uuid == _a.consumer)
+    .join(placement.PROVIDERS, _p.uuid == _a.provider)
     .outerjoin(migrations.T, _m.uuid == _a.consumer)
     .where(
         placement.CONSUMERS.c.type == "MIGRATION",

@@ -337,7 +337,25 @@ def _learn_node(tx: Tx, r: Report, facts: HostFacts, disabled: bool, uuid: Calla
     traits = {*facts.traits, *({DISABLED} if disabled else ())}
     before = set() if old is None else {*_FACTS.decode(old.facts).traits, DISABLED}
     new = placement.offer(tx, id, facts.hypervisor_hostname, r.stocks, traits, now=now, before=before)
+    new |= _learn_devices(tx, id, facts, uuid, now)
     return new or old is None or _lasting(_FACTS.decode(old.facts)) != _lasting(facts)
+
+
+def _learn_devices(tx: Tx, node: str, facts: HostFacts, uuid: Callable[[], str], now: float) -> bool:
+    """A provider for each device, under its host's. One that is gone goes, or gives out nothing while somebody holds it."""
+    p = placement.PROVIDERS.c
+    known = {r.name: r.uuid for r in tx.execute(sa.select(p.name, p.uuid).where(p.root == node, p.parent == node))}
+    new, prefix = False, f"{facts.hypervisor_hostname}_"
+    for d in facts.devices:
+        name = f"{prefix}{d.address}"
+        traits = {*d.traits, "OWNER_NOVA", *(("COMPUTE_MANAGED_PCI_DEVICE",) if d.kind == "pci" else ())}
+        stock = Stock(d.resource_class, d.total, max_unit=d.total)
+        id = known.pop(name, None) or uuid()
+        new |= placement.offer(tx, id, name, [stock], traits, now=now, parent=node)
+    for name, id in known.items():
+        if name.startswith(prefix) and placement.PCI_ADDRESS.fullmatch(name.removeprefix(prefix)):
+            new |= placement.retire(tx, id, now)
+    return new
 
 
 def _lasting(facts: HostFacts) -> HostFacts:
@@ -627,6 +645,11 @@ def _service(r: Any) -> Service:
     m = r._mapping
     values = {f: m[f] for f in Service.__struct_fields__ if f != "speaks"}
     return Service(**values, speaks=_NAMES.decode(m["speaks"]))
+
+
+def facts_of(row: Any) -> HostFacts:
+    """Of a row of `NODES`."""
+    return _FACTS.decode(row.facts)
 
 
 def _text(value: Any) -> str:

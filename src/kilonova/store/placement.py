@@ -4,9 +4,11 @@ A provider's generation moves with every change to what it has or holds: whoever
 columns) sees by it that the copy is old.  A claim does not ask for a generation but for room: two servers that
 both fit need not quarrel.  `docs/decisions/the-claim-in-sql.md` says why a row is one class and not one provider.
 
-The order of locks is always the provider's row, its inventories, then the consumer: two orders are a deadlock.
+The order of locks is always the provider's row (a root's before those under it), its inventories, then the consumer:
+two orders are a deadlock.
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -75,6 +77,14 @@ CONSUMERS = sa.Table(
     sa.Column("changed_at", sa.Double, nullable=False),
     sa.Index("consumers_of_project", "project_id", "user_id"),
 )
+SEATS = sa.Table(  # what of a host is a consumer's alone (`store/seats.py`); goes with him
+    "seats",
+    meta,
+    sa.Column("consumer", sa.String(36), sa.ForeignKey("consumers.uuid", ondelete="CASCADE"), primary_key=True),
+    sa.Column("provider", sa.String(36), nullable=False),  # the host's own
+    sa.Column("seat", sa.Text, nullable=False),  # JSON
+    sa.Index("seats_of_provider", "provider"),
+)
 RESOURCE_CLASSES = sa.Table(  # CUSTOM_… only: the standard ones are a library's
     "resource_classes",
     meta,
@@ -138,13 +148,13 @@ def claim(
 
 
 def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -> bool:
-    """Give back what the consumer holds of `provider`, or everywhere. False: it held nothing; that is no error."""
+    """Give back what the consumer holds of `provider` and of those under it, or everywhere. False: it held nothing; that is no error."""
     mine = ALLOCATIONS.c.consumer == consumer
     if provider is not None:
-        mine &= ALLOCATIONS.c.provider == provider
+        mine &= ALLOCATIONS.c.provider.in_(sa.select(_p.uuid).where(_p.root == provider))
     held = _by_provider(tx.execute(sa.select(ALLOCATIONS).where(mine)))
     gave = False
-    for at in sorted(held):
+    for at in in_order(tx, held):
         _moved(tx, at, now)
         # Who was before us has deleted the rows; what we read without a lock does not count.
         still = ALLOCATIONS.c.consumer == consumer, ALLOCATIONS.c.provider == at
@@ -160,14 +170,16 @@ def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -
         if not tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left)).rowcount:
             again = sa.update(CONSUMERS).where(CONSUMERS.c.uuid == consumer)
             tx.execute(again.values(generation=CONSUMERS.c.generation + 1, changed_at=now))
+            tx.execute(sa.delete(SEATS).where(SEATS.c.consumer == consumer, SEATS.c.provider.in_(held)))
     return gave
 
 
 def claim_anyhow(tx: Tx, server: Server, provider: str, *, now: float) -> bool:
     """Write down what a server uses already, whether there is room for it or not. False: there is no such provider."""
-    wanted = amounts_of(server)
     if not tx.execute(MOVED, {"at": provider, "now": now}).rowcount:
         return False
+    there = set(tx.execute(sa.select(_i.resource_class).where(_i.provider == provider)).scalars())
+    wanted = {c: n for c, n in amounts_of(server).items() if c in there}
     tx.execute(_give(len(wanted)), {"at": provider} | _numbered({c: -n for c, n in wanted.items()}))
     who = {"project_id": server.project_id, "user_id": server.user_id, "type": "INSTANCE", "changed_at": now}
     _written(tx, server.id, provider, wanted, _known(tx, server.id, who, now))
@@ -175,7 +187,7 @@ def claim_anyhow(tx: Tx, server: Server, provider: str, *, now: float) -> bool:
 
 
 def move(tx: Tx, consumer: str, to: str, provider: str | None = None, *, now: float, type: str = "MIGRATION") -> None:
-    """Let another consumer hold what this one holds (of `provider`): sums stay, so nothing can be refused."""
+    """Let another consumer hold what this one holds (of `provider`), and sit where it sits: sums stay, so nothing can be refused."""
     mine = ALLOCATIONS.c.consumer == consumer
     if provider is not None:
         mine &= ALLOCATIONS.c.provider == provider
@@ -185,8 +197,23 @@ def move(tx: Tx, consumer: str, to: str, provider: str | None = None, *, now: fl
     tx.execute(sa.update(ALLOCATIONS).where(mine).values(consumer=to))
     who = {"project_id": owner.project_id, "user_id": owner.user_id, "type": type, "changed_at": now}
     _known(tx, to, who, now)
+    tx.execute(sa.update(SEATS).where(SEATS.c.consumer == consumer).values(consumer=to))
     left = sa.exists().where(ALLOCATIONS.c.consumer == consumer)
     tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left))
+
+
+def in_order(tx: Tx, providers: Collection[str]) -> list[str]:
+    """In the order in which everybody locks them: roots first, as a claim does that then sees what is under its root."""
+    if len(providers) < 2:
+        return list(providers)
+    found = tx.execute(sa.select(_p.uuid, _p.parent).where(_p.uuid.in_(list(providers))))
+    roots = {r.uuid for r in found if r.parent is None}
+    return sorted(providers, key=lambda at: (at not in roots, at))
+
+
+def lock(tx: Tx, provider: str, now: float) -> None:
+    """From now on nobody else claims of it, until this transaction ends. Raises NotFound."""
+    _moved(tx, provider, now)
 
 
 def _moved(tx: Tx, provider: str, now: float) -> None:
@@ -240,8 +267,9 @@ def offer(
     *,
     now: float,
     before: Iterable[str] = (),
+    parent: str | None = None,
 ) -> bool:
-    """Make the provider be, with these inventories and traits; what is held of them stays. True: something changed.
+    """Make the provider be, under its parent, with these inventories and traits; what is held of them stays. True: something changed.
 
     A class that is no longer offered goes when nobody holds any of it, and else has nothing left to give.  What others
     wrote on it stays: traits that were not offered (`before` are those of the last time), and classes that no host of ours tells of.
@@ -249,8 +277,8 @@ def offer(
     # The row is locked before its inventories, as by who claims; a report that says nothing new moves no generation.
     there = tx.execute(NAME_HELD, {"at": provider}).scalar()
     if there is None:
-        row = {"uuid": provider, "name": name, "generation": 0, "root": provider, "created_at": now, "changed_at": now}
-        tx.execute(sa.insert(PROVIDERS), row)
+        row = {"uuid": provider, "name": name, "generation": 0, "parent": parent, "root": parent or provider}
+        tx.execute(sa.insert(PROVIDERS), row | {"created_at": now, "changed_at": now})
     changed = _stocked(tx, provider, {s.resource_class: s for s in stocks})
     changed |= _marked(tx, provider, set(traits), set(before))
     if there is not None and (changed or there != name):
@@ -317,6 +345,22 @@ def withdraw(tx: Tx, provider: str) -> None:
     tx.execute(sa.delete(PROVIDERS).where(p.uuid.in_(all)))
 
 
+PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+
+
+def retire(tx: Tx, provider: str, now: float) -> bool:
+    """Remove a device that is gone; while somebody holds it, it gives out no more. True: something changed."""
+    try:
+        withdraw(tx, provider)
+        return True
+    except Conflict:
+        rest = _i.provider == provider, _i.reserved != _i.total
+        if not tx.execute(sa.update(INVENTORIES).where(*rest).values(reserved=_i.total)).rowcount:
+            return False
+        _moved(tx, provider, now)
+        return True
+
+
 # ---- views
 
 
@@ -369,7 +413,7 @@ def changes(tx: Tx, providers: Collection[str] | None = None, *, since: float | 
     A provider that has nothing has a row with nothing.
 
     (provider, generation, changed_at, resource_class, total, reserved, allocation_ratio, used, min_unit, max_unit,
-    step_size)
+    step_size, root, parent)
     """
     if since is not None:
         return tx.execute(CHANGES_SINCE, {"since": since})
@@ -460,6 +504,8 @@ CHANGES = sa.select(
     _i.min_unit,
     _i.max_unit,
     _i.step_size,
+    _p.root,
+    _p.parent,
 ).outerjoin(INVENTORIES, _i.provider == _p.uuid)
 CHANGES_SINCE = ready(CHANGES.where(_p.changed_at >= _b("since")))
 ALLOCATE = ready(sa.insert(ALLOCATIONS))

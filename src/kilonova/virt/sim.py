@@ -22,7 +22,7 @@ from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Aborted, NotFound, Refused, Trouble, Unsupported
 from kilonova.model.console import Kind, Where
 from kilonova.model.disks import file_of, on_file
-from kilonova.model.host import HostFacts
+from kilonova.model.host import Cell, HostDevice, HostFacts
 from kilonova.model.machine import (
     Disk,
     ImageSource,
@@ -37,6 +37,7 @@ from kilonova.model.machine import (
 from kilonova.model.options import Sim
 from kilonova.model.plan import connected_as
 from kilonova.model.rescue import rescued
+from kilonova.model.seat import Seat
 from kilonova.virt import sim_console
 from kilonova.virt.driver import Held, Power, Progress, Telling
 from kilonova.virt.sim_disk import contents, qcow2
@@ -252,6 +253,37 @@ def _uptime(up_s: float) -> str:
     return f"up {days} days, {minutes // 60 % 24:2d}:{minutes % 60:02d},  0 users,  load average: 0.00, 0.00, 0.00"
 
 
+def _cells(o: Sim) -> list[Cell]:
+    """As many CPUs in each as can be, the rest in the last; threads of a core are neighbours."""
+    each, found = max(1, o.cpus // o.cells), list[Cell]()
+    pages = {int(kb): n for kb, n in o.pages.items() if kb.isdecimal()}
+    for i in range(o.cells):
+        ids = list(range(i * each, o.cpus if i == o.cells - 1 else (i + 1) * each))
+        cores = [ids[at : at + o.threads] for at in range(0, len(ids), o.threads)]
+        found.append(Cell(len(ids), o.memory_mb // o.cells, pages, ids, cores if o.threads > 1 else []))
+    return found
+
+
+def _devices(o: Sim) -> list[HostDevice]:
+    """`CLASS`, `CLASS=n`, with `@cell` behind it."""
+    found = []
+    for slot, text in enumerate(o.devices, 1):
+        word, _, cell = text.partition("@")
+        name, _, n = word.partition("=")
+        address, total = f"0000:{slot:02x}:00.0", int(n or 1)
+        mdev = name.startswith("VGPU")
+        functions = (
+            [f"0000:{slot:02x}:{1 + i // 8:02x}.{i % 8}" for i in range(total)] if total > 1 and not mdev else []
+        )
+        found.append(
+            HostDevice(
+                address, name, total, "mdev" if mdev else "pci", functions, "sim-1" if mdev else "",
+                int(cell) if cell else None,
+            )
+        )  # fmt: skip
+    return found
+
+
 class SimDriver:
     """See `virt.driver`: all that a hypervisor can do. `name` is the hypervisor's; `peers` are those that its guests can be sent to."""
 
@@ -290,9 +322,11 @@ class SimDriver:
                 "arch": "x86_64",
                 "model": "sim",
                 "vendor": "none",
-                "topology": {"cores": o.cpus, "threads": 1, "sockets": 1},
+                "topology": {"cores": o.cpus // o.threads, "threads": o.threads, "sockets": 1},
             },
-            traits=TRAITS,
+            traits=[*TRAITS, "HW_CPU_HYPERTHREADING"] if o.threads > 1 else TRAITS,
+            cells=_cells(o),
+            devices=_devices(o),
             virt_type="sim",
             virt_why="it only exists in memory",
         )
@@ -843,6 +877,12 @@ def used(state: SimState) -> dict[str, list[str]]:
     """{server: the volumes that are its disks}: the same."""
     with state.lock:
         return {id: volumes_of(m.machine) for id, m in state.machines.items()}
+
+
+def seated(state: SimState) -> dict[str, Seat | None]:
+    """{server: what of the host is its alone}: the same."""
+    with state.lock:
+        return {id: m.machine.seat for id, m in state.machines.items()}
 
 
 def options(**said: object) -> Sim:

@@ -36,7 +36,7 @@ from kilonova.contracts.compute import Stats
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable, Unsupported
 from kilonova.model.console import Kind, Where
-from kilonova.model.host import HostFacts
+from kilonova.model.host import Cell, HostFacts
 from kilonova.model.machine import (
     Disk,
     ImageSource,
@@ -123,6 +123,7 @@ class LibvirtDriver:
         self.devices: dict[str, tuple[list[str], list[str]]] = {}  # by server: ids of ports, of volumes
         self.news: queue.SimpleQueue[tuple[str, Power] | None] = queue.SimpleQueue()
         self.abilities: machine_host.Abilities | None = None
+        self.cells: list[Cell] = []
         self.version = 0
         self.closing = threading.Event()
         self._sweep()
@@ -158,6 +159,7 @@ class LibvirtDriver:
             hypervisor_hostname=self.hostname,
             cpu_info=self.abilities.cpu_info,
             traits=self.abilities.traits,
+            cells=self.cells,
             virt_type=self.virt_type,
             virt_why=self.proof.why,
         )
@@ -183,6 +185,7 @@ class LibvirtDriver:
         with contextlib.suppress(self.lib.libvirtError):
             features = self._features(conn, text)
         self.version = machine_host.version(self.emulator)
+        self.cells = machine_host.cells(conn.getCapabilities(), machine_host.own_cpus())
         self.abilities = machine_host.abilities(text, features)
 
     def _features(self, conn: Any, capabilities: str) -> list[str]:

@@ -22,6 +22,8 @@ import os_traits
 
 from kilonova.kit.clock import Clock
 from kilonova.kit.errors import Unsupported
+from kilonova.model.host import Cell
+from kilonova.model.numa import SMALL_KB
 
 PATH = f"{os.environ.get('PATH', '')}:/usr/local/bin:/usr/bin:/bin:/usr/libexec"
 KVM = Path("/dev/kvm")
@@ -163,7 +165,11 @@ def memory_mb() -> int:
 
 def cpus() -> int:
     """Those we may use."""
-    return len(os.sched_getaffinity(0))
+    return len(own_cpus())
+
+
+def own_cpus() -> set[int]:
+    return os.sched_getaffinity(0)
 
 
 def disk_gb(directory: Path) -> tuple[int, int]:
@@ -207,6 +213,24 @@ def abilities(capabilities: str, features: list[str]) -> Abilities:
     known = set(os_traits.get_traits())
     models = [m.text or "" for m in root.iterfind("cpu/mode[@name='custom']/model") if m.get("usable") == "yes"]
     return Abilities(info, sorted(traits & known), models)
+
+
+def cells(capabilities: str, may: set[int]) -> list[Cell]:
+    """The host's NUMA nodes, out of `virConnectGetCapabilities`: as far as we may use their CPUs."""
+    root = ElementTree.fromstring(capabilities)  # noqa: S314  (libvirt's own output)
+    found = []
+    for cell in root.iterfind("host/topology/cells/cell"):
+        cores: dict[str, list[int]] = {}
+        for cpu in cell.iterfind("cpus/cpu"):
+            number = int(cpu.get("id", "0"))
+            if number in may:
+                cores.setdefault(cpu.get("siblings") or str(number), []).append(number)
+        ids = sorted(cpu for core in cores.values() for cpu in core)
+        pages = {int(p.get("size", "0")): int(p.text or 0) for p in cell.iterfind("pages") if p.get("unit") == "KiB"}
+        large = {kb: n for kb, n in pages.items() if kb > SMALL_KB}
+        siblings = sorted(cores.values()) if any(len(core) > 1 for core in cores.values()) else []
+        found.append(Cell(len(ids), int(cell.findtext("memory", "0")) // 1024, large, ids, siblings))
+    return found
 
 
 def host_model(capabilities: str) -> str:

@@ -15,8 +15,8 @@ import msgspec
 
 from kilonova.kit.errors import Refused
 from kilonova.model.machine import Disk, Machine, Nic
-
-Element = ElementTree.Element
+from kilonova.virt.libvirt.elements import Element, element
+from kilonova.virt.libvirt.seat import guest_cells, host_devices, seated
 
 NAMESPACE = "urn:kilonova:server:1"
 QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -93,6 +93,7 @@ def domain_xml(machine: Machine, at: Place) -> str:
             _metadata(machine, at),
             element("memory", str(machine.memory_mb), unit="MiB"),
             element("vcpu", str(machine.vcpus), placement="static"),
+            *seated(machine),
             _sysinfo(machine),
             _os(machine, kind),
             _features(machine, at),
@@ -137,14 +138,6 @@ def socket_of(description: str, kind: str) -> str:
     where = {"vnc": "graphics[@type='vnc']/listen[@type='socket']", "serial": "serial[@type='unix']/source"}[kind]
     found = None if devices is None else devices.find(where)
     return "" if found is None else found.get("socket") or found.get("path") or ""
-
-
-def element(tag: str, text: str | None = None, /, *children: Element, **attributes: str) -> Element:
-    """Attributes that are "" are left out; a trailing underscore is for names that are Python's."""
-    made = Element(tag, {k.rstrip("_"): v for k, v in attributes.items() if v})
-    made.text = text
-    made.extend(children)
-    return made
 
 
 # ---- what it is
@@ -206,6 +199,7 @@ def _cpu(machine: Machine, at: Place) -> list[Element]:
         if sockets * cores * threads != machine.vcpus:
             raise Refused(f"{machine.vcpus} CPUs cannot be {sockets} sockets of {cores} cores of {threads} threads.")
         topology = [element("topology", sockets=str(sockets), cores=str(cores), threads=str(threads))]
+    topology += guest_cells(machine)
     if at.cpu_mode == "none":
         return [element("cpu", None, *topology)] if topology else []
     if at.cpu_mode == "custom":
@@ -233,6 +227,7 @@ def _devices(machine: Machine, at: Place, kind: str) -> Element:
     if at.config_drive:
         made.append(_config_drive(machine, at, kind))
     made.extend([_nic(nic, at) for nic in machine.nics if nic.vif_type != "user"])
+    made.extend(host_devices(machine))
     made.append(_serial(at))
     if machine.properties.get("hw_qemu_guest_agent", "").lower() in ("yes", "true", "1", "on"):
         made.append(
@@ -253,7 +248,8 @@ def _controllers(machine: Machine, at: Place, kind: str) -> list[Element]:
     """On a PCIe machine a slot for later must be there from the start; measured, 16 of them cost a boot nothing."""
     made = []
     if "q35" in kind or kind == "virt" or kind.startswith("virt-"):
-        taken = len(machine.disks) + len(machine.nics) + 4  # config drive, rng, balloon, agent
+        devices = len(machine.seat.devices) if machine.seat else 0
+        taken = len(machine.disks) + len(machine.nics) + devices + 4  # config drive, rng, balloon, agent
         made.append(element("controller", type="pci", index="0", model="pcie-root"))
         made.extend(element("controller", type="pci", model="pcie-root-port") for _ in range(taken + at.spare_slots))
     buses = {disk.bus for disk in machine.disks}
