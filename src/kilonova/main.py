@@ -17,7 +17,7 @@ COMMANDS = {
     "status": "is it up, where, and how is it",
     "db": "its schema, step by step; a copy in another database; what is long dead goes",
     "doctor": "is all as it must be, in the tables, on the hosts, at the neighbours; --mend puts right what is not",
-    "hosts": "what they have, what is used of it, and why a server would not go there",
+    "hosts": "what they have and use, why a server would not go there; drain and balance them",
     "sim": "a whole cloud in one thread, on virtual time, from a seed, with faults",
     "config": "what can be chosen, and what was",
     "test": "test everything, or a part",

@@ -1,10 +1,12 @@
 """`kilonova hosts`: what hosts have, use and have left; `kilonova hosts why FLAVOR`: where such a server could live.
 
-It reads the cloud's database, whether the cloud is up or not.
+Both read the cloud's database, whether the cloud is up or not.  `drain HOST` and `balance` speak to its APIs.
 """
 
 import argparse
+import os
 import random
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +16,12 @@ import msgspec
 
 from kilonova.api.topology import made_of
 from kilonova.cli import config as configuration
-from kilonova.cli import database
-from kilonova.kit.clock import WallClock
+from kilonova.cli import database, drain
+from kilonova.cli.client import Client
+from kilonova.cli.state import StateDir, is_home
+from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, Tx
-from kilonova.kit.errors import Invalid
+from kilonova.kit.errors import Invalid, NotFound
 from kilonova.model import wants
 from kilonova.model.ask import Ask
 from kilonova.model.flavor import Flavor
@@ -30,9 +34,21 @@ USUAL = ("VCPU", "MEMORY_MB", "DISK_GB")
 
 
 def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """0; of `why`, 1 when there is no host for it."""
-    parser.add_argument("what", nargs="?", choices=["list", "why"], default="list", help="%(choices)s (%(default)s)")
-    parser.add_argument("flavor", nargs="?", metavar="FLAVOR", help="of the server that is asked about: name or id")
+    """0; of `why`, 1 when there is no host for it; of `drain`, 1 when some servers stay, 130 when it was stopped."""
+    parser.add_argument(
+        "what", nargs="?", choices=["list", "why", "drain", "balance"], default="list", help="%(choices)s (%(default)s)"
+    )
+    parser.add_argument(
+        "about", nargs="?", metavar="FLAVOR|HOST", help="why: of the server that is asked about; drain: the host"
+    )
+    parser.add_argument("--plan", action="store_true", help="drain: only say what would be done")
+    parser.add_argument("--yes", action="store_true", help="drain: do it without asking")
+    parser.add_argument("--live-only", action="store_true", help="drain: turn nothing off that runs")
+    parser.add_argument("--at-once", type=int, default=2, metavar="N", help="drain: moves at a time (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=1800, metavar="S", help="drain: for one move (%(default)s s)")
+    parser.add_argument(
+        "--url", metavar="URL", help="drain, balance: of a cloud elsewhere; OS_PASSWORD is its password"
+    )
     parser.add_argument("--zone", metavar="ZONE", help="it shall be in this availability zone")
     parser.add_argument("--host", metavar="HOST", help="it shall be there")
     parser.add_argument("--project", default="", metavar="ID", help="whose it is")
@@ -43,8 +59,12 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--config", type=Path, metavar="FILE", help="read this file instead of the usual ones")
     chosen = parser.parse_args(words)
-    if (chosen.what == "why") != (chosen.flavor is not None):
-        parser.error("hosts why FLAVOR")
+    if (chosen.what in ("why", "drain")) != (chosen.about is not None):
+        parser.error("hosts why FLAVOR, hosts drain HOST")
+    if chosen.what == "drain":
+        return _drain(chosen)
+    if chosen.what == "balance":
+        return _balance(chosen)
     config = configuration.read(chosen.config, {})
     db = database.opened(config, chosen.state_dir)
     try:
@@ -125,7 +145,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def _why(db: Db, config: Config, chosen: argparse.Namespace) -> int:
     with db.read() as tx:
-        flavor = _flavor(tx, chosen.flavor)
+        flavor = _flavor(tx, chosen.about)
     down = config.compute.host_down_after_s
     scheduler = Scheduler(
         db,
@@ -181,3 +201,68 @@ def _ask(config: Config, flavor: Flavor, chosen: argparse.Namespace) -> Ask:
         vcpus=flavor.vcpus,
         memory_mb=flavor.memory_mb,
     )
+
+
+# ---- drain, balance
+
+
+def _client(chosen: argparse.Namespace) -> Client:
+    """An administrator of the cloud that is up in the directory, or of the one at `--url`. Raises NotFound, Unknown."""
+    if chosen.url:
+        client = Client(chosen.url, os.environ.get("OS_PASSWORD", ""), user=os.environ.get("OS_USERNAME", "admin"))
+    else:
+        now = StateDir(chosen.state_dir).running() if is_home(chosen.state_dir) else None
+        if now is None:
+            raise NotFound(f"No cloud is up in {chosen.state_dir}.")
+        client = Client(now.url, StateDir(chosen.state_dir).secrets(Ids()).admin_password)
+    client.login()
+    return client
+
+
+def _drain(chosen: argparse.Namespace) -> int:
+    """The plan first; then, with a yes, the deed."""
+    client, host = _client(chosen), chosen.about
+    drain.service_of(client, host)
+    moves = drain.planned(drain.servers_on(client, host))
+    if chosen.json and chosen.plan:
+        print(msgspec.json.encode([m._asdict() for m in moves]).decode())
+        return 0
+    print(f"{host} has {len(moves)} server{'s' * (len(moves) != 1)}; it is disabled, so that no other comes.")
+    for m in moves:
+        print(f"  {m.name} ({m.id}) {drain.WORDS[m.way]}{f': {m.why}' if m.why else ''}")
+    if chosen.plan:
+        return 0
+    if not chosen.yes and input("Shall it be done? [y/N] ").strip().lower() not in ("y", "yes"):
+        return 1
+    do = drain.Drain(
+        client,
+        host,
+        say=lambda text: print(text, flush=True),
+        pause=time.sleep,
+        at_once=max(1, chosen.at_once),
+        patience_s=chosen.timeout,
+        cold=not chosen.live_only,
+    )
+    return drain.drained(do)
+
+
+def _balance(chosen: argparse.Namespace) -> int:
+    """A report: nothing is moved."""
+    client = _client(chosen)
+    all = drain.loads(client)
+    shifts = drain.evened(all, {load.host: drain.servers_on(client, load.host) for load in all})
+    if chosen.json:
+        shown = {
+            "hosts": {load.host: round(load.full, 4) for load in all},
+            "moves": [{"server": s.server.id, "name": s.server.name, "from": s.of, "to": s.to} for s in shifts],
+        }
+        print(msgspec.json.encode(shown).decode())
+        return 0
+    print(table([["host", "full"], *([load.host, f"{load.full:.0%}"] for load in sorted(all, key=lambda x: -x.full))]))
+    print()
+    print("Moves that would even it out:" if shifts else "No move would even it out by much.")
+    for s in shifts:
+        print(
+            f"  openstack server migrate --live-migration --host {s.to} {s.server.id}  # {s.server.name}, from {s.of}"
+        )
+    return 0
