@@ -1,0 +1,19 @@
+"""Seats: say what for."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "before_0002_seats", "before_0001_first"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "seats",
+        sa.Column("consumer", sa.String(length=36), nullable=False),
+        sa.Column("provider", sa.String(length=36), nullable=False),
+        sa.Column("seat", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(["consumer"], ["consumers.uuid"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("consumer"),
+    )
+    with op.batch_alter_table("seats", schema=None) as batch_op:
+        batch_op.create_index("seats_of_provider", ["provider"], unique=False)
