@@ -1,4 +1,4 @@
-"""Seats: say what for."""
+"""What of its host is a server's alone: CPUs, pages, devices."""
 
 import sqlalchemy as sa
 from alembic import op
