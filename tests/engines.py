@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def free_port() -> int:
@@ -110,61 +113,95 @@ def rabbit(directory: Path) -> Iterator[Rabbit]:
         one.close()
 
 
+class Postgres:
+    """A database that can be stopped and started again, at the same address."""
+
+    def __init__(self, directory: Path) -> None:
+        self.data, self.bin = directory / "data", max(Path("/usr/lib/postgresql").glob("*/bin"))
+        directory.mkdir(parents=True, exist_ok=True)
+        # It refuses root; in a user namespace root is somebody else, and files stay root's.
+        self.other = ["unshare", "-U", "--map-user=1000", "--map-group=1000"] if os.geteuid() == 0 else []
+        if not self.data.exists():
+            words = ["-A", "trust", "-U", "kilonova", "-E", "UTF8", "-N", "-D", str(self.data)]
+            subprocess.run([*self.other, str(self.bin / "initdb"), *words], check=True, **QUIET)
+        self.port = free_port()
+        self.url = f"postgresql+psycopg://kilonova@127.0.0.1:{self.port}/postgres"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        words = ["-D", str(self.data), "-h", "127.0.0.1", "-p", str(self.port), "-k", ""]
+        words += ["-c", "max_connections=300", "-c", "fsync=off"]  # processes are killed in tests, machines are not
+        self.process = subprocess.Popen(
+            [*self.other, str(self.bin / "postgres"), *words],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            **QUIET,
+        )
+        waited(lambda: answers(self.port), 30, "PostgreSQL answers")
+
+    def stop(self) -> None:
+        """Its connections are cut."""
+        if self.process is not None:
+            ended(self.process, signal.SIGINT)
+            self.process = None
+
+
+class MariaDb:
+    """The same of MariaDB."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.data, self.port = directory, directory / "data", free_port()
+        self.root = ["--user=root"] if os.geteuid() == 0 else []
+        directory.mkdir(parents=True, exist_ok=True)
+        if not self.data.exists():
+            how = [
+                "--no-defaults", f"--datadir={self.data}", "--auth-root-authentication-method=normal", "--skip-test-db",
+            ]  # fmt: skip
+            subprocess.run(["mariadb-install-db", *how, *self.root], check=True, **QUIET)
+        self.url = f"mysql+pymysql://kilonova@127.0.0.1:{self.port}/kilonova?charset=utf8mb4"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        words = [
+            "--no-defaults", f"--datadir={self.data}", f"--socket={self.directory}/s",
+            f"--pid-file={self.directory}/pid", "--bind-address=127.0.0.1", f"--port={self.port}",
+            "--max-connections=300", "--innodb-flush-log-at-trx-commit=2", "--skip-innodb-doublewrite", *self.root,
+        ]  # fmt: skip
+        server = shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin") or "mariadbd"
+        self.process = subprocess.Popen([server, *words], start_new_session=True, stdin=subprocess.DEVNULL, **QUIET)
+        waited(lambda: answers(self.port), 30, "MariaDB answers")
+        client = ["mariadb", "--no-defaults", f"--socket={self.directory}/s", "-u", "root", "-e"]
+        for what in (
+            "CREATE DATABASE IF NOT EXISTS kilonova CHARACTER SET utf8mb4",
+            "CREATE USER IF NOT EXISTS 'kilonova'@'127.0.0.1'; GRANT ALL ON *.* TO 'kilonova'@'127.0.0.1'",
+        ):
+            subprocess.run([*client, what], check=True, **QUIET)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            ended(self.process)
+            self.process = None
+
+
+@contextmanager
+def served(made: Callable[[Path], "Postgres | MariaDb"], directory: Path) -> Iterator["Postgres | MariaDb"]:
+    one = made(directory)
+    try:
+        one.start()
+        yield one
+    finally:
+        one.stop()
+
+
 @contextmanager
 def postgres(directory: Path) -> Iterator[str]:
     """SQLAlchemy's URL of an empty database."""
-    data, bin = directory / "data", max(Path("/usr/lib/postgresql").glob("*/bin"))
-    directory.mkdir(parents=True, exist_ok=True)
-    # It refuses root; in a user namespace root is somebody else, and files stay root's.
-    other = ["unshare", "-U", "--map-user=1000", "--map-group=1000"] if os.geteuid() == 0 else []
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    if not data.exists():
-        subprocess.run(
-            [*other, str(bin / "initdb"), "-A", "trust", "-U", "kilonova", "-E", "UTF8", "-N", "-D", str(data)],
-            check=True,
-            **quiet,
-        )
-    port = free_port()
-    words = ["-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", ""]
-    words += ["-c", "max_connections=300", "-c", "fsync=off"]  # processes are killed in tests, machines are not
-    process = subprocess.Popen(
-        [*other, str(bin / "postgres"), *words], start_new_session=True, stdin=subprocess.DEVNULL, **quiet
-    )
-    try:
-        waited(lambda: answers(port), 30, "PostgreSQL answers")
-        yield f"postgresql+psycopg://kilonova@127.0.0.1:{port}/postgres"
-    finally:
-        ended(process, signal.SIGINT)
+    with served(Postgres, directory) as one:
+        yield one.url
 
 
 @contextmanager
 def mariadb(directory: Path) -> Iterator[str]:
     """SQLAlchemy's URL of an empty database."""
-    data, port = directory / "data", free_port()
-    directory.mkdir(parents=True, exist_ok=True)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    if not data.exists():
-        how = ["--no-defaults", f"--datadir={data}", "--auth-root-authentication-method=normal", "--skip-test-db"]
-        subprocess.run(
-            ["mariadb-install-db", *how, *(["--user=root"] if os.geteuid() == 0 else [])], check=True, **quiet
-        )
-    words = [
-        "--no-defaults", f"--datadir={data}", f"--socket={directory}/s", f"--pid-file={directory}/pid",
-        "--bind-address=127.0.0.1", f"--port={port}", "--max-connections=300",
-        "--innodb-flush-log-at-trx-commit=2", "--skip-innodb-doublewrite",
-        *(["--user=root"] if os.geteuid() == 0 else []),
-    ]  # fmt: skip
-    server = shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin") or "mariadbd"
-    process = subprocess.Popen([server, *words], start_new_session=True, stdin=subprocess.DEVNULL, **quiet)
-    try:
-        waited(lambda: answers(port), 30, "MariaDB answers")
-        client = ["mariadb", "--no-defaults", f"--socket={directory}/s", "-u", "root", "-e"]
-        subprocess.run([*client, "CREATE DATABASE IF NOT EXISTS kilonova CHARACTER SET utf8mb4"], check=True, **quiet)
-        subprocess.run(
-            [*client, "CREATE USER IF NOT EXISTS 'kilonova'@'127.0.0.1'; GRANT ALL ON *.* TO 'kilonova'@'127.0.0.1'"],
-            check=True,
-            **quiet,
-        )
-        yield f"mysql+pymysql://kilonova@127.0.0.1:{port}/kilonova?charset=utf8mb4"
-    finally:
-        ended(process)
+    with served(MariaDb, directory) as one:
+        yield one.url

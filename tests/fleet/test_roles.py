@@ -8,23 +8,25 @@ import time
 import pytest
 
 from kilonova.kit.db import Db
-from tests.engines import mariadb, postgres, rabbit
-from tests.fleet.fleet import ROOT, Fleet, FleetClient, fleet
+from tests.engines import MariaDb, Postgres
+from tests.fleet.faults import Cloud, Storm, cloud_of, table, told
+from tests.fleet.fleet import ROOT, Fleet, FleetClient
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[postgres, mariadb], ids=["postgres", "mariadb"])
-def cloud(request, tmp_path_factory):
-    """Two APIs, two conductors, three hosts; on PostgreSQL also two schedulers of their own."""
-    home = tmp_path_factory.mktemp("fleet")
-    schedulers = 2 if request.param is postgres else 0
-    with (
-        request.param(home / "db") as url,
-        rabbit(home / "mq") as broker,
-        fleet(home / "fleet", url, broker, schedulers=schedulers) as one,
-    ):
+@pytest.fixture(scope="module", params=[Postgres, MariaDb], ids=["postgres", "mariadb"])
+def whole(request, tmp_path_factory):
+    """Two APIs, two conductors, three hosts, and what they stand on; on PostgreSQL also two schedulers of their own."""
+    with cloud_of(
+        tmp_path_factory.mktemp("fleet"), request.param, schedulers=2 if request.param is Postgres else 0
+    ) as one:
         yield one
+
+
+@pytest.fixture
+def cloud(whole: Cloud) -> Fleet:
+    return whole.fleet
 
 
 @pytest.fixture
@@ -200,3 +202,24 @@ def test_a_host_that_comes_back_finds_that_its_servers_live_elsewhere(
     client.delete(f"/compute/v2.1/servers/{id}")
     client.until(id, "")
     cloud.wait(lambda: len(cloud.hosts_up()) == 3, 30, "all hosts are back")
+
+
+# Each costs some ten seconds; all of them, for as long as you like, are `python tests/fleet/faults.py`.
+FEW = {
+    Postgres: ["kill -9 of a conductor", "no broker for 5 s"],
+    MariaDb: ["kill -9 of a host", "the database starts anew after 3 s"],
+}
+
+
+def test_what_breaks_under_load_leaves_nothing_stuck_and_nothing_behind(
+    whole: Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    db, storm = Db(whole.database.url, threads=2), Storm(whole, seed=1)
+    try:
+        tallies = told(storm, db, FEW[type(whole.database)])
+        with capsys.disabled():
+            print(f"\n{table(tallies)}")
+        assert [line for t in tallies for line in t.stuck + t.leaked + t.answers] == []
+        assert storm.cleared(db) == []
+    finally:
+        db.close()

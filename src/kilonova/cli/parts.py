@@ -21,7 +21,7 @@ from kilonova.kit import log as logs
 from kilonova.kit.ask import WholeBus
 from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Clock, Ids, WallClock
-from kilonova.kit.db import Db
+from kilonova.kit.db import Db, ill
 from kilonova.kit.errors import Invalid, Refused
 from kilonova.kit.health import Metrics
 from kilonova.kit.http import Service
@@ -54,7 +54,7 @@ class Process:
 
     def open(self, name: str, service: Service) -> Service:
         """From now on it is a service of this process, at `/name`."""
-        service.observe = self.metrics.observer(name)
+        service.observe, service.ill = self.metrics.observer(name), ill
         if self.db.sqlite:
             service.turns = self.turns
         self.doors[name] = service

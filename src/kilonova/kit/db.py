@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 
-from kilonova.kit.errors import Invalid
+from kilonova.kit.errors import Invalid, Unavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,6 +121,13 @@ class Db:
                 raise Invalid("A value is too long, too large, or has a character that cannot be kept.", why=why) from e
 
         return counted
+
+
+def ill(e: Exception) -> Unavailable | None:
+    """What the database's own trouble is to somebody who asked us for something; None: it is none of the database's."""
+    if not isinstance(e, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError):
+        return None
+    return Unavailable("The database cannot be used now; try again.", why=f"{type(e).__name__}: {e}")
 
 
 def claim(tx: Tx, statement: sa.Update, parameters: dict[str, Any] | None = None) -> bool:

@@ -194,6 +194,8 @@ class Service:
         self.authenticate, self.policy, self.ids, self.versions = authenticate, policy, ids, versions
         self.max_body_bytes, self.link_prefix = max_body_bytes, link_prefix.rstrip("/")
         self.observe, self.stopwatch = observe, stopwatch
+        # What somebody else's error means to a caller; None: that it is ours.
+        self.ill: Callable[[Exception], Trouble | None] = lambda e: None
         self.turns: AbstractContextManager[Any] | None = (
             None  # for who reads; re-entrant: a service may ask its neighbour
         )
@@ -483,6 +485,9 @@ class Service:
             return
         if isinstance(e, Trouble | Ended):
             self._fault(req, resp, e)
+            return
+        if (trouble := self.ill(e)) is not None:
+            self._fault(req, resp, trouble)
             return
         place = req.uri_template or ""
         where = place if "token" in place else req.path  # a token may stand in the path itself
