@@ -17,7 +17,10 @@ from kilonova.api import policies
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World
 from kilonova.cli import measures
-from kilonova.cli.parts import Companions, Everybody, Hosts, Process, carriers_of, login_of
+from kilonova.cli.companions import Companions, Everybody
+from kilonova.cli.compute import Hosts, ground_of
+from kilonova.cli.doors import Doors
+from kilonova.cli.process import Process, carriers_of, login_of
 from kilonova.cli.state import Secrets, StateDir
 from kilonova.clients import Carrier, Compute, Inside, Outside, RemoteIdentity, Session, neighbours
 from kilonova.companions import identity, network, volume
@@ -95,16 +98,15 @@ class Cloud:
         roles: frozenset[str] = ALL,
     ) -> None:
         self.config, self.state, self.secrets, self.url, self.roles = config, state, secrets, url, roles
-        self.process = p = Process(config, state, None if roles <= {"compute"} else lambda: open_db(config, state))
+        self.process = p = Process(config, state)
+        self.db = open_db(config, state)
+        self.doors = Doors(p, self.db)
         self.clock, self.ids, self.metrics, self.bus, self.name = p.clock, p.ids, p.metrics, p.bus, p.name
-        self.doors = p.doors
         self.outbox = Outbox(config.notifications, ids=p.ids, me=p.name)
-        if p.has_db:
-            self.db = p.db
-            if self.outbox.on:
-                p.db.listen(self.outbox.happened)
+        if self.outbox.on:
+            self.db.listen(self.outbox.happened)
         self.whole = roles >= ALL
-        self.ground = _ground(config, state) if "compute" in roles else None
+        self.ground = ground_of(config, state) if "compute" in roles else None
 
         self.companions = self._companions() if "companions" in roles else None
         carriers = self.companions.carriers if self.companions else carriers_of(config)
@@ -116,19 +118,19 @@ class Cloud:
             else RemoteIdentity(self.neighbours.identity, p.clock, config.identity.token_cache_s)
         )
         if "placement" in roles:
-            inventory = placement.World(p.db, p.clock, p.ids, config.placement)
-            p.open("placement", placement.make_service(inventory, self.gate, config.policy.file))
+            inventory = placement.World(self.db, p.clock, p.ids, config.placement)
+            self.doors.open("placement", placement.make_service(inventory, self.gate, config.policy.file))
         self.metadata: Wsgi | None = None
         if "metadata" in roles:
             self.metadata = metadata_service(
-                p.db, self.neighbours.network, config, clock=p.clock, ids=p.ids, secret=secrets.metadata_secret
+                self.db, self.neighbours.network, config, clock=p.clock, ids=p.ids, secret=secrets.metadata_secret
             )
         self.wires = _wires(self.ground, self.metadata, secrets, p.clock, state) if self.metadata else None
         if self.wires is not None and self.companions is not None and self.companions.networks.apart:
             self.wires.serve_programs(state.metadata, self._project_of)
 
         if roles & {"api", "companions", "conductor"}:
-            p.db.run(_furnish, p.clock.now())
+            self.db.run(_furnish, p.clock.now())
         self.scheduler: Scheduler | SchedulerRole | None = None
         self.asker = Asker(p.bus, clock=p.clock, ids=p.ids) if roles & {"api", "conductor"} else None
         self.conductor = self._conductor() if "conductor" in roles else None
@@ -144,7 +146,7 @@ class Cloud:
             self.hosts = Hosts(p, self.neighbours.image, self.ground, before=before, alone=not self.whole)
 
         self.health = Health(p.metrics, alive=self._checks(alive=True), ready=self._checks(alive=False))
-        apps: dict[str, Wsgi] = {f"/{name}": app for name, app in p.doors.items()}
+        apps: dict[str, Wsgi] = {f"/{name}": app for name, app in self.doors.services.items()}
         if self.metadata is not None:
             apps["/metadata"] = self.metadata
         door = Mount(apps, self.health)
@@ -186,8 +188,7 @@ class Cloud:
         if self.wires is not None:
             self.wires.close()
         self.bus.close()
-        if self.process.has_db:
-            self.db.close()
+        self.db.close()
 
     @property
     def driver(self) -> Driver | None:
@@ -198,7 +199,7 @@ class Cloud:
     def _companions(self) -> Companions:
         services = None if self.whole else _services(self.config)
         wires, apart = self._wires_of_hosts()
-        return Companions(self.process, self.secrets, self.url, services=services, wires=wires, apart=apart)
+        return Companions(self.doors, self.secrets, self.url, services=services, wires=wires, apart=apart)
 
     def _wires_of_hosts(self) -> tuple[dict[str, Callable[..., None]] | None, Container[str]]:
         """On this machine there is one host, with a data plane or by QEMU alone; simulated ones have none.
@@ -217,7 +218,7 @@ class Cloud:
         p, config = self.process, self.config
         return Conductor(
             f"{self._called}-conductor",
-            p.db,
+            self.db,
             p.bus,
             self.neighbours,
             self._asked_over_the_bus if self._apart else self._own_scheduler().choose,
@@ -239,7 +240,7 @@ class Cloud:
     def _own_scheduler(self) -> Scheduler:
         p, config = self.process, self.config
         self.scheduler = Scheduler(
-            p.db,
+            self.db,
             clock=p.clock,
             dice=random.Random(),
             options=config.scheduler,
@@ -257,7 +258,7 @@ class Cloud:
         p = self.process
         return SchedulerRole(
             f"{self._called}-scheduler",
-            p.db,
+            self.db,
             p.bus,
             self._own_scheduler(),
             clock=p.clock,
@@ -269,23 +270,23 @@ class Cloud:
     def _api(self) -> None:
         p, config = self.process, self.config
         assert self.asker is not None
-        ends = Ends(p.db, p.clock)
+        ends = Ends(self.db, p.clock)
         if self.conductor is not None:
             self.conductor.engine.ended = ends.told
         world = World(
-            p.db,
+            self.db,
             p.clock,
             p.ids,
             config,
             self.neighbours,
-            HostBook(p.db, p.clock, config),
+            HostBook(self.db, p.clock, config),
             self._wake,
             self.asker.ask,
             ends.wait,
             outbox=self.outbox,
             console_url=self.console_url,
         )
-        p.open("compute", compute_api.service(world, self.gate, policy_file=config.policy.file))
+        self.doors.open("compute", compute_api.service(world, self.gate, policy_file=config.policy.file))
 
     def _wake(self, run: str) -> None:
         """This run was begun, and is committed. A hint."""
@@ -296,7 +297,7 @@ class Cloud:
 
     def _tell_of(self, companions: Companions) -> None:
         """Companions tell the Compute API of what became of volumes, and servers of what became of their addresses."""
-        compute = self.doors.get("compute")
+        compute = self.doors.services.get("compute")
         carrier: Carrier = (
             Inside(compute, f"{self.url}/compute") if compute else Outside(_services(self.config)["compute"])
         )
@@ -314,10 +315,10 @@ class Cloud:
 
     def _proxy(self, consoles: socket.socket) -> Proxy:
         p, config = self.process, self.config
-        compute = self.doors.get("compute")
+        compute = self.doors.services.get("compute")
         policy = compute.policy if compute else Policy(policies.RULES, config.policy.file)
-        tail = Tail(p.db, p.clock, self.gate, policy.allows, most=config.console.connections_max)
-        return Proxy(p.db, consoles, clock=p.clock, options=config.console, tail=tail)
+        tail = Tail(self.db, p.clock, self.gate, policy.allows, most=config.console.connections_max)
+        return Proxy(self.db, consoles, clock=p.clock, options=config.console, tail=tail)
 
     def _wired(self) -> None:
         if self.wires is not None and self.companions is not None:
@@ -332,11 +333,9 @@ class Cloud:
     # ---- health
 
     def _checks(self, *, alive: bool) -> dict[str, Check]:
-        found: dict[str, Check] = {}
-        if self.process.has_db:
-            found["database"] = self._database
-        if not alive and self.process.on_wire and self.roles & {"api", "conductor", "scheduler", "compute"}:
-            found["bus"] = lambda: "" if getattr(self.bus, "up", True) else "The broker cannot be reached."
+        found: dict[str, Check] = {"database": self._database}
+        if not alive and self.process.on_wire and self.roles & {"api", "conductor", "scheduler"}:
+            found["bus"] = self.process.broker_trouble
         if not alive and self.hosts is not None:
             found["hosts"] = self._hosts
         return found
@@ -347,12 +346,10 @@ class Cloud:
         return ""
 
     def _hosts(self) -> str:
-        """Ready when a server could be placed somewhere; a host alone, when it works."""
+        """Ready when a server could be placed somewhere."""
         assert self.hosts is not None
         if self.hosts.failed:
             return self.hosts.failed
-        if not self.process.has_db:
-            return "" if self.hosts.host is not None else "It is not there yet."
         now = self.clock.now()
         with self.db.read() as tx:
             found = hosts.services(tx, binary="nova-compute")
@@ -415,7 +412,7 @@ def open_db(config: options.Config, state: StateDir) -> Db:
 
 def purge(config: options.Config, state: StateDir) -> None:
     """All that a cloud has outside its directory: machines, their daemon, networks."""
-    ground = _ground(config, state)
+    ground = ground_of(config, state)
     for directory in sorted((state.path / "hosts").glob("*/instances")):
         from kilonova.virt.libvirt.driver import LibvirtDriver
 
@@ -437,17 +434,6 @@ def purge(config: options.Config, state: StateDir) -> None:
         Wires(
             ground, metadata_app=None, metadata_secret="", clock=WallClock(), state_dir=state.path / "wires"
         ).remove_all()
-
-
-def _ground(config: options.Config, state: StateDir) -> Ground | None:
-    """Where networks are made; None where all hosts are simulated."""
-    if config.compute.driver == "sim":
-        return None
-    want = "machine" if config.libvirt.uri else config.network.plane
-    ground = Ground.choose(state.path, want, forward=config.network.forward)
-    ground.prepare()
-    log.info("networks: %s", ground.why)
-    return ground
 
 
 def _wires(ground: Ground | None, app: Wsgi, secrets: Secrets, clock: Clock, state: StateDir) -> Wires | None:
@@ -485,7 +471,7 @@ def keys_rotated(cloud: Cloud) -> list[str]:
 @reconciler(every_s=5)
 def policies_read(cloud: Cloud) -> list[str]:
     """An operator's change of `policy.yaml` holds without a restart."""
-    for service in cloud.doors.values():
+    for service in cloud.doors.services.values():
         service.policy.refresh()
     return []
 

@@ -2,11 +2,9 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from kilonova.compute.agent import ComputeHost
-from kilonova.compute.sims import SimHosts
-from kilonova.kit.bus import MemoryBus
+from kilonova.cli.host_measures import of_bus, of_hosts
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.health import Metrics
@@ -27,21 +25,17 @@ QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 def of(cloud: "Cloud") -> None:
     """Register what this process can tell of its roles."""
-    m, p = cloud.metrics, cloud.process
-    bus = p.bus
-    m.gauge(
-        "kilonova_letters_waiting", "Letters that nobody took yet, or no broker", lambda: {(): float(_waiting(bus))}
-    )
+    m, p, db = cloud.metrics, cloud.process, cloud.db
+    of_bus(m, p.bus)
     upkeep = [cloud.upkeep]
-    if p.has_db:
-        _of_database(m, p.db)
+    _of_database(m, db)
     if cloud.conductor is not None:
-        _of_conductor(m, p.db, p.clock, cloud.conductor, p.config)
+        _of_conductor(m, db, p.clock, cloud.conductor, p.config)
         upkeep.append(cloud.conductor.reconcilers)
     if "placement" in cloud.roles:
-        _of_placement(m, p.db, p.clock)
+        _of_placement(m, db, p.clock)
     if "api" in cloud.roles:
-        states = _kept(p.db, p.clock, lambda tx: figures.states(tx))
+        states = _kept(db, p.clock, lambda tx: figures.states(tx))
         m.gauge(
             "kilonova_servers",
             "Living servers",
@@ -49,7 +43,7 @@ def of(cloud: "Cloud") -> None:
             ("vm_state", "task_state"),
         )
     if cloud.hosts is not None:
-        _of_hosts(m, p.clock, lambda: cloud.hosts.host if cloud.hosts is not None else None)
+        of_hosts(m, lambda: cloud.hosts.host if cloud.hosts is not None else None)
     _of_reconcilers(m, upkeep)
 
 
@@ -95,23 +89,6 @@ def _of_placement(m: Metrics, db: Db, clock: Clock) -> None:
     m.gauge("kilonova_capacity", "What can be held of them", lambda: {(n,): c[1] for n, c in claims().items()}, one)
 
 
-def _of_hosts(m: Metrics, clock: Clock, host: Callable[[], ComputeHost | SimHosts | None]) -> None:
-    def all() -> list[ComputeHost]:
-        here = host()
-        return [] if here is None else list(here.hosts.values()) if isinstance(here, SimHosts) else [here]
-
-    def each(of: Callable[[ComputeHost], float]) -> Callable[[], Values]:
-        return lambda: {(h.name,): of(h) for h in all()}
-
-    m.gauge(
-        "kilonova_host_machines", "Machines that a host of this process has", each(lambda h: len(h.epochs)), ("host",)
-    )
-    m.gauge("kilonova_host_acts", "What it is at just now", each(lambda h: len(h.acts)), ("host",))
-    waiting = each(lambda h: sum(len(line) for line in list(h.agent.lines.values())))
-    m.gauge("kilonova_host_acts_waiting", "Acts that wait for others on the same server", waiting, ("host",))
-    m.count("kilonova_host_reports", "How often it said how it is", each(lambda h: h.reports), ("host",))
-
-
 def _of_reconcilers(m: Metrics, all: list[Reconcilers]) -> None:
     def sums(of: Callable[[Reconcilers], Mapping[str, int]]) -> Callable[[], Values]:
         return lambda: {(name,): float(of(r)[name]) for r in all for name in r.all}
@@ -119,12 +96,6 @@ def _of_reconcilers(m: Metrics, all: list[Reconcilers]) -> None:
     one = ("reconciler",)
     m.count("kilonova_mended", "Things that reconcilers put right", sums(lambda r: r.mended), one)
     m.count("kilonova_reconciler_failures", "Turns of theirs that failed", sums(lambda r: r.failed), one)
-
-
-def _waiting(bus: Any) -> int:
-    if isinstance(bus, MemoryBus):
-        return sum(len(box.letters) for box in {id(b): b for b in list(bus.boxes.values())}.values())
-    return len(getattr(bus, "box", ()))
 
 
 def _by_state(silent: list[tuple[float | None, bool, bool]], down_after_s: float) -> Values:

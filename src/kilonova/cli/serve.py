@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kilonova.cli import config as configuration
 from kilonova.cli.state import Secrets, StateDir, usual
@@ -22,6 +23,10 @@ from kilonova.kit.clock import Ids
 from kilonova.kit.errors import Refused
 from kilonova.kit.http import listen
 from kilonova.model import options
+
+if TYPE_CHECKING:
+    from kilonova.cli.cloud import Cloud
+    from kilonova.cli.compute import HostAlone
 
 log = logging.getLogger(__name__)
 
@@ -121,13 +126,12 @@ def _serve(config: options.Config, state: StateDir, roles: frozenset[str], *, as
         consoles = listen(config.api.host, config.console.port, shared=config.api.share_port)
     url = _url(config, listener)
 
-    from kilonova.cli.cloud import Cloud  # the whole house: imported when all that can be refused was
-    from kilonova.cli.parts import same_host
-
-    if "compute" in roles:
-        same_host(state.path, config.compute.host or socket.gethostname(), Ids())
     secrets = _secrets(config, state, roles)
-    cloud = Cloud(config, state, secrets, listener, url, None, consoles, roles)
+    if "compute" in roles:
+        from kilonova.cli.compute import same_host
+
+        same_host(state.path, config.compute.host or socket.gethostname(), Ids())
+    cloud = _made(config, state, secrets, listener, url, consoles, roles)
     try:
         cloud.start()
         if "companions" in roles:
@@ -142,6 +146,25 @@ def _serve(config: options.Config, state: StateDir, roles: frozenset[str], *, as
         cloud.close()
     _say("Stopped.")
     return 0
+
+
+def _made(
+    config: options.Config,
+    state: StateDir,
+    secrets: Secrets,
+    listener: socket.socket | None,
+    url: str,
+    consoles: socket.socket | None,
+    roles: frozenset[str],
+) -> "Cloud | HostAlone":
+    """The house is imported when all that can be refused was; for a host alone, only its part of it."""
+    if roles == {"compute"}:
+        from kilonova.cli.compute import HostAlone
+
+        return HostAlone(config, state, secrets, listener)
+    from kilonova.cli.cloud import Cloud
+
+    return Cloud(config, state, secrets, listener, url, None, consoles, roles)
 
 
 def _url(config: options.Config, listener: socket.socket | None) -> str:

@@ -26,7 +26,7 @@ from kilonova.clients.network import (
     Subnet,
     plug,
 )
-from kilonova.clients.session import Account, Login, Session
+from kilonova.clients.session import SERVICE_USER, Account, Login, Session
 from kilonova.clients.volume import AttachedTo, Attachment, SnapshotInfo, VolumeInfo, Volumes
 from kilonova.kit.clock import Clock
 
@@ -59,6 +59,7 @@ def neighbours(
 
 
 __all__ = [
+    "SERVICE_USER",
     "Absent",
     "Account",
     "Address",

@@ -36,6 +36,9 @@ Query = Mapping[str, str | int | Sequence[str] | None]
 # ---- whose name is used
 
 
+SERVICE_USER = "kilonova"  # our own account, where identity is our own
+
+
 class Login(msgspec.Struct, frozen=True):
     """Our own account at identity. Domains by name."""
 

@@ -14,6 +14,7 @@ import msgspec
 import kilonova.companions.accounts  # its routes are registered by being imported; so with the next two
 import kilonova.companions.people
 import kilonova.companions.roles  # noqa: F401
+from kilonova.clients import SERVICE_USER
 from kilonova.companions import catalog
 from kilonova.companions.login import EXPIRED_FOR_S, Auth, Door, Gate, Seen, described, issue, log_in
 from kilonova.companions.realm import RULES, R, World, changing, flag, self_link
@@ -28,7 +29,6 @@ from kilonova.model import options
 from kilonova.store import identity as store
 from kilonova.store.identity import Grant, Project, Role, User
 
-SERVICE_USER = "kilonova"
 # Who holds the first has the second as well.
 ROLES = ("admin", "manager", "member", "reader")
 TITLES = {

@@ -8,15 +8,18 @@ import msgspec
 
 from kilonova.clients import Neighbours, NetworkInfo, SecurityGroup, Subnet
 from kilonova.contracts.scheduler import Choose, Chosen
+from kilonova.kit.ask import Breaks
 from kilonova.kit.bus import Send
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx
+from kilonova.kit.errors import Unavailable
 from kilonova.model.options import Config
 from kilonova.store import hosts, server_groups, servers
 
 T = TypeVar("T")
 KEEP_S = 5.0  # what the network service says of networks and groups is not asked for again within that time
 HEARD_S = 1.0  # the same of a host's health
+SETTLE_S = 10.0  # until all that were heard of are known to schedulers; and hosts find a broker again
 
 
 class World:
@@ -39,6 +42,7 @@ class World:
         self.db, self.send, self.neighbours, self.ask_scheduler = db, send, neighbours, choose
         self.clock, self.ids, self.config, self.me, self.wake = clock, ids, config, me, wake
         self.bus = bus  # as `conductor/notices.py` sees it
+        self.breaks = bus if isinstance(bus, Breaks) else None
         self.born = clock.now()
         self.guard = threading.Lock()  # of the next three
         self.beats: dict[str, float] = {}  # when each host was last heard of, and it is not written down yet
@@ -50,7 +54,10 @@ class World:
         self.groups = Kept[SecurityGroup](self)
 
     def choose(self, m: Choose) -> Chosen:
-        """Places for a server; the scheduler is told where others are that it shall be with or not. Raises Unsupported."""
+        """Places for a server; the scheduler is told where others are that it shall be with or not. Raises Unsupported.
+
+        Who is silent because there was no broker is not dead: Unavailable, until they had time to be heard.
+        """
         ask = m.ask
         if ask.group_id is not None:
             with self.db.read() as tx:
@@ -62,7 +69,22 @@ class World:
                 at = servers.hosts_of(tx, {*same, *other})
             near = sorted({at[id] for id in same if id in at}) if same else None
             ask = msgspec.structs.replace(ask, near=near, far=sorted({at[id] for id in other if id in at}))
-        return self.ask_scheduler(m if ask is m.ask else msgspec.structs.replace(m, ask=ask))
+        chosen = self.ask_scheduler(m if ask is m.ask else msgspec.structs.replace(m, ask=ask))
+        if not chosen.places and chosen.why.get("up") and self._hard_of_hearing():
+            raise Unavailable("Hosts could not be heard until now.", why=chosen.explained())
+        return chosen
+
+    @property
+    def listening_since(self) -> float:
+        """When we began to hear hosts, without a break; now, while there is no broker."""
+        if self.breaks is None:
+            return self.born
+        return max(self.born, self.breaks.since if self.breaks.up else self.clock.now())
+
+    def _hard_of_hearing(self) -> bool:
+        """Is there no broker, or has it not been back for long enough to hear of all hosts that live?"""
+        patience_s = 2 * self.config.compute.report_interval_s + SETTLE_S
+        return self.breaks is not None and self.clock.now() - self.listening_since < patience_s
 
     def gone(self, tx: Tx, host: str) -> bool:
         """Nobody should wait for it: it is forced down, nobody knows it, or it was silent for too long while we listened."""
@@ -72,7 +94,7 @@ class World:
         row = hosts.heard(tx, host)
         if row is None or row.forced_down:
             return True
-        heard = max(row.last_seen or 0.0, self.beats.get(host, 0.0), self.born)
+        heard = max(row.last_seen or 0.0, self.beats.get(host, 0.0), self.listening_since)
         if now - heard > self.config.compute.host_down_after_s:
             return True
         self.well[host] = now

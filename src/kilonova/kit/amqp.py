@@ -63,6 +63,7 @@ class AmqpBus:
         self.box: deque[tuple[str, bytes]] = deque()
         self.sent = self.dropped = 0
         self.up = False  # did the last look at the wire find a broker?
+        self.since = float("inf")  # when it was found again after it was away
         self.sender: threading.Thread | None = None
         self.turn = -1  # which broker was asked last
         self.guard = threading.Lock()
@@ -110,6 +111,12 @@ class AmqpBus:
         if self.sender is not None:
             self.sender.join(5)
 
+    def found(self, up: bool) -> None:
+        """There is a broker, or there is none."""
+        if up and not self.up:
+            self.since = self.clock.now()
+        self.up = up
+
     def connection(self) -> kombu.Connection:
         """A new one, not open yet; it knows all brokers. With TLS it knows one, the next each time: to whose name its
         certificate is held must be clear."""
@@ -144,10 +151,11 @@ class AmqpBus:
                 with self.connection() as line:
                     line.ensure_connection(max_retries=1)
                     producer = kombu.Producer(line)
-                    self.up, wait_s = True, AGAIN_S
+                    self.found(True)
+                    wait_s = AGAIN_S
                     self._send_while(line, producer)
             except BROKEN as e:
-                self.up = False
+                self.found(False)
                 log.warning("the broker cannot be reached; %d letters wait (%s)", len(self.box), type(e).__name__)
                 self.over.wait(wait_s)
                 wait_s = min(wait_s * 2, AGAIN_MOST_S)
@@ -261,10 +269,11 @@ class _Service:
                         prefetch_count=max(2 * self.threads, 4),
                     ) as consumer:
                         self._ask_for_all(consumer)
-                        self.bus.up, wait_s = True, AGAIN_S
+                        self.bus.found(True)
+                        wait_s = AGAIN_S
                         self._drain(line)
             except BROKEN as e:
-                self.bus.up = False
+                self.bus.found(False)
                 log.warning("%s: the broker cannot be reached (%s)", next(iter(self.receivers)), type(e).__name__)
                 self.over.wait(wait_s)
                 wait_s = min(wait_s * 2, AGAIN_MOST_S)

@@ -8,7 +8,7 @@ when nothing came in time there was nobody to answer.
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -28,6 +28,14 @@ class Bus(Protocol):
     def serve(self, address: str, receive: Callable[[bytes], None], threads: int = 1) -> Callable[[], None]: ...
 
     def send(self, to: str, raw: bytes) -> None: ...
+
+
+@runtime_checkable
+class Breaks(Protocol):
+    """A bus that can be away: is it `up`, and since when without a break?"""
+
+    up: bool
+    since: float
 
 
 class WholeBus(Bus, Protocol):

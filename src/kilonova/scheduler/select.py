@@ -18,7 +18,7 @@ import numpy as np
 from kilonova.contracts.scheduler import Choose, Chosen, scheduler
 from kilonova.kit.ask import Answerer, Bus, asked
 from kilonova.kit.clock import Clock
-from kilonova.kit.db import Tx
+from kilonova.kit.db import Tx, ill
 from kilonova.kit.errors import Unsupported
 from kilonova.model.ask import Ask
 from kilonova.model.numa import WISHES
@@ -86,7 +86,10 @@ class Scheduler:
         """Answer those who ask over the bus. Returned: what ends that."""
 
         def choose(me: Scheduler, m: Choose) -> Chosen:
-            return me.choose(m)
+            try:
+                return me.choose(m)
+            except Exception as e:
+                raise (ill(e) or e) from e  # without a database there is no answer yet, rather than a refusal
 
         return bus.serve(asked(address), Answerer(scheduler, [choose], self, bus.send).receive, threads)
 

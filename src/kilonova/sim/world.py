@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from kilonova.api.app import service as compute_service
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World as ApiWorld
-from kilonova.clients import Account, Answer, Image, Inside, Login, Neighbours, Session, neighbours
+from kilonova.clients import SERVICE_USER, Account, Answer, Image, Inside, Login, Neighbours, Session, neighbours
 from kilonova.companions import identity, image, network, volume
 from kilonova.compute.agent import ComputeHost, Images
 from kilonova.conductor.app import Conductor
@@ -367,7 +367,7 @@ class Process:
         """Whom this process asks, as it sees them."""
         carriers: Any = {name: SimCarrier(self, name) for name in self.sim.services}
         password = (self.sim.directory / "service-password").read_text().strip()
-        return neighbours(clock, Login(identity.SERVICE_USER, password), **carriers)
+        return neighbours(clock, Login(SERVICE_USER, password), **carriers)
 
     def go(self, func: Callable[..., Any], *args: Any) -> None:
         """A new thread of this process."""
@@ -632,7 +632,7 @@ def _volumes(
 ) -> volume.World:
     """The block-storage service; it asks for images as a process that never fails."""
     inside = {name: Inside(services[name], f"{URL}/{name}") for name in ("identity", "image")}
-    login = Login(identity.SERVICE_USER, (directory / "service-password").read_text().strip())
+    login = Login(SERVICE_USER, (directory / "service-password").read_text().strip())
     images = Image(Session("image", inside["image"], clock, Account(inside["identity"], login, clock)))
     return volume.open_store(
         db, clock, ids, options.Volume(), directory / "volumes", images=images, host="sim", authenticate=authenticate

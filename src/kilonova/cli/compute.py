@@ -1,0 +1,235 @@
+"""The host of this machine, or simulated ones: as a part of a whole cloud, or as a process that is nothing else.
+
+That process holds the broker's password and never the database's, and does not even load what speaks to databases.
+"""
+
+import functools
+import json
+import logging
+import socket
+import threading
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+
+from kilonova.cli.host_measures import of_bus, of_hosts
+from kilonova.cli.process import Process, carriers_of, login_of
+from kilonova.cli.state import Secrets, StateDir, private
+from kilonova.clients import Image, neighbours
+from kilonova.companions.wires import guestfwd
+from kilonova.companions.wires.ground import Ground
+from kilonova.compute.agent import ComputeHost, Images
+from kilonova.compute.sims import SimHosts
+from kilonova.kit.clock import Ids
+from kilonova.kit.errors import Refused
+from kilonova.kit.health import Health
+from kilonova.kit.http import Mount, Server
+from kilonova.kit.structs import learn
+from kilonova.metadata.drive import config_drive
+from kilonova.model import options
+from kilonova.virt.driver import Driver
+
+log = logging.getLogger(__name__)
+
+REOPEN_S = 10.0  # a host that did not come up is tried again
+
+
+class HostAlone:
+    """A host, and no other role. `listener`: where its health is shown, if anywhere."""
+
+    def __init__(
+        self, config: options.Config, state: StateDir, secrets: Secrets, listener: socket.socket | None
+    ) -> None:
+        self.process = p = Process(config, state)
+        found = neighbours(p.clock, login_of(config, secrets.service_password), **carriers_of(config))
+        self.hosts = Hosts(p, found.image, ground_of(config, state), alone=True)
+        self.health = Health(p.metrics, ready={"bus": self._bus, "hosts": self._hosts})
+        of_bus(p.metrics, p.bus)
+        of_hosts(p.metrics, lambda: self.hosts.host)
+        self.server = None if listener is None else Server(Mount({}, self.health), listener, threads=1)
+
+    @property
+    def name(self) -> str:
+        return self.process.name
+
+    def start(self) -> None:
+        learn()
+        if self.server is not None:
+            self.server.start()
+        self.hosts.start()
+
+    def close(self) -> None:
+        """What is under way has some seconds to end, and else is sent again. Machines go on."""
+        if self.server is not None:
+            self.server.stop()
+        self.hosts.close()
+        self.process.bus.close()
+
+    def _bus(self) -> str:
+        return self.process.broker_trouble()
+
+    def _hosts(self) -> str:
+        return self.hosts.failed or ("" if self.hosts.host is not None else "It is not there yet.")
+
+
+class Hosts:
+    """The host that this process is, or the simulated ones. A hypervisor may take its time, and may not be there yet.
+
+    `before` is done before each try.  `alone`: this process is a host and no more (`kilonova serve compute`).
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        images: Image,
+        ground: Ground | None,
+        *,
+        before: Callable[[], object] = lambda: None,
+        alone: bool = False,
+    ) -> None:
+        self.process, self.images, self.ground = process, Images(images), ground
+        self.before, self.alone = before, alone
+        self.directory = process.config.sim.directory or process.state.path / "hosts"
+        self.host: ComputeHost | SimHosts | None = None
+        self.driver: Driver | None = None
+        self.failed = ""  # what keeps it from coming up, in a sentence
+        self.closing = threading.Event()
+        self.opening = threading.Thread(target=self._open, name="hosts", daemon=True)
+
+    def start(self) -> None:
+        self.opening.start()
+
+    def close(self) -> None:
+        self.closing.set()
+        if self.opening.ident is not None:
+            self.opening.join(30)
+        if self.host is not None:
+            self.host.close()
+        if self.driver is not None:
+            self.driver.close()
+
+    def _open(self) -> None:
+        while not self.closing.is_set():
+            if self._opened():
+                return
+            self.closing.wait(REOPEN_S)
+
+    def _opened(self) -> bool:
+        try:
+            self.before()
+            self.host = self._simulated() if self.process.config.compute.driver == "sim" else self._real()
+            self.host.start()
+        except Exception as e:
+            self.failed = str(e) or type(e).__name__
+            log.exception("no host came up; it is tried again")
+            if self.driver is not None:
+                self.driver.close()
+                self.driver = None
+            return False
+        self.failed = ""
+        return True
+
+    def _simulated(self) -> SimHosts:
+        p, sim = self.process, self.process.config.sim
+        return SimHosts(
+            p.bus,
+            clock=p.clock,
+            options=sim,
+            compute=p.config.compute,
+            threads=p.config.workers.host_threads if self.alone else 4,
+            directory=self.directory,
+            images=self.images,
+            names=sim_names(p.name, sim.hosts) if self.alone else None,
+            host_ip=self.address,
+        )
+
+    def _real(self) -> ComputeHost:
+        p = self.process
+        self.driver = self._libvirt()
+        return ComputeHost(
+            p.name,
+            self.driver,
+            p.bus,
+            clock=p.clock,
+            options=p.config.compute,
+            threads=p.config.workers.host_threads,
+            directory=p.state.path / "hosts" / p.name,
+            host_ip=self.address,
+            images=self.images,
+        )
+
+    @property
+    def address(self) -> str:
+        """By which other hosts reach this one: said, or the one that a letter to the broker would bear."""
+        config = self.process.config
+        if config.compute.address is not None:
+            return config.compute.address
+        broker = urllib.parse.urlsplit(config.bus.url.reveal().partition(";")[0])
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+                s.connect((broker.hostname or "127.0.0.1", broker.port or 5672))  # nothing is sent
+                return str(s.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+    def _libvirt(self) -> Driver:
+        from kilonova.virt.libvirt.driver import LibvirtDriver
+
+        learn()
+        p, compute = self.process, self.process.config.compute
+        drive = functools.partial(
+            config_drive,
+            clock=p.clock,
+            ids=p.ids,
+            options=p.config.metadata,
+            format=compute.config_drive_format,
+        )
+        return LibvirtDriver(
+            p.state.path / "hosts" / p.name,
+            options=p.config.libvirt,
+            compute=compute,
+            clock=p.clock,
+            ids=p.ids,
+            fetch=self.images.fetch,
+            config_drive=drive,
+            netns=self.ground.netns_path if self.ground else None,
+            carry=lambda id: guestfwd.command(id, str(p.state.metadata)),
+            outside=p.config.network.forward,
+        )
+
+
+def sim_names(name: str, n: int) -> list[str]:
+    """The hosts of a process that simulates several bear its name and a number."""
+    return [name] if n == 1 else [f"{name}-{i}" for i in range(n)]
+
+
+def same_host(state: Path, name: str, ids: Ids) -> None:
+    """The name under which this state directory's machines are known, for ever. Raises Refused for another one.
+
+    A host that came back under a new name would leave its servers behind, and hold their machines as a stranger's.
+    """
+    file = state / "host.json"
+    if not file.exists():
+        private(file, json.dumps({"name": name, "id": ids.uuid()}))
+        return
+    try:
+        known = str(json.loads(file.read_text())["name"])
+    except (ValueError, KeyError, TypeError):
+        raise Refused(f"{file} cannot be understood.") from None
+    if known != name:
+        raise Refused(
+            f"This host is {known}, and its servers are known to be there; it cannot become {name}. Set [compute] host to "
+            f"{known}; to make another host of this machine, delete its servers and its compute service, and give it an "
+            "empty state directory."
+        )
+
+
+def ground_of(config: options.Config, state: StateDir) -> Ground | None:
+    """Where networks are made; None where all hosts are simulated."""
+    if config.compute.driver == "sim":
+        return None
+    want = "machine" if config.libvirt.uri else config.network.plane
+    ground = Ground.choose(state.path, want, forward=config.network.forward)
+    ground.prepare()
+    log.info("networks: %s", ground.why)
+    return ground

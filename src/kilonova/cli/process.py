@@ -1,0 +1,86 @@
+"""What every process of a cloud has, whatever its roles are: its time, its bus, and its way to neighbours.
+
+No database: not every process has one (`doors.py`).
+"""
+
+import socket
+import ssl
+import urllib.parse
+
+from kilonova.cli.state import StateDir
+from kilonova.clients import SERVICE_USER, Carrier, Login, Outside
+from kilonova.kit import log as logs
+from kilonova.kit.ask import WholeBus
+from kilonova.kit.bus import MemoryBus
+from kilonova.kit.clock import Clock, Ids, WallClock
+from kilonova.kit.errors import Invalid, Refused
+from kilonova.kit.health import Metrics
+from kilonova.model import options
+
+OURS = ("identity", "image", "network", "volume")  # what our own companions are, and where they are mounted
+
+
+class Process:
+    """`name`: of the host that it is, or as its machine is called."""
+
+    def __init__(self, config: options.Config, state: StateDir) -> None:
+        self.config, self.state = config, state
+        self.clock, self.ids, self.metrics = WallClock(), Ids(), Metrics()
+        self.name = config.compute.host or socket.gethostname()
+        self.bus = _bus(config.bus, self.clock)
+        self.born = self.clock.now()
+
+    @property
+    def on_wire(self) -> bool:
+        """Is there a broker between us and others?"""
+        return not isinstance(self.bus, MemoryBus)
+
+    def broker_trouble(self) -> str:
+        """Why no letters come and go, if they do not."""
+        return "" if getattr(self.bus, "up", True) else "The broker cannot be reached."
+
+
+def _bus(config: options.Bus, clock: Clock) -> WholeBus:
+    """A broker's, where one is configured; else this process's own."""
+    urls = [part.strip() for part in config.url.reveal().split(";") if part.strip()]
+    if not urls:
+        return MemoryBus()
+    from kilonova.kit.amqp import AmqpBus
+
+    for url in urls:
+        logs.hide(url)
+        logs.hide(urllib.parse.unquote(urllib.parse.urlsplit(url).password or ""))
+    if bad := [url for url in urls if not url.startswith(("amqp://", "amqps://"))]:
+        scheme = bad[0].partition(":")[0]
+        raise Invalid(f"[bus] url: a broker's address begins with amqp:// or amqps://, not with {scheme[:10]}.")
+    tls: dict[str, object] | None = None
+    if any(url.startswith("amqps:") for url in urls):
+        files = {"ca_certs": config.ca_file, "certfile": config.cert_file, "keyfile": config.key_file}
+        tls = {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": None}
+        tls |= {name: str(file) for name, file in files.items() if file is not None}
+    return AmqpBus(urls, clock=clock, ssl=tls, heartbeat_s=config.heartbeat_s, prefix=config.prefix)
+
+
+# ---- neighbours
+
+
+def login_of(config: options.Config, service_password: str) -> Login:
+    """Our own account: at our own identity service, or at a real one."""
+    i = config.identity
+    if i.url is None:
+        return Login(SERVICE_USER, service_password)
+    return Login(i.username, i.password.reveal(), i.project_name, i.domain_name, i.domain_name)
+
+
+def carriers_of(config: options.Config) -> dict[str, Carrier]:
+    """How neighbours of other processes are asked. Raises Refused where nobody says where they are."""
+    urls = {name: getattr(config, name).url for name in OURS}
+    if base := config.companions.url:
+        urls = {name: url or f"{base.rstrip('/')}/{name}" for name, url in urls.items()}
+    if missing := [name for name in OURS if urls[name] is None and name != "volume"]:
+        raise Refused(
+            f"Nobody says where the {missing[0]} service is: set [companions] url to where `kilonova serve companions` "
+            f"answers, or [{missing[0]}] url to a real one."
+        )
+    verify: bool | str = str(config.companions.ca_file) if config.companions.ca_file else True
+    return {name: Outside(url, verify=verify) for name, url in urls.items() if url is not None}
