@@ -37,14 +37,17 @@ SERVICE: Any = placement.make_service(placement.World(None, None, Ids()), who)  
 
 
 class Placement:
-    """`file`: on disk, for tests with threads."""
+    """`file`: on disk, for tests with threads; `db`: one that has the tables already."""
 
-    def __init__(self, file: Path | None = None, **config: Any) -> None:
-        if file is None:
+    def __init__(self, file: Path | None = None, db: Db | None = None, **config: Any) -> None:
+        if db is not None:
+            self.db = db
+        elif file is None:
             self.db = Db("sqlite://", poolclass=sa.StaticPool, connect_args={"check_same_thread": False})
         else:
             self.db = Db(f"sqlite:///{file}", threads=80)
-        meta.create_all(self.db.engine, tables=TABLES)
+        if db is None:
+            meta.create_all(self.db.engine, tables=TABLES)
         self.clock, self.ids = Hand(), Ids(random.Random(1))
         self.world = placement.World(self.db, self.clock, self.ids, options.Placement(**config), random.Random(1))
         self.carrier = Inside(SERVICE, "http://cloud.test/placement")

@@ -1,26 +1,20 @@
 """Where servers come to be, as users and operators see it: hints, forced places, and why there was none."""
 
 import json
-import random
-import threading
 
 import pytest
-import sqlalchemy as sa
 
 from kilonova import main as commands
 from kilonova.cli import hosts as command
 from kilonova.cli.state import StateDir
 from kilonova.compute.report import stocks
 from kilonova.contracts.conductor import Report
-from kilonova.contracts.scheduler import Choose
 from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, meta
-from kilonova.kit.errors import Invalid, NoCapacity, NotFound
-from kilonova.model.ask import Ask
+from kilonova.kit.errors import Invalid, NotFound
 from kilonova.model.flavor import Flavor
 from kilonova.model.host import HostFacts
 from kilonova.model.options import Compute
-from kilonova.scheduler.select import Scheduler
 from kilonova.store import catalog, hosts, placement, servers
 from tests.stories import telling
 
@@ -145,58 +139,3 @@ def test_why_a_server_would_not_go_there(place, capsys):
 def test_no_cloud_no_hosts(tmp_path):
     with pytest.raises(NotFound):
         command.main(commands._parser("hosts"), ["--state-dir", str(tmp_path)])
-
-
-# ---- at once
-
-
-def test_64_schedulers_never_give_out_more_than_there_is(tmp_path):
-    """Each sees its own columns; what they choose is claimed, and the claim decides. 64 threads, three small hosts."""
-    db, now, ids = Db(f"sqlite:///{tmp_path}/cloud.db", threads=70), WallClock().now(), Ids()
-    meta.create_all(db.engine)
-    compute = Compute(reserved_memory_mb=0, cpu_allocation_ratio=1.5, memory_allocation_ratio=1.0)
-    with db.tx() as tx:
-        for name in "abc":
-            facts = HostFacts(8, 8192, 100, 90, "QEMU", 7_002_022, name)
-            report = Report(name, now, 1.0, [], facts=facts, stocks=stocks(facts, compute))
-            hosts.learn(tx, report, uuid=ids.uuid, now=now)
-    fits = 3 * 12  # eight CPUs, one and a half times; memory for 16 of 512 MB
-    got, refused, wrong = [], [], []
-    ready = threading.Barrier(64)
-
-    def one(me):
-        try:
-            scheduler = Scheduler(db, clock=WallClock(), dice=random.Random(me))
-            wish = Ask(amounts={"VCPU": 1, "MEMORY_MB": 512}, project_id="p")
-            ready.wait()
-            for turn in range(8):
-                places = scheduler.choose(Choose(server=f"s{me}", ask=wish, fresh=turn > 0)).places
-                if not places:
-                    return refused.append(me)
-                for p in places:
-                    try:
-                        who = {"project_id": "p", "user_id": "u"}
-                        db.run(
-                            placement.claim, f"s{me}", p.provider, wish.amounts, now=WallClock().now(), new=True, **who
-                        )
-                        return got.append(p.host)
-                    except NoCapacity:
-                        continue
-            refused.append(me)
-        except BaseException as e:
-            wrong.append(e)
-
-    crew = [threading.Thread(target=one, args=(i,)) for i in range(64)]
-    for t in crew:
-        t.start()
-    for t in crew:
-        t.join()
-    assert not wrong
-    assert len(got) + len(refused) == 64
-    with db.read() as tx:
-        for of in placement.stocks(tx).values():
-            stock, used = of["VCPU"]
-            assert used <= stock.total * stock.allocation_ratio
-        held = tx.execute(sa.select(sa.func.count()).select_from(placement.CONSUMERS)).scalar()
-    assert held == len(got) == fits  # none too many; and none too few, for who was refused had looked again
-    db.close()
