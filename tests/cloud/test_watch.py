@@ -7,6 +7,7 @@ import time
 
 import msgspec
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from kilonova.console.proxy import Proxy
@@ -134,6 +135,68 @@ def test_who_is_not_let_in(cloud):
         assert one_more.answer.status == 503
     for stream in crowd:
         stream.close()
+
+
+# ---- over a websocket
+
+
+def address(cloud, path="/watch"):
+    host, port = cloud.listener.getsockname()[:2]
+    return f"ws://{host}:{port}{path}"
+
+
+def until(ws, kind, **wanted):
+    found = []
+    while not (found and found[-1]["event"] == kind and wanted.items() <= found[-1]["data"].items()):
+        found.append(msgspec.json.decode(ws.recv(timeout=20)))
+    return found
+
+
+def test_a_websocket_is_told_the_same(cloud):
+    with (
+        connect(address(cloud), additional_headers={"X-Auth-Token": cloud.user.token}) as ws,
+        watching(cloud, cloud.user.token) as mine,
+    ):
+        s = cloud.boot("one")
+        told = until(ws, "action", phase="end", action="create")
+        assert [(m["id"], m["event"], m["data"]) for m in told] == mine.until("action", phase="end", action="create")
+        assert {m["data"]["server"] for m in told} == {s.id}
+        cursor = told[-1]["id"]
+    s.act("pause")
+    with connect(address(cloud)) as again:
+        again.send(msgspec.json.encode({"token": cloud.user.token, "since": cursor}).decode())
+        told = until(again, "action", action="pause", phase="end")
+        again.send("what he says later is of no interest")
+        s.act("unpause")
+        until(again, "action", action="unpause", phase="end")
+    assert ("pause", "start") in [(m["data"].get("action"), m["data"].get("phase")) for m in told]
+
+
+def test_who_may_not_watch_has_no_websocket(cloud):
+    for key, path, status in ((b"nonsense", "/watch", 401), (cloud.user.token, "/watch?all_tenants=1", 403),
+                              (cloud.user.token, "/watch?since=yesterday", 400)):  # fmt: skip
+        key = key.decode() if isinstance(key, bytes) else key
+        with (
+            pytest.raises(InvalidStatus) as told,
+            connect(address(cloud, path), additional_headers={"X-Auth-Token": key}),
+        ):
+            pass
+        assert told.value.response.status_code == status
+    with pytest.raises(InvalidStatus), connect(address(cloud), origin="http://elsewhere.example"):
+        pass
+    for said in ("nonsense", '{"token": "nonsense"}', '{"token": ""}', b"\xff", '{"token": 1}'):
+        with connect(address(cloud)) as ws:
+            ws.send(said)
+            with pytest.raises(ConnectionClosed) as end:
+                ws.recv(timeout=20)
+        assert end.value.rcvd.code == 1008
+    key = {"X-Auth-Token": cloud.user.token}
+    with contextlib.ExitStack() as crowd:
+        for _ in range(5):
+            crowd.enter_context(connect(address(cloud), additional_headers=key))
+        with pytest.raises(InvalidStatus) as told, connect(address(cloud), additional_headers=key):
+            pass
+    assert told.value.response.status_code == 503
 
 
 def test_consoles_are_at_the_same_door(cloud):

@@ -1,11 +1,12 @@
 """A websocket on one side, a server's console on the other: VNC, SPICE or a serial line, byte for byte.
 
 Who comes brings a token (`?token=…`, or in the path that noVNC was given), and is let through to the one console that
-it was given for.  Nothing of what passes is looked at: RFB and its like are between the browser and the hypervisor.
+it was given for; or watches what happens (`watch.py`).  Nothing of what passes is looked at: RFB and its like are between the browser and the hypervisor.
 """
 
 import asyncio
 import contextlib
+import functools
 import http
 import logging
 import socket
@@ -21,7 +22,7 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from kilonova.console.viewer import page
-from kilonova.console.watch import Tail, door
+from kilonova.console.watch import Tail, door, refusal
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Db
 from kilonova.kit.errors import Trouble
@@ -92,6 +93,8 @@ class Proxy:
             return Response(found.status, found.status.phrase, told, found.body)
         if not self._same_origin(headers.get("Origin"), headers.get("Host", "")):
             return connection.respond(http.HTTPStatus.FORBIDDEN, "This page is of another origin.\n")
+        if self.tail is not None and request.path.partition("?")[0] == "/watch":
+            return await self._watched(self.tail, connection, request)
         if len(self.open) >= self.options.connections_max:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "Too many consoles are open.\n")
         try:
@@ -102,6 +105,20 @@ class Proxy:
             log.exception("a console's token could not be looked up")
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "The database does not answer.\n")
         connection.grant = grant  # type: ignore[attr-defined]
+        return None
+
+    async def _watched(self, tail: Tail, connection: ServerConnection, request: Request) -> Response | None:
+        """Who says who he is must be somebody; who does not may say it in his first message."""
+        token, last = request.headers.get("X-Auth-Token", ""), request.headers.get("Last-Event-ID", "")
+        wanted = None
+        if len(tail.serving) >= tail.most:
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "Too many watch already.\n")
+        if token:
+            try:
+                wanted = await asyncio.to_thread(tail.let_in, token, request.path, last)
+            except Trouble as e:
+                return connection.respond(http.HTTPStatus(int(refusal(e)[:3])), e.said + "\n")
+        connection.watching = functools.partial(tail.watch, wanted=wanted, target=request.path)  # type: ignore[attr-defined]
         return None
 
     def _granted(self, token: str) -> consoles.Grant:
@@ -119,6 +136,9 @@ class Proxy:
     # -- what passes
 
     async def _splice(self, ws: ServerConnection) -> None:
+        if (watching := getattr(ws, "watching", None)) is not None:
+            await watching(ws)
+            return
         grant: consoles.Grant = ws.grant  # type: ignore[attr-defined]
         self.open.add(ws)
         try:

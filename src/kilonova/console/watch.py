@@ -1,9 +1,13 @@
-"""Watching instead of asking again and again: what happens to a project's servers, as server-sent events.
+"""Watching instead of asking again and again: what happens to a project's servers, as server-sent events or a websocket.
 
     curl -N -H "X-Auth-Token: …" http://127.0.0.1:6080/watch
 
 Each event has a cursor for its `id`; who comes again with the last one (`Last-Event-ID`, or `?since=`) misses nothing,
 and may hear something twice.  https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+A websocket to the same address is told the same, a message of JSON each: `{"id": …, "event": …, "data": {…}}`.  A page in a
+browser can set no header: its first message may be `{"token": …, "since": …}` instead.  (In the address a token would be
+written down by everybody on the way.)
 
 One look into the database serves all who watch; while nobody does, there is none.
 """
@@ -11,11 +15,12 @@ One look into the database serves all who watch; while nobody does, there is non
 import asyncio
 import logging
 import urllib.parse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
 import msgspec
 from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
 
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Db
@@ -59,6 +64,49 @@ class Watcher:
         self.seen = {id: at for id, at in self.seen.items() if at >= before}
 
 
+class Sink(Protocol):
+    """Where a watcher is told. It ends with an error where he does not listen any longer."""
+
+    async def tell(self, c: Change) -> None: ...
+
+    async def still_here(self) -> None: ...
+
+
+class Lines:
+    """Server-sent events."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+
+    async def tell(self, c: Change) -> None:
+        self.writer.write(event(c))
+        await asyncio.wait_for(self.writer.drain(), QUIET_S * 4)
+
+    async def still_here(self) -> None:
+        self.writer.write(b": still here\n\n")
+        await asyncio.wait_for(self.writer.drain(), QUIET_S * 4)
+
+
+class Messages:
+    """A websocket; that we are here its pings show."""
+
+    def __init__(self, ws: ServerConnection) -> None:
+        self.ws = ws
+
+    async def tell(self, c: Change) -> None:
+        await asyncio.wait_for(self.ws.send(message(c)), QUIET_S * 4)
+
+    async def still_here(self) -> None: ...
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """Who watches, whose servers (None: everybody's), since when."""
+
+    context: Context
+    project_id: str | None
+    since: float
+
+
 class Tail:
     """What all watchers are told. `authenticate` and `may` are the API's."""
 
@@ -88,22 +136,17 @@ class Tail:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
         try:
             try:
-                context, project, since = await asyncio.to_thread(self._asked, head)
+                wanted = await asyncio.to_thread(self._asked, head)
             except Trouble as e:
-                status = next((s for kind, s in REFUSED.items() if isinstance(e, kind)), "400 Bad Request")
-                writer.write(
-                    f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n{e.said}\n".encode()
-                )
+                told = "Content-Type: text/plain\r\nConnection: close\r\n"
+                writer.write(f"HTTP/1.1 {refusal(e)}\r\n{told}\r\n{e.said}\n".encode())
                 await writer.drain()
                 return
-            gone = asyncio.ensure_future(reader.read(1))  # he has nothing more to say; b"" is his leave
-            watching = asyncio.ensure_future(self._stream(writer, project, since, context.expires_at))
-            try:
-                await asyncio.wait([gone, watching], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in (gone, watching):
-                    task.cancel()
-                await asyncio.gather(gone, watching, return_exceptions=True)
+            headers = "Content-Type: text/event-stream\r\nCache-Control: no-store\r\nConnection: close\r\nX-Accel-Buffering: no\r\n"
+            writer.write(f"HTTP/1.1 200 OK\r\n{headers}\r\n: welcome\n\n".encode())
+            await _either(
+                reader.read(1), self._stream(Lines(writer), wanted)
+            )  # he has nothing to say; b"" is his leave
         except OSError:
             pass
         except Exception:
@@ -111,29 +154,56 @@ class Tail:
         finally:
             writer.close()
 
-    async def _stream(self, writer: asyncio.StreamWriter, project: str | None, since: float, until: float) -> None:
-        headers = "Content-Type: text/event-stream\r\nCache-Control: no-store\r\nConnection: close\r\nX-Accel-Buffering: no\r\n"
-        writer.write(f"HTTP/1.1 200 OK\r\n{headers}\r\n: welcome\n\n".encode())
-        watcher = Watcher(project)
+    async def watch(self, ws: ServerConnection, wanted: Wanted | None, target: str) -> None:
+        """The same over a websocket. None: who he is stands in his first message."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.serving.add(task)
+        try:
+            if wanted is None:
+                wanted = await self._introduced(ws, target)
+            await _either(_unheard(ws), self._stream(Messages(ws), wanted))
+            over = 0 < wanted.context.expires_at <= self.clock.now()
+            await ws.close(1000 if over else 1013, "Come again.")
+        except Trouble as e:
+            await ws.close(1008, e.said[:120])
+        except (OSError, ConnectionClosed, TimeoutError):
+            await ws.close(1008, "")
+        except Exception:
+            log.exception("somebody could not watch")
+            await ws.close(1011, "")
+        finally:
+            self.serving.discard(task)
+
+    async def _introduced(self, ws: ServerConnection, target: str) -> Wanted:
+        said = await asyncio.wait_for(ws.recv(), HEAD_S)
+        try:
+            me = msgspec.json.decode(said, type=Introduction)
+        except (msgspec.MsgspecError, UnicodeError):
+            raise Unknown("The request you have made requires authentication.") from None
+        return await asyncio.to_thread(self.let_in, me.token, target, me.since)
+
+    async def _stream(self, sink: Sink, wanted: Wanted) -> None:
+        until = wanted.context.expires_at
+        watcher = Watcher(wanted.project_id)
         self.watchers.add(watcher)  # before we look back: between the two nothing is missed, and twice is no harm
         if self.reading is None or self.reading.done():
             self.reading = asyncio.get_running_loop().create_task(self._read())
         try:
-            await self._look_back(writer, watcher, since)
+            await self._look_back(sink, watcher, wanted.since)
             while not until or self.clock.now() < until:
                 try:
                     c = await asyncio.wait_for(watcher.events.get(), QUIET_S)
                 except TimeoutError:
-                    writer.write(b": still here\n\n")
+                    await sink.still_here()
                 else:
                     if c is None:
                         return
-                    writer.write(event(c))
-                await asyncio.wait_for(writer.drain(), QUIET_S * 4)
+                    await sink.tell(c)
         finally:
             self.watchers.discard(watcher)
 
-    async def _look_back(self, writer: asyncio.StreamWriter, watcher: Watcher, since: float) -> None:
+    async def _look_back(self, sink: Sink, watcher: Watcher, since: float) -> None:
         """What he missed, page by page, up to what all are told."""
         at = since
         while True:
@@ -141,8 +211,7 @@ class Tail:
             new = [c for c in page if c.id not in watcher.seen and c.at >= since]
             for c in new:
                 watcher.seen[c.id] = c.at
-                writer.write(event(c))
-            await asyncio.wait_for(writer.drain(), QUIET_S * 4)
+                await sink.tell(c)
             if not more or not new:
                 return
             at = page[-1].at
@@ -169,13 +238,16 @@ class Tail:
 
     # -- who comes
 
-    def _asked(self, head: bytes) -> tuple[Context, str | None, float]:
-        """(who, whose servers, since when). Raises Unknown, Forbidden, Unavailable."""
+    def _asked(self, head: bytes) -> Wanted:
         line, headers = _head(head)
-        query = urllib.parse.parse_qs(urllib.parse.urlsplit(line.split(" ")[1]).query)
+        return self.let_in(headers.get("x-auth-token", ""), line.split(" ")[1], headers.get("last-event-id", ""))
+
+    def let_in(self, token: str, target: str, last: str) -> Wanted:
+        """`target` is the path that was asked for, `last` his cursor, or "". Raises Unknown, Forbidden, Unavailable."""
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(target).query)
         if len(self.serving) > self.most:
             raise Unavailable("Too many watch already.")
-        context = self.authenticate(headers.get("x-auth-token", "")) if headers.get("x-auth-token") else None
+        context = self.authenticate(token) if token else None
         if context is None:
             raise Unknown("The request you have made requires authentication.")
         mine = {"project_id": context.project_id, "user_id": context.user_id}
@@ -183,13 +255,47 @@ class Tail:
         rule = ALL if everybody else RULE
         if not self.may(context, rule, mine) or (not everybody and context.project_id is None):
             raise Forbidden(f"Policy doesn't allow {rule} to be performed.")
-        said = headers.get("last-event-id") or query.get("since", [""])[0]
+        said = last or query.get("since", [""])[0]
         now = self.clock.now()
         try:
             since = max(float(said) - OVERLAP_S, now - KEEP_S) if said else now
         except ValueError:
             raise Trouble("That is no cursor of ours.") from None
-        return context, None if everybody else context.project_id, since
+        return Wanted(context, None if everybody else context.project_id, since)
+
+
+class Introduction(msgspec.Struct, frozen=True):
+    token: str
+    since: str = ""
+
+
+async def _either(leave: Awaitable[Any], watching: Coroutine[Any, Any, None]) -> None:
+    """Until one of them ends. Raises what watching raised."""
+    gone, told = asyncio.ensure_future(leave), asyncio.ensure_future(watching)
+    try:
+        await asyncio.wait([gone, told], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (gone, told):
+            task.cancel()
+        await asyncio.gather(gone, told, return_exceptions=True)
+    if told.done() and not told.cancelled() and (trouble := told.exception()) is not None:
+        raise trouble
+
+
+async def _unheard(ws: ServerConnection) -> None:
+    """Until he leaves: whatever he says meanwhile is of no interest."""
+    async for _ in ws:
+        pass
+
+
+def refusal(e: Trouble) -> str:
+    """The status of HTTP."""
+    return next((s for kind, s in REFUSED.items() if isinstance(e, kind)), "400 Bad Request")
+
+
+def message(c: Change) -> str:
+    """The same as `event`, as one text of JSON."""
+    return msgspec.json.encode({"id": f"{c.at:.6f}", "event": c.event, "data": c.data}).decode()
 
 
 def event(c: Change) -> bytes:
@@ -237,7 +343,10 @@ def door(tail: Tail | None) -> type[ServerConnection]:
 
 
 def watches(head: bytes) -> bool:
-    return head.startswith((b"GET /watch ", b"GET /watch?")) and b"\r\n\r\n" in head
+    """With server-sent events; a websocket is the proxy's to open."""
+    if not head.startswith((b"GET /watch ", b"GET /watch?")) or b"\r\n\r\n" not in head:
+        return False
+    return _head(head)[1].get("upgrade", "").lower() != "websocket"
 
 
 def _head(head: bytes) -> tuple[str, dict[str, str]]:
