@@ -80,7 +80,6 @@ SEARCHED: dict[str, sa.ColumnElement[Any]] = {
     "progress": sa.cast(T.c.progress, sa.String(12)),
     "auto_disk_config": T.c.disk_config,
 }
-CHANGED = sa.func.coalesce(T.c.updated_at, T.c.created_at)
 _PLAIN = re.compile(r"^[\w\s@:,/=-]*$")
 _RUNAWAY = re.compile(r"[*+?}]\s*\)\s*[*+{]|\([^)]*\|[^)]*\)\s*[*+{]")  # a repeated repetition can take for ever
 
@@ -212,10 +211,11 @@ def has_status(statuses: list[str]) -> Condition | None:
 
 
 def updated(since: float | None, before: float | None) -> list[Condition]:
-    after = [Condition(("since",), lambda value: value <= CHANGED, (since,))] if since is not None else []
-    return after + (
-        [Condition(("before",), lambda value: value > CHANGED, (before + 1,))] if before is not None else []
-    )
+    """Since and before which moment. Who was never changed was made then; said so that an index finds both kinds."""
+    at, made, never = T.c.updated_at, T.c.created_at, T.c.updated_at.is_(None)
+    after = Condition(("since",), lambda value: (at >= value) | (never & (made >= value)), (since,))
+    until = Condition(("before",), lambda value: (at < value) | (never & (made < value)), ((before or 0.0) + 1,))
+    return [c for c, said in ((after, since), (until, before)) if said is not None]
 
 
 def tagged(tags: list[str], *, any: bool, negated: bool) -> Condition:

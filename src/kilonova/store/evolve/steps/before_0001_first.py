@@ -658,10 +658,10 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("servers", schema=None) as batch_op:
         batch_op.create_index("servers_changed", ["updated_at"], unique=False)
-        batch_op.create_index("servers_newest", ["deleted_at", "created_at", "id"], unique=False)
+        batch_op.create_index("servers_newest", ["deleted_at", "created_at", "number"], unique=False)
         batch_op.create_index("servers_of_group", ["group_id"], unique=False)
-        batch_op.create_index("servers_of_project", ["project_id", "deleted_at", "created_at", "id"], unique=False)
-        batch_op.create_index("servers_on_host", ["host"], unique=False)
+        batch_op.create_index("servers_of_project", ["project_id", "deleted_at", "created_at", "number"], unique=False)
+        batch_op.create_index("servers_on_host", ["host", "deleted_at", "created_at", "number"], unique=False)
 
     op.create_table(
         "services",
