@@ -5,6 +5,7 @@ import pytest
 
 from kilonova.contracts.compute import ConsoleLog
 from kilonova.kit.bus import opened
+from kilonova.kit.clock import iso
 from kilonova.model import options
 from kilonova.model.options import Config
 from tests.stories import telling
@@ -448,3 +449,25 @@ def test_both_sides_may_die_at_any_time(cloud):
         assert s.status == "ACTIVE"
         assert cloud.check() == []
         s.delete()
+
+
+def test_what_changed_since_and_before(tmp_path):
+    """Also of one that is still on its way, and of one that is gone."""
+    with telling(tmp_path) as cloud:
+        old = cloud.boot("old")
+        cloud.clock.sleep(100)
+        between = iso(cloud.clock.now())
+        cloud.clock.sleep(100)
+        gone, new = cloud.boot("gone"), cloud.boot("new", settle=False)
+        gone.delete(settle=False)
+
+        def names(query):
+            return {s["name"] for s in cloud.json("GET", f"/servers/detail?{query}")["servers"]}
+
+        assert names(f"changes-since={between}") == {"gone", "new"}
+        assert names(f"changes-before={between}") == {"old"}
+        old.act("lock")
+        assert names(f"changes-since={between}") == {"old", "gone", "new"}
+        cloud.settle()
+        assert names(f"changes-since={between}") == {"old", "gone", "new"}
+        assert new.status == "ACTIVE"
