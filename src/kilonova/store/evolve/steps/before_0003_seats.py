@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision = "before_0002_seats", "before_0001_first"
+revision, down_revision = "before_0003_seats", "before_0002_global_request_ids"
 
 
 def upgrade() -> None:
