@@ -4,11 +4,13 @@ import http.client
 import re
 import urllib.parse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kilonova.kit.errors import Forbidden, NotFound, Refused, Trouble, Unavailable, Unknown
+from kilonova.kit.tls import trusting
 
 TROUBLES: dict[int, type[Trouble]] = {401: Unknown, 403: Forbidden, 404: NotFound, 503: Unavailable}
 
@@ -17,10 +19,16 @@ class Client:
     """`url` is a cloud's one address. Speaks as `user` in `project`, at the newest microversion."""
 
     def __init__(
-        self, url: str, password: str, *, user: str = "admin", project: str = "admin", timeout_s: float = 60
+        self,
+        url: str,
+        password: str,
+        *,
+        user: str = "admin",
+        project: str = "admin",
+        timeout_s: float = 60,
+        ca_file: Path | None = None,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        self.host, self.port, self.timeout_s = parts.hostname or "127.0.0.1", parts.port or 80, timeout_s
+        self.url, self.timeout_s, self.ca_file = url, timeout_s, ca_file
         self.user, self.password, self.project = user, password, project
         self.token = self.project_id = ""
 
@@ -58,13 +66,13 @@ class Client:
         headers = {"Content-Type": "application/json", "OpenStack-API-Version": "compute latest"} | more
         if self.token:
             headers["X-Auth-Token"] = self.token
-        line = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout_s)
+        line = line_to(self.url, self.timeout_s, self.ca_file)
         try:
             line.request(method, path, body, headers)
             answer = line.getresponse()
             raw = answer.read()
         except OSError as e:
-            raise Unavailable(f"Nobody answers at {self.host}:{self.port}: {e}") from None
+            raise Unavailable(f"Nobody answers at {line.host}:{line.port}: {e}") from None
         finally:
             line.close()
         found = {k.lower(): v for k, v in answer.getheaders()}
@@ -72,6 +80,15 @@ class Client:
         if answer.status >= 400:
             raise TROUBLES.get(answer.status, Refused)(f"{method} {path}: {answer.status} {_said(value)}")
         return value, found
+
+
+def line_to(url: str, timeout_s: float, ca_file: Path | None = None) -> http.client.HTTPConnection:
+    """A connection to a cloud's address; with https, to whom `ca_file`, or else this machine, trusts."""
+    at = urllib.parse.urlsplit(url)
+    name = at.hostname or "127.0.0.1"
+    if at.scheme == "https":
+        return http.client.HTTPSConnection(name, at.port or 443, timeout=timeout_s, context=trusting(ca_file))
+    return http.client.HTTPConnection(name, at.port or 80, timeout=timeout_s)
 
 
 def _said(body: Any) -> str:

@@ -20,7 +20,7 @@ from kilonova.cli import measures
 from kilonova.cli.companions import Companions, Everybody
 from kilonova.cli.compute import Hosts, ground_of
 from kilonova.cli.doors import Doors
-from kilonova.cli.process import Process, carriers_of, login_of
+from kilonova.cli.process import Process, carriers_of, identity_of, login_of, verify_of
 from kilonova.cli.state import Secrets, StateDir
 from kilonova.clients import Carrier, Compute, Inside, Outside, RemoteIdentity, Session, neighbours
 from kilonova.companions import identity, network, volume
@@ -150,9 +150,11 @@ class Cloud:
         if self.metadata is not None:
             apps["/metadata"] = self.metadata
         door = Mount(apps, self.health)
-        self.servers = [Server(door, listener, threads=config.api.threads)] if listener is not None else []
-        if inner is not None:
-            self.servers.append(Server(door, inner, threads=2))
+        self.tls = identity_of(config)
+        self.servers = []
+        for way, threads in ((listener, config.api.threads), (inner, 2)):
+            if way is not None:
+                self.servers.append(Server(door, way, threads=threads, tls=self.tls))
         self.proxy = self._proxy(consoles) if "console" in roles and consoles is not None else None
         self.upkeep = Reconcilers(self, UPKEEP, clock=p.clock, dice=random.Random())
         measures.of(self)
@@ -299,7 +301,9 @@ class Cloud:
         """Companions tell the Compute API of what became of volumes, and servers of what became of their addresses."""
         compute = self.doors.services.get("compute")
         carrier: Carrier = (
-            Inside(compute, f"{self.url}/compute") if compute else Outside(_services(self.config)["compute"])
+            Inside(compute, f"{self.url}/compute")
+            if compute
+            else Outside(_services(self.config)["compute"], verify=verify_of(self.config))
         )
         told = Session("compute", carrier, self.clock, companions.account)
         companions.volumes.grown = Compute(told).extended
@@ -318,7 +322,8 @@ class Cloud:
         compute = self.doors.services.get("compute")
         policy = compute.policy if compute else Policy(policies.RULES, config.policy.file)
         tail = Tail(self.db, p.clock, self.gate, policy.allows, most=config.console.connections_max)
-        return Proxy(self.db, consoles, clock=p.clock, options=config.console, tail=tail)
+        context = self.tls.context() if self.tls else None
+        return Proxy(self.db, consoles, clock=p.clock, options=config.console, tail=tail, tls=context)
 
     def _wired(self) -> None:
         if self.wires is not None and self.companions is not None:
@@ -389,7 +394,7 @@ def _beside(url: str, port: int) -> str:
     """The same machine, another door."""
     at = urllib.parse.urlsplit(url)
     name = f"[{at.hostname}]" if ":" in (at.hostname or "") else at.hostname
-    return f"http://{name}:{port}"
+    return f"{at.scheme}://{name}:{port}"
 
 
 def open_db(config: options.Config, state: StateDir) -> Db:

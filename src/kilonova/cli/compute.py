@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kilonova.cli.host_measures import of_bus, of_hosts
-from kilonova.cli.process import Process, carriers_of, login_of
+from kilonova.cli.process import Process, carriers_of, identity_of, login_of
 from kilonova.cli.state import Secrets, StateDir, private
 from kilonova.clients import Image, neighbours
 from kilonova.companions.wires import guestfwd
@@ -46,7 +46,9 @@ class HostAlone:
         self.health = Health(p.metrics, ready={"bus": self._bus, "hosts": self._hosts})
         of_bus(p.metrics, p.bus)
         of_hosts(p.metrics, lambda: self.hosts.host)
-        self.server = None if listener is None else Server(Mount({}, self.health), listener, threads=1)
+        self.server = (
+            None if listener is None else Server(Mount({}, self.health), listener, threads=1, tls=identity_of(config))
+        )
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from kilonova.kit.bus import MemoryBus
 from kilonova.kit.clock import Clock, Ids, WallClock
 from kilonova.kit.errors import Invalid, Refused
 from kilonova.kit.health import Metrics
+from kilonova.kit.tls import Identity
 from kilonova.model import options
 
 OURS = ("identity", "image", "network", "volume")  # what our own companions are, and where they are mounted
@@ -72,6 +73,23 @@ def login_of(config: options.Config, service_password: str) -> Login:
     return Login(i.username, i.password.reveal(), i.project_name, i.domain_name, i.domain_name)
 
 
+def identity_of(config: options.Config) -> Identity | None:
+    """What listeners show of themselves. Raises Invalid where it is none: before anything listens."""
+    said = config.tls
+    if said.cert_file is None or said.key_file is None:
+        if said.cert_file is not said.key_file:
+            raise Invalid("[tls] needs both, cert_file and key_file.")
+        return None
+    found = Identity(said.cert_file, said.key_file)
+    found.context()
+    return found
+
+
+def verify_of(config: options.Config) -> bool | str:
+    """Whose certificates neighbours may have."""
+    return str(config.companions.ca_file) if config.companions.ca_file else True
+
+
 def carriers_of(config: options.Config) -> dict[str, Carrier]:
     """How neighbours of other processes are asked. Raises Refused where nobody says where they are."""
     urls = {name: getattr(config, name).url for name in OURS}
@@ -82,5 +100,4 @@ def carriers_of(config: options.Config) -> dict[str, Carrier]:
             f"Nobody says where the {missing[0]} service is: set [companions] url to where `kilonova serve companions` "
             f"answers, or [{missing[0]}] url to a real one."
         )
-    verify: bool | str = str(config.companions.ca_file) if config.companions.ca_file else True
-    return {name: Outside(url, verify=verify) for name, url in urls.items() if url is not None}
+    return {name: Outside(url, verify=verify_of(config)) for name, url in urls.items() if url is not None}

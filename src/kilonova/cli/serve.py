@@ -137,7 +137,7 @@ def _serve(config: options.Config, state: StateDir, roles: frozenset[str], *, as
         if "companions" in roles:
             from kilonova.cli.up import credentials
 
-            credentials(state, secrets, (config.companions.url or url).rstrip("/"))
+            credentials(state, secrets, (config.companions.url or url).rstrip("/"), config.tls.ca_file)
         where = f" at {url}" if listener is not None else ""
         _say(f"{', '.join(sorted(roles))}: {cloud.name}{where}")
         stop.wait()
@@ -172,7 +172,7 @@ def _url(config: options.Config, listener: socket.socket | None) -> str:
     if listener is None:
         return config.api.public_url or "http://127.0.0.1"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.api.host, config.api.host)  # noqa: S104
-    return f"http://{host}:{listener.getsockname()[1]}"
+    return f"{'https' if config.tls.cert_file else 'http'}://{host}:{listener.getsockname()[1]}"
 
 
 def _say(line: str) -> None:

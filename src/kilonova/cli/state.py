@@ -38,6 +38,7 @@ class Running(msgspec.Struct):
     began: str
     url: str = ""
     since: float = 0
+    ca_file: str = ""  # whom its clients must trust; "": whom this machine does
 
 
 MARK = "kilonova.lock"  # who is at work holds it; a directory that has none is no cloud's

@@ -3,11 +3,12 @@
 import argparse
 import http.client
 import socket
-import urllib.parse
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from kilonova.cli.client import line_to
 from kilonova.cli.state import StateDir, is_home
 from kilonova.virt.libvirt.driver import doors
 
@@ -20,7 +21,7 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     if now is None:
         print('{"up": false}' if chosen.json else "It is not up.")
         return 3
-    checks = asked(now.url)
+    checks = asked(now.url, Path(now.ca_file) if now.ca_file else None)
     laid = {id: port for host in (chosen.state_dir / "hosts").glob("*/") for id, port in doors(host).items()}
     ways = {id: port for id, port in laid.items() if opens(port)}
     bad = {n: why for n, why in checks.items() if why != "ok"}
@@ -45,10 +46,9 @@ def opens(port: int) -> bool:
     return True
 
 
-def asked(url: str) -> dict[str, str]:
+def asked(url: str, ca_file: Path | None = None) -> dict[str, str]:
     """The checks of `/readyz`, by name: "ok" or the reason."""
-    parts = urllib.parse.urlsplit(url)
-    line = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    line = line_to(url, 10, ca_file)
     try:
         line.request("GET", "/readyz")
         body: dict[str, Any] = msgspec.json.decode(line.getresponse().read())

@@ -1,6 +1,7 @@
 """`kilonova up` and `kilonova demo`: a cloud on this machine, in the foreground, until Ctrl-C."""
 
 import argparse
+import json
 import logging
 import os
 import shlex
@@ -9,8 +10,11 @@ import socket
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from kilonova.cli import config as configuration
 from kilonova.cli import images, setup
@@ -18,7 +22,7 @@ from kilonova.cli.state import Running, Secrets, StateDir, private, started, usu
 from kilonova.companions.wires import userns
 from kilonova.companions.wires.forward import Forward
 from kilonova.kit import log as logs
-from kilonova.kit.clock import Ids
+from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.errors import Invalid, Refused, Trouble, Unavailable, Unsupported
 from kilonova.kit.http import listen
 from kilonova.model import options
@@ -42,6 +46,8 @@ def main(words: list[str], *, demo: bool) -> int:
         images.checked(chosen.image)
     state = StateDir(config.state.directory or usual(dict(os.environ)))
     with state.held():
+        if chosen.tls and config.tls.cert_file is None:
+            config = _certified(config, state)
         _furnish_machine(config, chosen)
         began = time.monotonic()
         secrets = state.secrets(Ids(), config.identity.admin_password.reveal())
@@ -70,6 +76,9 @@ def _parser(demo: bool) -> argparse.ArgumentParser:
         "--host", metavar="ADDRESS", help="listen there; others than loopback let the network in (127.0.0.1)"
     )
     parser.add_argument("--port", type=int, metavar="N", help="listen there (8774, or a free one where that is taken)")
+    parser.add_argument(
+        "--tls", action="store_true", help="https, with a certificate of its own making where [tls] names none"
+    )
     parser.add_argument("--driver", choices=["libvirt", "sim"], help="real machines, or simulated ones")
     parser.add_argument("--sim-hosts", type=int, metavar="N", help="so many simulated hosts; goes with --driver sim")
     parser.add_argument(
@@ -109,6 +118,17 @@ def _furnish_machine(config: options.Config, chosen: argparse.Namespace) -> None
     setup.ensure(features, say=_say, ask=(lambda _: True) if quiet else setup.agree)
 
 
+def _certified(config: options.Config, state: StateDir) -> options.Config:
+    """With a certificate for what this machine is called by itself."""
+    from kilonova.cli.certificates import own
+
+    names = {"localhost", "127.0.0.1", "::1", socket.gethostname()}
+    names |= {config.api.host} - {"0.0.0.0", "::"}  # noqa: S104
+    names |= {urllib.parse.urlsplit(config.api.public_url).hostname or ""} if config.api.public_url else set()
+    made, ca = own(state.path / "tls", names - {""}, WallClock().now())
+    return msgspec.structs.replace(config, tls=options.Tls(made.cert_file, made.key_file, ca))
+
+
 def _serve(
     config: options.Config, state: StateDir, secrets: Secrets, chosen: argparse.Namespace, demo: bool, began: float
 ) -> int:
@@ -122,7 +142,7 @@ def _serve(
         secrets.port = port
         state.keep(secrets)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.api.host, config.api.host)  # noqa: S104 (what clients call)
-    url = config.api.public_url or f"http://{host}:{port}"
+    url = config.api.public_url or f"{'https' if config.tls.cert_file else 'http'}://{host}:{port}"
 
     from kilonova.cli.cloud import Cloud  # the whole house: imported when all that can be refused was
 
@@ -130,11 +150,11 @@ def _serve(
     cloud = Cloud(config, state, secrets, listener, url, inner, consoles)
     cloud.start()
     try:
-        credentials(state, secrets, url)
+        credentials(state, secrets, url, config.tls.ca_file)
         if cloud.ground is not None and cloud.ground.kind == "qemu":
             _say(cloud.ground.why)
             _say(APART.format(outside=OUTSIDE[config.network.forward]))
-        state.tell(Running(os.getpid(), started(os.getpid()), url, time.time()))
+        state.tell(Running(os.getpid(), started(os.getpid()), url, time.time(), str(config.tls.ca_file or "")))
         _say(f"The cloud is up at {url} after {time.monotonic() - began:.1f} s; its home is {state.path}.")
         if demo:
             return _demo(cloud, state, secrets, chosen, url, stop, way_in)
@@ -203,7 +223,7 @@ def _demo(
     from kilonova.virt.libvirt.driver import doors
 
     assert isinstance(cloud, Cloud)
-    client = Client(url, secrets.admin_password)
+    client = Client(url, secrets.admin_password, ca_file=cloud.config.tls.ca_file)
     client.login()
     image = _image(url, secrets, state, chosen.image, cloud.config, _say)
     _when_ready(cloud.health.reasons, stop)
@@ -259,7 +279,7 @@ def _image(
     """The id of an image that servers can be made of: the given one, or our own guest; put there where it is not yet."""
     from kilonova.cli.client import Client
 
-    client = Client(url, secrets.admin_password)
+    client = Client(url, secrets.admin_password, ca_file=config.tls.ca_file)
     client.login()
     if given:
         return images.given(client, given, state, say)
@@ -268,8 +288,9 @@ def _image(
     return images.guest(client, say)
 
 
-def credentials(state: StateDir, secrets: Secrets, url: str) -> None:
+def credentials(state: StateDir, secrets: Secrets, url: str, ca_file: Path | None = None) -> None:
     """clouds.yaml for openstacksdk and its clients, openrc for shells; readable by their owner only."""
+    ca = str(ca_file.absolute()) if ca_file is not None else ""
     auth = f"{url}/identity/v3"
     clouds = f"""# Written by kilonova up.
 clouds:
@@ -284,6 +305,7 @@ clouds:
     region_name: RegionOne
     identity_api_version: "3"
 """
+    clouds += f"    cacert: {json.dumps(ca)}\n" if ca else ""
     names = ("OS_CLOUD", "OS_TOKEN")
     rc = {
         "OS_AUTH_URL": auth,
@@ -294,10 +316,11 @@ clouds:
         "OS_PROJECT_DOMAIN_NAME": "Default",
         "OS_REGION_NAME": "RegionOne",
         "OS_IDENTITY_API_VERSION": "3",
-    }
+    } | ({"OS_CACERT": ca} if ca else {})
     private(state.clouds, clouds)
     private(
-        state.openrc, "".join(f"unset {n}\n" for n in names) + "".join(f"export {k}='{v}'\n" for k, v in rc.items())
+        state.openrc,
+        "".join(f"unset {n}\n" for n in names) + "".join(f"export {k}={shlex.quote(v)}\n" for k, v in rc.items()),
     )
 
 

@@ -10,6 +10,7 @@ import functools
 import http
 import logging
 import socket
+import ssl
 import threading
 import urllib.parse
 from collections.abc import Awaitable
@@ -43,8 +44,16 @@ class Proxy:
     """Serves on a socket that somebody bound, from a thread of its own. `tail` is for those who watch (`watch.py`)."""
 
     def __init__(
-        self, db: Db, listener: socket.socket, *, clock: Clock, options: options.Console, tail: Tail | None = None
+        self,
+        db: Db,
+        listener: socket.socket,
+        *,
+        clock: Clock,
+        options: options.Console,
+        tail: Tail | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        self.tls = tls
         self.db, self.listener, self.clock, self.options, self.tail = db, listener, clock, options, tail
         self.open: set[ServerConnection] = set()
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -67,6 +76,7 @@ class Proxy:
         async with serve(
             self._splice,
             sock=self.listener,
+            ssl=self.tls,
             process_request=self._asked,
             create_connection=door(self.tail),
             subprotocols=[Subprotocol("binary")],

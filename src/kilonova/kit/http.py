@@ -28,6 +28,7 @@ from kilonova.kit.errors import Invalid, NotFound, Trouble, Unknown
 from kilonova.kit.log import about
 from kilonova.kit.policy import Policy
 from kilonova.kit.routes import Call, Context, Reply, Route, Routes
+from kilonova.kit.tls import Identity
 from kilonova.kit.versions import at, lift, lower
 
 log = logging.getLogger(__name__)
@@ -725,10 +726,10 @@ class Server:
     namespace perhaps.  `stop` returns when the last reply is out or the time is.
     """
 
-    def __init__(self, app: Wsgi, listener: socket.socket, *, threads: int = 4) -> None:
+    def __init__(self, app: Wsgi, listener: socket.socket, *, threads: int = 4, tls: Identity | None = None) -> None:
         self.app, self.listener, self.threads = app, listener, threads
         # A descriptor of its own: Granian closes what it is given, and a second close would hit who has that number by then.
-        self.wire = _wire(os.dup(listener.fileno()), threads)
+        self.wire = _wire(os.dup(listener.fileno()), threads, tls)
         self.thread = threading.Thread(target=self._serve, name="granian", daemon=True)
 
     def start(self) -> None:
@@ -768,10 +769,10 @@ def listen(host: str, port: int, backlog: int = BACKLOG, *, shared: bool = False
     return s
 
 
-def _wire(fd: int, threads: int) -> Any:
+def _wire(fd: int, threads: int, tls: Identity | None) -> Any:
     """Imported late: only who serves pays for it."""
     from granian._granian import SocketHolder
-    from granian.constants import HTTPModes, Interfaces
+    from granian.constants import HTTPModes, Interfaces, SSLProtocols
     from granian.server.mt import MTServer
 
     class InProcess(MTServer):  # type: ignore[misc]
@@ -791,4 +792,7 @@ def _wire(fd: int, threads: int) -> Any:
         http=HTTPModes.http1,
         websockets=False,
         log_enabled=False,
+        ssl_cert=tls and tls.cert_file,
+        ssl_key=tls and tls.key_file,
+        ssl_protocol_min=SSLProtocols.tls12,
     )

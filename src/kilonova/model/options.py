@@ -651,6 +651,28 @@ class Log(Struct, frozen=True):
     levels: A[dict[str, str], Meta(description='Other levels for single loggers: `{keystoneauth = "debug"}`.')] = {}
 
 
+class Tls(Struct, frozen=True):
+    """Certificates of everything that listens for HTTP: APIs, metadata for proxies, health, consoles. Without: plain HTTP."""
+
+    cert_file: A[
+        Path | None,
+        Meta(
+            description="PEM: the certificate for what clients call this process, and what leads to its authority.",
+            examples=["/etc/kilonova/cert.pem"],
+        ),
+    ] = None
+    key_file: A[
+        Path | None, Meta(description="PEM: its key, without a password.", examples=["/etc/kilonova/key.pem"])
+    ] = None
+    ca_file: A[
+        Path | None,
+        Meta(
+            description="What clients must trust, as `up` tells it to them in clouds.yaml; unset, what their machine trusts.",
+            examples=["/etc/kilonova/ca.pem"],
+        ),
+    ] = None
+
+
 class Policy(Struct, frozen=True):
     """Who may do what."""
 
@@ -684,4 +706,5 @@ class Config(Struct, frozen=True):
     console: Console = Console()
     notifications: Notifications = Notifications()
     log: Log = Log()
+    tls: Tls = Tls()
     policy: Policy = Policy()
