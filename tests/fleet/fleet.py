@@ -265,7 +265,7 @@ class FleetClient(Client):
                 raise
             if seen["status"] == status and seen["OS-EXT-STS:task_state"] is None:
                 return seen
-            assert status == "ERROR" or seen["status"] != "ERROR", seen.get("fault")
+            assert status in ("ERROR", "") or seen["status"] != "ERROR", seen.get("fault")
             time.sleep(0.05)
         raise AssertionError(f"{id} is {seen.get('status')}, {seen.get('OS-EXT-STS:task_state')}, and not {status}")
 

@@ -3,11 +3,16 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from kilonova.kit.db import Db
+from kilonova.kit.errors import Forbidden, Trouble
 from tests.engines import MariaDb, Postgres
 from tests.fleet.faults import Cloud, Storm, cloud_of, table, told
 from tests.fleet.fleet import ROOT, Fleet, FleetClient
@@ -203,6 +208,142 @@ def test_a_host_that_comes_back_finds_that_its_servers_live_elsewhere(
     client.until(id, "")
     cloud.wait(lambda: len(cloud.hosts_up()) == 3, 30, "all hosts are back")
 
+
+# ---- at the same time, through two APIs
+
+
+def _at_once(cloud: Fleet, what: list[Callable[[FleetClient], Any]]) -> list[Any]:
+    """All of it at the same moment, each by a client of its own: what they were answered, or the trouble."""
+    clients = [cloud.client() for _ in what]
+    ready, said = threading.Barrier(len(what)), [None] * len(what)
+
+    def one(i: int) -> None:
+        ready.wait(30)
+        try:
+            said[i] = what[i](clients[i])
+        except Trouble as e:
+            said[i] = e
+
+    crew = [threading.Thread(target=one, args=(i,)) for i in range(len(what))]
+    for t in crew:
+        t.start()
+    for t in crew:
+        t.join(60)
+    return said
+
+
+def _gone(client: FleetClient, ids: list[str]) -> None:
+    for id in ids:
+        client.delete(f"/compute/v2.1/servers/{id}")
+    for id in ids:
+        client.until(id, "", 60)
+
+
+def test_a_quota_is_kept_by_all_apis_together(cloud: Fleet, client: FleetClient) -> None:
+    image, network = client.furnish()
+    quota = f"/compute/v2.1/os-quota-sets/{client.project_id}"
+    client.put(quota, {"quota_set": {"instances": 5}})
+    try:
+        said = _at_once(cloud, [lambda c, i=i: c.boot(f"quota-{i}", image, network) for i in range(12)])
+    finally:
+        client.put(quota, {"quota_set": {"instances": -1}})
+    built = [id for id in said if isinstance(id, str)]
+    assert len(built) == 5 and all(isinstance(e, Forbidden) for e in said if not isinstance(e, str)), said
+    for id in built:
+        client.until(id, "ACTIVE", 60)
+    _gone(client, built)
+
+
+def test_a_host_is_not_given_twice(cloud: Fleet, client: FleetClient) -> None:
+    """Two such servers fit on a host; twelve are asked for at once, of two conductors and their schedulers."""
+    image, network = client.furnish()
+    wish = {"name": "half", "ram": 120_000, "vcpus": 1, "disk": 1, "id": "half"}
+    client.post("/compute/v2.1/flavors", {"flavor": wish})
+    said = _at_once(cloud, [lambda c, i=i: c.boot(f"half-{i}", image, network, flavorRef="half") for i in range(12)])
+    ends = {id: _end(client, id) for id in said}
+    at = Counter(s["OS-EXT-SRV-ATTR:host"] for s in ends.values() if s["status"] == "ACTIVE")
+    assert sorted(at.values()) == [2, 2, 2], {id: s.get("fault") for id, s in ends.items()}
+    assert all("No valid host" in s["fault"]["message"] for s in ends.values() if s["status"] == "ERROR")
+    _gone(client, said)
+    client.delete("/compute/v2.1/flavors/half")
+
+
+def _end(client: FleetClient, id: str) -> dict[str, Any]:
+    until = time.monotonic() + 60
+    while (seen := client.server(id))["status"] == "BUILD":
+        assert time.monotonic() < until, f"{id} is still being built"
+        time.sleep(0.1)
+    return seen
+
+
+def test_members_of_a_group_keep_apart_though_they_come_at_once(cloud: Fleet, client: FleetClient) -> None:
+    image, network = client.furnish()
+    group = client.post(
+        "/compute/v2.1/os-server-groups", {"server_group": {"name": "apart", "policy": "anti-affinity"}}
+    )
+    hint = {"group": group["server_group"]["id"]}
+
+    def boot(c: FleetClient) -> str:
+        wish = {"name": "apart", "imageRef": image, "flavorRef": "42", "networks": [{"uuid": network}]}
+        body = {"server": wish, "os:scheduler_hints": hint}
+        return str(c.post("/compute/v2.1/servers", body)["server"]["id"])
+
+    said = _at_once(cloud, [boot] * 6)
+    ends = [_end(client, id) for id in said]
+    at = [s["OS-EXT-SRV-ATTR:host"] for s in ends if s["status"] == "ACTIVE"]
+    assert sorted(at) == ["host-0", "host-1", "host-2"], [s.get("fault") for s in ends]
+    _gone(client, said)
+    client.delete(f"/compute/v2.1/os-server-groups/{hint['group']}")
+
+
+def test_one_port_and_one_volume_are_one_server_s(cloud: Fleet, client: FleetClient) -> None:
+    image, network = client.furnish()
+    port = client.post("/network/v2.0/ports", {"port": {"network_id": network}})["port"]["id"]
+    said = _at_once(
+        cloud, [lambda c, i=i: c.boot(f"port-{i}", image, network, networks=[{"port": port}]) for i in range(4)]
+    )
+    ends = {id: _end(client, id) for id in said if isinstance(id, str)}
+    mine = [id for id, s in ends.items() if s["status"] == "ACTIVE"]
+    assert len(mine) == 1, [s.get("fault") for s in ends.values()]
+    assert client.get(f"/network/v2.0/ports/{port}")["port"]["device_id"] == mine[0]
+    _gone(client, [id for id in ends if id != mine[0]])
+    assert client.get(f"/network/v2.0/ports/{port}")["port"]["device_id"] == mine[0]
+
+    two = [*mine, *(client.boot(f"volume-{i}", image, network) for i in range(3))]
+    for id in two:
+        client.until(id, "ACTIVE", 60)
+    volume = client.post("/volume/v3/volumes", {"volume": {"size": 1}})["volume"]["id"]
+    _until_volume(client, volume, "available")
+    wish = {"volumeAttachment": {"volumeId": volume}}
+    said = _at_once(
+        cloud, [lambda c, id=id: c.post(f"/compute/v2.1/servers/{id}/os-volume_attachments", wish) for id in two]
+    )
+    _until_volume(client, volume, "in-use")
+    for id in two:
+        client.until(id, "ACTIVE")
+    has = [id for id in two if client.get(f"/compute/v2.1/servers/{id}/os-volume_attachments")["volumeAttachments"]]
+    assert len(has) == 1 and sum(not isinstance(s, Trouble) for s in said) >= 1, said
+    _gone(client, two)
+    _until_volume(client, volume, "available")
+    client.delete(f"/volume/v3/volumes/{volume}")
+    client.delete(f"/network/v2.0/ports/{port}")
+
+
+def test_of_two_wishes_for_one_server_one_comes_first(cloud: Fleet, client: FleetClient) -> None:
+    image, network = client.furnish()
+    id = client.boot("torn", image, network)
+    client.until(id, "ACTIVE")
+    for _ in range(3):
+        said = _at_once(cloud, [lambda c: c.act(id, **{"os-stop": None})] * 4)
+        assert sum(e is None for e in said) == 1, said
+        client.until(id, "SHUTOFF")
+        said = _at_once(cloud, [lambda c: c.act(id, **{"os-start": None})] * 4)
+        assert sum(e is None for e in said) == 1, said
+        client.until(id, "ACTIVE")
+    _gone(client, [id])
+
+
+# ---- what breaks
 
 # Each costs some ten seconds; all of them, for as long as you like, are `python tests/fleet/faults.py`.
 FEW = {

@@ -15,6 +15,7 @@ from kilonova.clients.compute import Compute
 from kilonova.clients.identity import Identity, RemoteIdentity
 from kilonova.clients.image import Image, ImageInfo
 from kilonova.clients.network import (
+    STALE,
     Address,
     FloatingIp,
     HostRoute,
@@ -60,6 +61,7 @@ def neighbours(
 
 __all__ = [
     "SERVICE_USER",
+    "STALE",
     "Absent",
     "Account",
     "Address",

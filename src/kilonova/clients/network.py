@@ -13,6 +13,7 @@ from kilonova.model.machine import FixedIp, Nic
 
 T = TypeVar("T")
 
+STALE = "RevisionNumberConstraintFailed"  # code of a Conflict: somebody has changed it meanwhile
 IDS_IN_A_QUERY = 120  # 47 letters each: below the 8 KB that proxies allow a request line
 
 
@@ -46,6 +47,12 @@ class Port(msgspec.Struct, frozen=True):
     dns_name: str | None = ""
     tags: list[str] = []
     resource_request: dict[str, Any] | None = None
+    revision: int | None = msgspec.field(name="revision_number", default=None)  # None: the service does not count
+
+    @property
+    def seen(self) -> str | None:
+        """By which a change can be made conditional on what was seen (If-Match)."""
+        return None if self.revision is None else f"revision_number={self.revision}"
 
 
 class Binding(msgspec.Struct, frozen=True):
@@ -178,18 +185,21 @@ class Network:
         body = {"port": {"network_id": network_id, "admin_state_up": True, **wish}}
         return self.session.json("POST", "/v2.0/ports", _OnePort, body=body, token=token).port
 
-    def update_port(self, id: str, *, token: str | None = None, **wish: Any) -> Port:
-        """Raises NotFound, Conflict, Invalid."""
-        path = f"/v2.0/ports/{part(id)}"
-        return self.session.json("PUT", path, _OnePort, body={"port": wish}, token=token).port
+    def update_port(self, id: str, *, token: str | None = None, seen: str | None = None, **wish: Any) -> Port:
+        """`seen`: only if it is still as it was then (`Port.seen`). Raises NotFound, Conflict (`code` STALE: it is not), Invalid."""
+        path, headers = f"/v2.0/ports/{part(id)}", {} if seen is None else {"If-Match": seen}
+        return self.session.json("PUT", path, _OnePort, body={"port": wish}, headers=headers, token=token).port
 
-    def bind_port(self, id: str, host: str, *, device_id: str, device_owner: str, **wish: Any) -> Port:
+    def bind_port(
+        self, id: str, host: str, *, device_id: str, device_owner: str, seen: str | None = None, **wish: Any
+    ) -> Port:
         """Make it a server's, on this host; in our own name, since hosts are no user's business. Safe to do twice.
 
-        Raises Conflict where the network service cannot have the port on this host (`code` PortBindingFailed).
+        Raises Conflict where the network service cannot have the port on this host (`code` PortBindingFailed), or where
+        it is another than was `seen` (STALE).
         """
         wish |= {"binding:host_id": host, "device_id": device_id, "device_owner": device_owner}
-        port = self.update_port(id, **wish)
+        port = self.update_port(id, seen=seen, **wish)
         if port.vif_type == "binding_failed":
             raise Conflict(f"Binding failed for port {id}.", why=f"on host {host}", code="PortBindingFailed")
         return port

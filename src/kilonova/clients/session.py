@@ -206,6 +206,7 @@ KINDS: dict[int, type[Trouble]] = {
     404: NotFound,
     409: Conflict,
     410: NotFound,
+    412: Conflict,
     413: OverQuota,
     429: Unavailable,
     501: Unsupported,

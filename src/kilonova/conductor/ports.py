@@ -9,16 +9,17 @@ from typing import Any
 
 import msgspec
 
-from kilonova.clients import FloatingIp, NetworkInfo, Port, Subnet, plug
+from kilonova.clients import STALE, FloatingIp, NetworkInfo, Port, Subnet, plug
 from kilonova.conductor.world import World
 from kilonova.contracts.jobs import Build
-from kilonova.kit.errors import Conflict, NotFound
+from kilonova.kit.errors import Conflict, NotFound, Unavailable
 from kilonova.kit.workflow import first_try
 from kilonova.model.host import Place
 from kilonova.model.machine import Nic
 from kilonova.model.server import Address, Plug, Server, Wanted
 
 MARK = "kilonova"  # in the binding profile
+LOOKS = 5  # at a port that others change just now
 
 
 class Plugged(msgspec.Struct, frozen=True):
@@ -197,12 +198,19 @@ def _bound(world: World, key: str, job: Build, w: Wanted, place: Place, there: l
 
 
 def brought(world: World, server: Server, port_id: str, host: str, zone: str) -> Port:
-    """The caller's own port, bound to this host. Raises Conflict where another has it."""
+    """The caller's own port, bound to this host. Raises Conflict where another has it, or takes it at the same time."""
     network = world.neighbours.network
-    port = network.port(port_id)
-    if port.device_id not in ("", None, server.id):
-        raise Conflict(f"Port {port_id} is still in use.")
-    return network.bind_port(port_id, host, **_owned(server, zone), **_named(world, server, port))
+    for _ in range(LOOKS):
+        port = network.port(port_id)
+        if port.device_id not in ("", None, server.id):
+            raise Conflict(f"Port {port_id} is still in use.")
+        named = _named(world, server, port)
+        try:
+            return network.bind_port(port_id, host, seen=port.seen, **_owned(server, zone), **named)
+        except Conflict as e:
+            if e.code != STALE:
+                raise
+    raise Unavailable("The port is changed by others all the time.", why=port_id)
 
 
 def made(world: World, key: str, server: Server, w: Wanted, host: str, zone: str, groups: list[str]) -> Port:
