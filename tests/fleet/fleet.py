@@ -52,7 +52,7 @@ latency_s = {latency_s}
 failure_rate = {failure_rate}
 
 [workers]
-lease_s = 5
+lease_s = 12
 threads = 4
 command_timeout_s = 60
 build_timeout_s = 90
@@ -226,7 +226,7 @@ class FleetClient(Client):
 
     def _send(self, method: str, path: str, body: Any, more: dict[str, str]) -> tuple[Any, dict[str, str]]:
         ours = path.split("/")[1] in ("identity", "image", "network", "volume")
-        self.port = self.fleet.ports["companions" if ours else "api"]
+        self.url = self.fleet.url("companions" if ours else "api")
         return super()._send(method, path, body, more)
 
     # -- the words of stories

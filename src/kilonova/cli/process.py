@@ -100,4 +100,6 @@ def carriers_of(config: options.Config) -> dict[str, Carrier]:
             f"Nobody says where the {missing[0]} service is: set [companions] url to where `kilonova serve companions` "
             f"answers, or [{missing[0]}] url to a real one."
         )
-    return {name: Outside(url, verify=verify_of(config)) for name, url in urls.items() if url is not None}
+    # An effect must be over within half a lease, whoever does not answer it (kit/workflow.py).
+    patience_s, verify = min(10.0, config.workers.lease_s / 4), verify_of(config)
+    return {name: Outside(url, timeout_s=patience_s, verify=verify) for name, url in urls.items() if url is not None}

@@ -21,7 +21,7 @@ from kilonova.cli.state import Secrets, StateDir, usual
 from kilonova.kit import log as logs
 from kilonova.kit.clock import Ids
 from kilonova.kit.errors import Refused
-from kilonova.kit.http import listen
+from kilonova.kit.http import bound
 from kilonova.model import options
 
 if TYPE_CHECKING:
@@ -121,9 +121,9 @@ def _serve(config: options.Config, state: StateDir, roles: frozenset[str], *, as
         signal.signal(number, lambda *_: stop.set())
     listener = consoles = None
     if roles & OVER_HTTP or asked:
-        listener = listen(config.api.host, config.api.port, shared=config.api.share_port)
+        listener = bound(config.api.host, config.api.port, shared=config.api.share_port)
     if "console" in roles:
-        consoles = listen(config.api.host, config.console.port, shared=config.api.share_port)
+        consoles = bound(config.api.host, config.console.port, shared=config.api.share_port)
     url = _url(config, listener)
 
     secrets = _secrets(config, state, roles)

@@ -733,6 +733,11 @@ class Server:
         self.thread = threading.Thread(target=self._serve, name="granian", daemon=True)
 
     def start(self) -> None:
+        """Raises Unavailable where another took the address since it was bound."""
+        try:
+            self.listener.listen(BACKLOG)  # it may only be bound, so that nobody waits in line for who is not ready
+        except OSError as e:
+            raise errors.Unavailable(f"Cannot listen on {self.listener.getsockname()}: {e.strerror}.") from None
         self.thread.start()
 
     def stop(self, timeout_s: float = 10) -> None:
@@ -744,8 +749,15 @@ class Server:
         self.wire.serve(target_loader=lambda *_, **__: self.app, wrap_loader=False)
 
 
-def listen(host: str, port: int, backlog: int = BACKLOG, *, shared: bool = False) -> socket.socket:
-    """A bound, listening TCP socket; port 0 takes a free one. Raises Unavailable where the address is taken.
+def listen(host: str, port: int, backlog: int = BACKLOG) -> socket.socket:
+    """A bound, listening TCP socket; port 0 takes a free one. Raises Unavailable where the address is taken."""
+    s = bound(host, port)
+    s.listen(backlog)
+    return s
+
+
+def bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """The same, not listening yet: who comes before that is refused, and not kept in line for what may be too late then.
 
     `shared`: by processes of this user who want it so, too; the kernel gives each its part of who comes.
     """
@@ -765,7 +777,6 @@ def listen(host: str, port: int, backlog: int = BACKLOG, *, shared: bool = False
     except OSError as e:
         s.close()
         raise errors.Unavailable(f"Cannot listen on {host}:{port}: {e.strerror}.") from None
-    s.listen(backlog)
     return s
 
 
