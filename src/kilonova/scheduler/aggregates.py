@@ -16,7 +16,7 @@ Said = dict[str, set[str]]
 @rule()
 def tenants(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     """Aggregates with `filter_tenant_id` admit their own projects only."""
-    if not any(k.startswith("filter_tenant_id") for g in hosts.groups for k in g):
+    if not any(k.startswith("filter_tenant_id") for k in hosts.keys):
         return ...
     return groups(hosts, [fit.tenant_fits(ask.project_id, g) for g in hosts.groups])
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import sqlalchemy as sa
 
 from kilonova.kit.db import Tx
+from kilonova.kit.ready import ready
 from kilonova.model.ask import Ask
 from kilonova.model.candidates import Forest, Inventory, Provider
 from kilonova.model.host import HostFacts, Place
@@ -77,6 +78,7 @@ class Hosts:
         self.kind: Ints = np.zeros(n, np.int64)  # rows of one kind have the same facts
         self.group: Ints = np.zeros(n, np.int64)  # rows of one group are in the same aggregates
         self.groups: list[dict[str, set[str]]] = [{}]
+        self.keys: frozenset[str] = frozenset()  # all that is said of any group
         self.members: list[frozenset[str]] = [frozenset()]  # of each group, by the uuids of the aggregates
         self.traits: npt.NDArray[np.uint64] = np.zeros((n, 1), np.uint64)
         self.trait_of: dict[str, int] = {}
@@ -244,6 +246,7 @@ class Hosts:
                 self.groups.append(merged)
                 self.members.append(frozenset(said[id].uuid for id in ids))
             self.group[i] = known[ids]
+        self.keys = frozenset(key for group in self.groups for key in group)
 
     def _traits(self, of: dict[str, set[str]]) -> None:
         self.trait_of = {t: bit for bit, t in enumerate(sorted({t for traits in of.values() for t in traits}))}
@@ -342,10 +345,8 @@ class Hosts:
             self.pictures = [of.get(p.host, Counter()) for p in self.places]
 
     def _alive(self, tx: Tx, now: float) -> None:
-        seen = {r.host: r.last_seen for r in tx.execute(ALIVE)}
-        for i, p in enumerate(self.places):
-            at = seen.get(p.host)
-            self.seen[i] = -1e18 if at is None else at
+        seen = {host: at for host, at in tx.execute(ALIVE) if at is not None}
+        self.seen = np.fromiter((seen.get(p.host, -1e18) for p in self.places), float, self.n)
         self.watched = now
 
 
@@ -381,4 +382,4 @@ ROWS = (
     .join(book.SERVICES, sa.and_(_s.host == _n.host, _s.binary == book.COMPUTE))
     .order_by(_n.id)
 )
-ALIVE = sa.select(_s.host, _s.last_seen).where(_s.binary == book.COMPUTE)
+ALIVE = ready(sa.select(_s.host, _s.last_seen).where(_s.binary == book.COMPUTE))

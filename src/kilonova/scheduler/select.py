@@ -222,7 +222,7 @@ class Scheduler:
     def _weights(self, name: str, weight: float, rows: Ints) -> Floats | float:
         """A taste's weight; where aggregates say another, one for each row."""
         key = WEIGHERS.get(name, "")
-        if not any(key in g for g in self.hosts.groups):
+        if key not in self.hosts.keys:
             return weight
         sign = -1 if name in NEGATIVE else 1
         of = [sign * least(g, key, sign * weight) for g in self.hosts.groups]
