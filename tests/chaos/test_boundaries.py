@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
+from kilonova.model import options
 from tests.stories import Cloud, Handle
 
 Story = Callable[[Cloud, str], Handle]
@@ -69,6 +71,19 @@ def next_host(cloud, name):
     """The first that is asked refuses."""
     cloud.states["h0"].broken = True
     s = cloud.boot(name)
+    cloud.states["h0"].broken = False
+    return s
+
+
+def pinned(cloud, name):
+    """With a CPU, huge pages and a device of its own; the host that it is built on first refuses."""
+    if "pinned" not in {f["id"] for f in cloud.json("GET", "/flavors", token=cloud.admin)["flavors"]}:
+        body = {"flavor": {"name": "pinned", "id": "pinned", "vcpus": 1, "ram": 512, "disk": 1}}
+        cloud.json("POST", "/flavors", body, token=cloud.admin)
+        specs = {"hw:cpu_policy": "dedicated", "hw:mem_page_size": "2MB", "resources:CUSTOM_PCI_NIC": "1"}
+        cloud.json("POST", "/flavors/pinned/os-extra_specs", {"extra_specs": specs}, token=cloud.admin)
+    cloud.states["h0"].broken = True
+    s = cloud.boot(name, flavor="pinned")
     cloud.states["h0"].broken = False
     return s
 
@@ -202,6 +217,7 @@ ENDS = {
     delete_overtakes_volume_attach: "deleted",
     a_guest_ends: "stopped",
     next_host: "active",
+    pinned: "active",
     two_apart: "active",
     snapshot: "active",
     snapshot_of_volumes: "active",
@@ -213,7 +229,9 @@ ENDS = {
 
 @pytest.mark.parametrize("story", ENDS, ids=lambda s: s.__name__)
 def test_a_crash_at_every_boundary(tmp_path, story):
-    cloud = Cloud(tmp_path, hosts=2)
+    own = options.Compute(cpu_dedicated_set="6-7")
+    sim = options.Sim(cpus=8, memory_mb=16_384, disk_gb=100, pages={"2048": 512}, devices=("CUSTOM_PCI_NIC=2",))
+    cloud = Cloud(tmp_path, hosts=2, sim=sim, config=msgspec.structs.replace(options.Config(), compute=own))
     calm = 0
     for k in range(1, 1000):
         cloud.edges.count, cloud.edges.crash_at = 0, k

@@ -136,6 +136,27 @@ def test_why_a_server_would_not_go_there(place, capsys):
             place(*wrong)
 
 
+def test_why_knows_of_cells_and_devices(place, capsys, tmp_path):
+    """Hosts that tell of no cells and have no devices; and an alias that nobody has defined."""
+    db = Db(f"sqlite:///{tmp_path}/kilonova.db")
+    with db.tx() as tx:
+        for i, specs in enumerate(
+            (
+                {"hw:numa_nodes": "1"},
+                {"resources1:VCPU": "1", "trait1:CUSTOM_X": "required"},
+                {"pci_passthrough:alias": "x:1"},
+            )
+        ):
+            catalog.add_flavor(tx, Flavor(f"n{i}", f"n{i}", 1, 512, 1, extra_specs=specs), 1.0)
+    db.close()
+    for name, rule in (("n0", "numa"), ("n1", "devices")):
+        assert place("why", name, "--json") == 1
+        told = json.loads(capsys.readouterr().out)
+        assert all(rule in rules for rules in told["against"].values()), told
+    with pytest.raises(Invalid, match="not defined"):
+        place("why", "n2")
+
+
 def test_no_cloud_no_hosts(tmp_path):
     with pytest.raises(NotFound):
         command.main(commands._parser("hosts"), ["--state-dir", str(tmp_path)])

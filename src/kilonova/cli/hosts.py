@@ -227,7 +227,7 @@ def _drain(chosen: argparse.Namespace) -> int:
     if chosen.json and chosen.plan:
         print(msgspec.json.encode([m._asdict() for m in moves]).decode())
         return 0
-    print(f"{host} has {len(moves)} server{'s' * (len(moves) != 1)}; it is disabled, so that no other comes.")
+    print(f"{host} has {len(moves)} server{'s' * (len(moves) != 1)}. It is disabled first, so that no other comes.")
     for m in moves:
         print(f"  {m.name} ({m.id}) {drain.WORDS[m.way]}{f': {m.why}' if m.why else ''}")
     if chosen.plan:
