@@ -98,6 +98,20 @@ def test_other_seeds_tell_other_stories() -> None:
     assert len(set(re.findall(r"story (\w+)", sim("--seed", "1", "--seeds", "3")))) == 3
 
 
+DOCTOR = """
+import logging
+logging.disable()
+from kilonova.sim.storms import play
+for seed in (1, 2, 3, 101):
+    found, _ = play(seed, judge=lambda sim: sim.check() or [str(f) for f in sim.examined()])
+    print(f"seed {seed}: {found}")
+"""
+
+
+def test_a_doctor_finds_nothing_when_a_storm_is_over() -> None:
+    assert python("-c", DOCTOR).splitlines() == [f"seed {seed}: []" for seed in (1, 2, 3, 101)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_crash_at_every_boundary_of_every_story() -> None:

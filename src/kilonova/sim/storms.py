@@ -318,7 +318,12 @@ STORIES: dict[str, Story] = {
 
 
 def play(
-    seed: int, *, hours: float = 0.0, faults: Faults | None = None, tell: Callable[[str], None] | None = None
+    seed: int,
+    *,
+    hours: float = 0.0,
+    faults: Faults | None = None,
+    tell: Callable[[str], None] | None = None,
+    judge: Callable[[Sim], list[str]] = Sim.check,
 ) -> tuple[list[str], Sim]:
     """Storm after storm, each settled and judged, for so many hours of virtual time; one at least.
 
@@ -331,12 +336,12 @@ def play(
         for round in itertools.count():
             storm(sim, round)
             sim.settle()
-            found = sim.check()
+            found = judge(sim)
             sim.tell(f"storm {round}: {len(found)} things wrong")
             if found or sim.now - began >= hours * 3600:
                 return found, sim
             clean(sim)
-            if found := sim.check():
+            if found := judge(sim):
                 return found, sim
         raise AssertionError("not reached")
     finally:

@@ -28,7 +28,10 @@ from kilonova.api.registry import World as ApiWorld
 from kilonova.clients import SERVICE_USER, Account, Answer, Image, Inside, Login, Neighbours, Session, neighbours
 from kilonova.companions import identity, image, network, volume
 from kilonova.compute.agent import ComputeHost, Images
+from kilonova.compute.examine import tell_holdings
 from kilonova.conductor.app import Conductor
+from kilonova.conductor.examine import Finding, against, examined
+from kilonova.contracts.compute import TellHoldings
 from kilonova.kit.bus import Letter, Wake, letter
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx, meta
@@ -249,6 +252,17 @@ class Sim:
         disks = {h.name: used(h.state) for h in self.hosts.values() if not h.for_good}
         sat = {h.name: seated(h.state) for h in self.hosts.values() if not h.for_good}
         return self.wrong + wrong(self.db, holds, copies=left, nics=nics, disks=disks, sat=sat)
+
+    def examined(self) -> list[Finding]:
+        """What a doctor finds; where all is well, nothing."""
+        found = examined(self.db, self.now)
+        for h in self.hosts.values():
+            if h.up and not h.for_good:
+                host: Any = h.host
+                told = tell_holdings(host, TellHoldings())
+                with self.db.read() as tx:
+                    found += against(tx, h.name, told, self.now)
+        return found
 
     def twins(self, id: str) -> None:
         """Two hosts that are both well must not run the same server."""
