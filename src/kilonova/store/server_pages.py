@@ -80,6 +80,7 @@ SEARCHED: dict[str, sa.ColumnElement[Any]] = {
     "progress": sa.cast(T.c.progress, sa.String(12)),
     "auto_disk_config": T.c.disk_config,
 }
+NEVER = T.c.updated_at.is_(None)
 _PLAIN = re.compile(r"^[\w\s@:,/=-]*$")
 _RUNAWAY = re.compile(r"[*+?}]\s*\)\s*[*+{]|\([^)]*\|[^)]*\)\s*[*+{]")  # a repeated repetition can take for ever
 
@@ -212,10 +213,13 @@ def has_status(statuses: list[str]) -> Condition | None:
 
 def updated(since: float | None, before: float | None) -> list[Condition]:
     """Since and before which moment. Who was never changed was made then; said so that an index finds both kinds."""
-    at, made, never = T.c.updated_at, T.c.created_at, T.c.updated_at.is_(None)
-    after = Condition(("since",), lambda value: (at >= value) | (never & (made >= value)), (since,))
-    until = Condition(("before",), lambda value: (at < value) | (never & (made < value)), ((before or 0.0) + 1,))
-    return [c for c, said in ((after, since), (until, before)) if said is not None]
+    found = []
+    if since is not None:
+        found.append(Condition(("since",), lambda t: (T.c.updated_at >= t) | (NEVER & (T.c.created_at >= t)), (since,)))
+    if before is not None:
+        t = (before + 1,)
+        found.append(Condition(("before",), lambda t: (T.c.updated_at < t) | (NEVER & (T.c.created_at < t)), t))
+    return found
 
 
 def tagged(tags: list[str], *, any: bool, negated: bool) -> Condition:
