@@ -184,6 +184,10 @@ def _root_fits(forest: Forest, query: Query, root: str) -> bool:
 def _of_tree(
     forest: Forest, query: Query, root: str, seen: set[object] | None, steps: Iterator[int]
 ) -> Iterator[Candidate]:
+    if seen is None and len(query.groups) == 1 and "" in query.groups and len(tree := forest.trees[root]) == 1:
+        if next(steps, None) is not None and _does_all(forest, tree[0], group := query.groups[""]):
+            yield Candidate({root: dict(group.resources)}, {"": [root]})
+        return
     slots = _slots(forest, query, root)
     if slots is None:
         return
@@ -197,6 +201,15 @@ def _of_tree(
                 continue
             seen.add(key)
         yield found
+
+
+def _does_all(forest: Forest, p: Provider, group: Group) -> bool:
+    """Of a host without parts, whom nobody shares anything with: it serves the group without a suffix, or nobody does."""
+    return (
+        _fits(p, group.resources)
+        and all(not p.traits.isdisjoint(any_of) for any_of in group.required)
+        and _may_help(forest, p, group, p.root)
+    )
 
 
 def _slots(forest: Forest, query: Query, root: str) -> list[_Slot] | None:
