@@ -6,6 +6,7 @@ every client that the tests start (`cloud.run`).  It is ended by process id, and
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -123,7 +124,8 @@ class RealCloud:
     def openrc(self) -> dict[str, str]:
         """The variables of the file that `up` wrote."""
         text = (self.state / "openrc").read_text()
-        return dict(re.findall(r"^export (\w+)='(.*)'$", text, re.MULTILINE)) | {"OS_CLOUD": ""}
+        said = re.findall(r"^export (\w+)=(.*)$", text, re.MULTILINE)
+        return {name: "".join(shlex.split(value)) for name, value in said} | {"OS_CLOUD": ""}
 
     def wait(self, true: Callable[[], Any], timeout_s: float, what: str) -> Any:
         until = time.monotonic() + timeout_s
