@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,6 +60,8 @@ class Cloud:
             time.sleep(0.01)
         self.url = msgspec.json.decode((state / "running.json").read_bytes())["url"]
         self.password = msgspec.json.decode((state / "secrets.json").read_bytes())["admin_password"]
+        parts = urllib.parse.urlsplit(self.url)
+        self.where = parts.hostname or "", parts.port or 80
         self.client = Client(self.url, self.password)
         self.client.login()
         while b'"hosts":"ok"' not in self.raw("/readyz"):
@@ -66,7 +69,7 @@ class Cloud:
         self.ready_s = time.perf_counter() - began
 
     def raw(self, path: str) -> bytes:
-        with socket.create_connection((self.client.host, self.client.port)) as s:
+        with socket.create_connection(self.where) as s:
             s.sendall(f"GET {path} HTTP/1.1\r\nHost: b\r\nConnection: close\r\n\r\n".encode())
             return b"".join(iter(lambda: s.recv(1 << 20), b""))
 
@@ -87,9 +90,11 @@ class Load:
     """`width` kept connections, each asks again when it was answered; no thread, no parsing beyond the length."""
 
     def __init__(self, cloud: Cloud, path: str, width: int) -> None:
-        head = f"GET {path} HTTP/1.1\r\nHost: {cloud.client.host}:{cloud.client.port}\r\nX-Auth-Token: {cloud.client.token}\r\n"
+        head = (
+            f"GET {path} HTTP/1.1\r\nHost: {cloud.where[0]}:{cloud.where[1]}\r\nX-Auth-Token: {cloud.client.token}\r\n"
+        )
         self.question = f"{head}OpenStack-API-Version: compute 2.96\r\n\r\n".encode()
-        self.where, self.width = (cloud.client.host, cloud.client.port), width
+        self.where, self.width = cloud.where, width
 
     def run(self, seconds: float) -> tuple[float, list[float], int]:
         """(requests a second, latencies in s, bytes of one answer). An answer that is not 200 ends it."""
