@@ -76,7 +76,7 @@ class Bench:
         self.conductor = Conductor(
             "c0", db, bus, near, scheduler.choose, clock=clock, ids=ids, dice=dice, config=config
         )
-        sim = options.Sim(hosts=n_hosts, cpus=10**5, memory_mb=10**8, disk_gb=10**7)
+        sim = options.Sim(hosts=n_hosts, cpus=10**3, memory_mb=10**8, disk_gb=10**7)
         self.hosts = SimHosts(bus, clock=clock, options=sim, compute=config.compute, directory=directory / "hosts")
         asker = Asker(bus, clock=clock, ids=ids)
         world = ApiWorld(

@@ -49,7 +49,7 @@ class Cloud:
         ]
         env = os.environ | {
             "PYTHONPATH": str(ROOT / "src"),
-            "KILONOVA_SIM__CPUS": "100000",
+            "KILONOVA_SIM__CPUS": "1000",
             "KILONOVA_SIM__MEMORY_MB": "100000000",
         }
         began = time.perf_counter()
