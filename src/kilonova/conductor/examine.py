@@ -262,7 +262,7 @@ def _of_machine(host: str, row: Any, h: HeldHere | None) -> Iterator[Finding]:
 
 
 def _parts(tx: Tx, host: str, mine: list[HeldHere]) -> list[Finding]:
-    """NICs and volumes: what is too many is taken out; what is missing comes with a hard reboot."""
+    """NICs and volumes: what is too many is taken out; a volume that is missing is put back, a NIC comes with a hard reboot."""
     found: list[Finding] = []
     for some in _by(mine):
         nics = {h.server: set(h.ports) for h in some if h.ports is not None}

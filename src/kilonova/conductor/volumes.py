@@ -96,6 +96,11 @@ def _each_with(world: World, server: Server, there: Sequence[Attachment], own: d
 @effect
 def connect(world: World, key: str, server: Server, host: str) -> Connected:
     """Its attachments, as they were free, lead to this host."""
+    return _led(world, server, host)
+
+
+def _led(world: World, server: Server, host: str) -> Connected:
+    """The attachments of its devices, told of this host."""
     told = connector(world, host)
     devices, connections = {}, {}
     for d in server.devices:
@@ -124,15 +129,14 @@ def _(world: World, key: str, server: Server, host: str) -> None:
 @effect
 def carry(world: World, key: str, server: Server, host: str) -> Connected:
     """All its volumes, to this host as well: other attachments beside those that it has."""
-    mine = [d for d in server.devices if d.is_volume]
-    old = {d.attachment_id for d in mine}
-    there, told = [a for a in _attachments(world, server.id) if a.id not in old], connector(world, host)
-    devices, connections = {}, {}
-    for d in mine:
-        a = world.neighbours.volume.connect(reserved(world, server.id, d.volume_id or "", there).id, told | _mounted(d))
-        devices[d.uuid] = msgspec.structs.replace(d, attachment_id=a.id)
-        connections[d.volume_id or ""] = info_of(a, d)
-    return Connected([devices.get(d.uuid, d) for d in server.devices], connections)
+    old = set(attachments_of(server.devices))
+    there = [a for a in _attachments(world, server.id) if a.id not in old]
+
+    def other(d: Device) -> Device:
+        return msgspec.structs.replace(d, attachment_id=reserved(world, server.id, d.volume_id or "", there).id)
+
+    others = [other(d) if d.is_volume else d for d in server.devices]
+    return _led(world, msgspec.structs.replace(server, devices=others), host)
 
 
 @carry.undo

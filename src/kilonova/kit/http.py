@@ -236,7 +236,7 @@ class Service:
 
     def _serve(self, req: falcon.Request, resp: falcon.Response, routes: list[Route], names: dict[str, str]) -> None:
         self._name(req, resp)
-        with about(request_id=req.context.request_id, global_request_id=_global(req)):
+        with about(request_id=req.context.request_id, global_request_id=req.context.global_request_id):
             self._served(req, resp, routes, names)
 
     def _served(self, req: falcon.Request, resp: falcon.Response, routes: list[Route], names: dict[str, str]) -> None:
@@ -270,6 +270,7 @@ class Service:
 
     def _name(self, req: falcon.Request, resp: falcon.Response) -> None:
         req.context.request_id = request_id = self.ids.request()
+        req.context.global_request_id = _global(req)
         for header in self.dialect.request_id_headers:
             resp.set_header(header, request_id)
 
@@ -357,7 +358,7 @@ class Service:
             headers=req.get_header,
             stream=env.get("wsgi.input"),
             allowed=lambda rule, target: self.policy.allows(context, rule, target),
-            global_request_id=_global(req),
+            global_request_id=req.context.global_request_id,
             remote=env.get("REMOTE_ADDR", ""),
             project_in_url=f"/{project}" if project else "",
             content_length=req.content_length,

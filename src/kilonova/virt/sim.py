@@ -8,6 +8,7 @@ Latencies and faults come from handed-in dice and pass on a handed-in clock: fro
 """
 
 import fcntl
+import functools
 import os
 import random
 import threading
@@ -253,15 +254,16 @@ def _uptime(up_s: float) -> str:
     return f"up {days} days, {minutes // 60 % 24:2d}:{minutes % 60:02d},  0 users,  load average: 0.00, 0.00, 0.00"
 
 
-def _cells(o: Sim) -> list[Cell]:
+@functools.lru_cache(64)  # a host tells of them with each report
+def _cells(cpus: int, cells: int, threads: int, memory_mb: int, pages: tuple[tuple[str, int], ...]) -> tuple[Cell, ...]:
     """As many CPUs in each as can be, the rest in the last; threads of a core are neighbours."""
-    each, found = max(1, o.cpus // o.cells), list[Cell]()
-    pages = {int(kb): n for kb, n in o.pages.items() if kb.isdecimal()}
-    for i in range(o.cells):
-        ids = list(range(i * each, o.cpus if i == o.cells - 1 else (i + 1) * each))
-        cores = [ids[at : at + o.threads] for at in range(0, len(ids), o.threads)]
-        found.append(Cell(len(ids), o.memory_mb // o.cells, pages, ids, cores if o.threads > 1 else []))
-    return found
+    each, found = max(1, cpus // cells), list[Cell]()
+    sizes = {int(kb): n for kb, n in pages if kb.isdecimal()}
+    for i in range(cells):
+        ids = list(range(i * each, cpus if i == cells - 1 else (i + 1) * each))
+        cores = [ids[at : at + threads] for at in range(0, len(ids), threads)] if threads > 1 else []
+        found.append(Cell(len(ids), memory_mb // cells, sizes, ids, cores))
+    return tuple(found)
 
 
 def _devices(o: Sim) -> list[HostDevice]:
@@ -325,7 +327,7 @@ class SimDriver:
                 "topology": {"cores": o.cpus // o.threads, "threads": o.threads, "sockets": 1},
             },
             traits=[*TRAITS, "HW_CPU_HYPERTHREADING"] if o.threads > 1 else TRAITS,
-            cells=_cells(o),
+            cells=list(_cells(o.cpus, o.cells, o.threads, o.memory_mb, tuple(o.pages.items()))),
             devices=_devices(o),
             virt_type="sim",
             virt_why="it only exists in memory",
