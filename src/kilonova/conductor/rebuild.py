@@ -94,8 +94,8 @@ class Present(msgspec.Struct, frozen=True):
 def present(world: World, key: str, server: Server) -> Present:
     with world.db.read() as tx:
         zone = hosts.zones(tx).get(server.host or "", world.config.api.default_availability_zone)
-        now, seat = servers.get(tx, server.id), seats.of(tx, server.id)
-    return Present(ports.present(world, now), zone, seat)
+        seat = seats.of(tx, server.id)
+    return Present(ports.present(world, server), zone, seat)
 
 
 # ---- a root disk that is a volume
