@@ -22,6 +22,7 @@ from kilonova.kit import log as logs
 from kilonova.kit.clock import Ids
 from kilonova.kit.errors import Refused
 from kilonova.kit.http import bound
+from kilonova.kit.memory import built
 from kilonova.model import options
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def _serve(config: options.Config, state: StateDir, roles: frozenset[str], *, as
         from kilonova.cli.compute import same_host
 
         same_host(state.path, config.compute.host or socket.gethostname(), Ids())
-    cloud = _made(config, state, secrets, listener, url, consoles, roles)
+    with built():
+        cloud = _made(config, state, secrets, listener, url, consoles, roles)
     try:
         cloud.start()
         if "companions" in roles:

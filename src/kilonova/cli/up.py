@@ -25,6 +25,7 @@ from kilonova.kit import log as logs
 from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.errors import Invalid, Refused, Trouble, Unavailable, Unsupported
 from kilonova.kit.http import listen
+from kilonova.kit.memory import built
 from kilonova.model import options
 
 # What guests have where we make no networks, and what they have not.
@@ -144,11 +145,12 @@ def _serve(
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.api.host, config.api.host)  # noqa: S104 (what clients call)
     url = config.api.public_url or f"{'https' if config.tls.cert_file else 'http'}://{host}:{port}"
 
-    from kilonova.cli.cloud import Cloud  # the whole house: imported when all that can be refused was
-
     inner = listen("127.0.0.1", port) if way_in is not None else None  # there, it is another loopback
-    cloud = Cloud(config, state, secrets, listener, url, inner, consoles)
-    cloud.start()
+    with built():
+        from kilonova.cli.cloud import Cloud  # the whole house: imported when all that can be refused was
+
+        cloud = Cloud(config, state, secrets, listener, url, inner, consoles)
+        cloud.start()
     try:
         credentials(state, secrets, url, config.tls.ca_file)
         if cloud.ground is not None and cloud.ground.kind == "qemu":
