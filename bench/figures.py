@@ -13,7 +13,6 @@ import selectors
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.parse
@@ -34,9 +33,7 @@ class Cloud:
         self.directory = tempfile.TemporaryDirectory(prefix="kilonova-bench-")
         state = Path(self.directory.name) / "state"
         argv = [
-            sys.executable,
-            "-m",
-            "kilonova.main",
+            str(ROOT / "kilonova"),
             "up",
             "--driver",
             "sim",
@@ -48,7 +45,6 @@ class Cloud:
             "0",
         ]
         env = os.environ | {
-            "PYTHONPATH": str(ROOT / "src"),
             "KILONOVA_SIM__CPUS": "1000",
             "KILONOVA_SIM__MEMORY_MB": "100000000",
         }
