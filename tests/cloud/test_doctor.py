@@ -13,6 +13,8 @@ from kilonova.conductor.examine import against, examined
 from kilonova.contracts.compute import TellHoldings
 from kilonova.kit.journal import RUNS
 from kilonova.store import compare, hosts, networks, placement, servers
+from tests.cloud.test_attach import attach
+from tests.cloud.test_attach import made as volume
 from tests.stories import telling
 
 
@@ -164,3 +166,13 @@ def test_a_conductor_that_is_away_is_waited_for_and_done_without(cloud: Any) -> 
     assert found.status == ILL and [f.kind for f in found.findings] == ["run"]
     assert found.unseen[0] == "no conductor answered in time: neighbours could not be asked" and len(found.unseen) == 4
     assert asked(cloud, mend=True).status == WELL
+
+
+def test_a_volume_that_its_machine_lost_is_put_back(cloud: Any) -> None:
+    s, id = cloud.boot("one", networks="none"), volume(cloud)
+    attach(cloud, s, id)
+    cloud.driver(s.row.host).detach_volume(s.id, id, 0, anyway=True)
+    found = asked(cloud)
+    assert [(f.kind, f.subject, f.mends) for f in found.findings] == [("machine", s.id, "look, then plug")]
+    assert asked(cloud, mend=True).status == WELL
+    assert [d.serial for d in s.state.machines[s.id].machine.disks if d.serial] == [id] and s.row.devices[0].volume_id == id

@@ -274,7 +274,12 @@ def _parts(tx: Tx, host: str, mine: list[HeldHere]) -> list[Finding]:
                 said = [
                     (f"has {what} {part} on {host}, which is not its own", "look, then unplug") for part in sorted(over)
                 ]
-                said += [(f"lacks its {what} {part} on {host}: a hard reboot brings it", "") for part in sorted(lacks)]
+                if what == "volume":
+                    said += [(f"lacks its volume {part} on {host}", "look, then plug") for part in sorted(lacks)]
+                else:
+                    said += [
+                        (f"lacks its port {part} on {host}: a hard reboot brings it", "") for part in sorted(lacks)
+                    ]
                 found += [Finding("machine", id, words, mends) for words, mends in said]
     return found
 
