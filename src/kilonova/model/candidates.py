@@ -5,10 +5,13 @@ serve each part of the query are listed (those of the tree, and those that share
 the combinations walked depth first; a branch ends as soon as it asks more of a provider than it has.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 SHARES = "MISC_SHARES_VIA_AGGREGATE"
 MOST_STEPS = 2_000_000  # combinations looked at for one query; what was found until then is the answer
@@ -58,17 +61,59 @@ class Provider:
 
 
 class Forest:
-    """All providers at one moment, by tree. Nothing in it changes."""
+    """All providers at one moment, by tree. Nothing in it changes; `with_` is another one."""
 
     def __init__(self, providers: Mapping[str, Provider]) -> None:
-        self.providers = providers
+        self.providers = dict(providers)
         self.trees: dict[str, list[Provider]] = {}
         self.sharing: dict[str, list[Provider]] = {}  # by aggregate
+        self.row: dict[str, int] = {}  # of a tree in the columns
+        self.columns: dict[str, Columns] = {}  # of classes that were asked for, where `flat`
         for p in providers.values():
             self.trees.setdefault(p.root, []).append(p)
-            if SHARES in p.traits:
-                for aggregate in p.aggregates:
-                    self.sharing.setdefault(aggregate, []).append(p)
+            self._sharing(p)
+
+    def _sharing(self, p: Provider) -> None:
+        if SHARES in p.traits:
+            for aggregate in p.aggregates:
+                self.sharing.setdefault(aggregate, []).append(p)
+
+    @property
+    def flat(self) -> bool:
+        """Is each provider a tree of its own, that gets nothing of others?"""
+        return len(self.trees) == len(self.providers) and not self.sharing
+
+    def with_(self, moved: Iterable[Provider]) -> "Forest":
+        """The same, but for these: costs what they are, and not what there is."""
+        moved = list(moved)
+        if any(self._grows(p) for p in moved):
+            return Forest(self.providers | {p.uuid: p for p in moved})
+        new = Forest({})
+        new.providers, new.trees, new.sharing, new.row = dict(self.providers), dict(self.trees), self.sharing, self.row
+        for p in moved:
+            new.providers[p.uuid] = p
+            new.trees[p.root] = [p if q.uuid == p.uuid else q for q in new.trees[p.root]]
+        if new.row:
+            rows = [(new.row[p.uuid], p) for p in moved]
+            new.columns = {name: c.with_(name, rows) for name, c in self.columns.items()}
+        return new
+
+    def _grows(self, p: Provider) -> bool:
+        """Is more of another shape with it than the tree that it is in?"""
+        old = self.providers.get(p.uuid)
+        return old is None or old.root != p.root or SHARES in p.traits or SHARES in old.traits
+
+    def having(self, wants: Mapping[str, int]) -> list[Provider]:
+        """Those that have so much of each left, where `flat`."""
+        if not self.row:
+            self.row = {root: i for i, root in enumerate(self.trees)}
+        fit = np.ones(len(self.trees), bool)
+        for name, n in wants.items():
+            if (c := self.columns.get(name)) is None:
+                c = self.columns[name] = Columns.of(name, [tree[0] for tree in self.trees.values()])
+            fit &= c.fits(n)
+        trees = list(self.trees.values())
+        return [trees[i][0] for i in np.flatnonzero(fit).tolist()]
 
     def near(self, root: str) -> list[Provider]:
         """A tree's providers, and those of other trees that share with one of them."""
@@ -85,6 +130,41 @@ class Forest:
             yield at
             found = self.providers.get(at)
             at = found.parent if found else None
+
+
+class Columns(NamedTuple):
+    """Inventories of one class, a row for each tree: `Inventory.fits` of all of them is one expression."""
+
+    capacity: npt.NDArray[np.float64]
+    used: npt.NDArray[np.float64]
+    units: npt.NDArray[np.int64]  # least, most, step
+
+    @classmethod
+    def of(cls, name: str, providers: Sequence[Provider]) -> "Columns":
+        n = len(providers)
+        made = cls(np.zeros(n), np.zeros(n), np.zeros((3, n), np.int64))
+        made._write(name, enumerate(providers))
+        return made
+
+    def with_(self, name: str, rows: Iterable[tuple[int, Provider]]) -> "Columns":
+        made = Columns(self.capacity.copy(), self.used.copy(), self.units.copy())
+        made._write(name, rows)
+        return made
+
+    def _write(self, name: str, rows: Iterable[tuple[int, Provider]]) -> None:
+        for row, p in rows:
+            i = p.inventories.get(name, NOTHING)
+            self.capacity[row], self.used[row] = (i.total - i.reserved) * i.allocation_ratio, i.used
+            self.units[:, row] = i.min_unit, i.max_unit, i.step_size
+
+    def fits(self, n: int) -> npt.NDArray[np.bool_]:
+        if n >= 2**53:  # of which no inventory has so many
+            return np.zeros(len(self.used), bool)
+        least, most, step = self.units
+        return np.asarray((self.used + n <= self.capacity) & (least <= n) & (n <= most) & (n % step == 0))
+
+
+NOTHING = Inventory(0, 0, 1, 0, 1, 1.0, 0)
 
 
 class Group(NamedTuple):
@@ -130,6 +210,9 @@ class _Slot(NamedTuple):
 
 def candidates(forest: Forest, query: Query, *, breadth_first: bool = False) -> Iterator[Candidate]:
     """All of them, tree by tree, or (`breadth_first`) one of each tree, then a second of each …"""
+    if forest.flat and list(query.groups) == [""] and query.groups[""].in_tree is None:
+        yield from _of_flat(forest, query)
+        return
     seen: set[object] | None = set() if forest.sharing else None
     steps = iter(range(MOST_STEPS))
     in_turn = [_of_tree(forest, query, root, seen, steps) for root in _roots(forest, query)]
@@ -185,7 +268,8 @@ def _of_tree(
     forest: Forest, query: Query, root: str, seen: set[object] | None, steps: Iterator[int]
 ) -> Iterator[Candidate]:
     if seen is None and len(query.groups) == 1 and "" in query.groups and len(tree := forest.trees[root]) == 1:
-        if next(steps, None) is not None and _does_all(forest, tree[0], group := query.groups[""]):
+        group = query.groups[""]
+        if next(steps, None) is not None and _fits(tree[0], group.resources) and _does_all(forest, tree[0], group):
             yield Candidate({root: dict(group.resources)}, {"": [root]})
         return
     slots = _slots(forest, query, root)
@@ -203,13 +287,19 @@ def _of_tree(
         yield found
 
 
+def _of_flat(forest: Forest, query: Query) -> Iterator[Candidate]:
+    """Where all hosts are without parts, those with room are found in columns."""
+    group = query.groups[""]
+    of_root = bool(query.root_required or query.root_forbidden)
+    asks = group != Group(group.resources)
+    for p in forest.having(group.resources):
+        if (not of_root or _root_fits(forest, query, p.uuid)) and (not asks or _does_all(forest, p, group)):
+            yield Candidate({p.uuid: dict(group.resources)}, {"": [p.uuid]})
+
+
 def _does_all(forest: Forest, p: Provider, group: Group) -> bool:
-    """Of a host without parts, whom nobody shares anything with: it serves the group without a suffix, or nobody does."""
-    return (
-        _fits(p, group.resources)
-        and all(not p.traits.isdisjoint(any_of) for any_of in group.required)
-        and _may_help(forest, p, group, p.root)
-    )
+    """Of a host without parts, whom nobody shares anything with, and with room: it serves the group without a suffix, or nobody does."""
+    return all(not p.traits.isdisjoint(any_of) for any_of in group.required) and _may_help(forest, p, group, p.root)
 
 
 def _slots(forest: Forest, query: Query, root: str) -> list[_Slot] | None:

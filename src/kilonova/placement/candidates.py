@@ -4,9 +4,11 @@ The search is `model/candidates.py`; here is the query of all versions, with wha
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
+
+import msgspec
 
 from kilonova.kit.errors import Invalid
 from kilonova.kit.routes import Call, Reply
@@ -18,13 +20,13 @@ from kilonova.placement.frame import (
     R,
     asked,
     dated,
-    encoded,
     is_uuid,
     members,
     plain,
     resources,
     traits,
 )
+from kilonova.placement.shown import Shown
 from kilonova.store import providers as store
 
 Said = dict[str, list[str]]
@@ -47,7 +49,8 @@ def list_(call: Call) -> Reply:
         store.known_traits(tx, named.union(*(g.forbidden.union(*g.required) for g in query.groups.values())))
         forest = call.world.trees.look(tx)
     found = _found(call, forest, query, limit)
-    return Reply(**encoded(_view(call.version, forest, query, found)), headers=dated(call))
+    body = _view(call.version, forest, query, found, call.world.shown)
+    return Reply(body, content_type="application/json", headers=dated(call))
 
 
 def _found(call: Call, forest: Forest, query: Query, limit: int | None) -> list[Candidate]:
@@ -175,11 +178,27 @@ def _has_resources(
 # ---- what is shown
 
 
-def _view(version: int, forest: Forest, query: Query, found: list[Candidate]) -> dict[str, Any]:
-    return {
-        "allocation_requests": [_request(version, c) for c in found],
-        "provider_summaries": _summaries(version, forest, query, found),
-    }
+def _view(version: int, forest: Forest, query: Query, found: list[Candidate], shown: Shown) -> bytes:
+    """The body, put together of pieces: most of it was shown before, or is the same for each."""
+    requests = b",".join(_requests(version, query, found))
+    summaries = b",".join(_summaries(version, forest, query, found, shown))
+    return b'{"allocation_requests":[%b],"provider_summaries":{%b}}' % (requests, summaries)
+
+
+def _requests(version: int, query: Query, found: list[Candidate]) -> Iterator[bytes]:
+    """Where one provider alone serves the group without a suffix, requests differ by its name only."""
+    if version < 12 or list(query.groups) != [""]:
+        yield from (msgspec.json.encode(_request(version, c)) for c in found)
+        return
+    resources = msgspec.json.encode(query.groups[""].resources)
+    before, between = b'{"allocations":{', b':{"resources":%b}}' % resources
+    mapped, after = (b',"mappings":{"":[', b"]}}") if version >= 34 else (b"", b"}")
+    for c in found:
+        if len(c.allocations) > 1:
+            yield msgspec.json.encode(_request(version, c))
+        else:
+            (uuid,) = map(msgspec.json.encode, c.allocations)
+            yield b"".join((before, uuid, between, mapped, uuid if mapped else b"", after))
 
 
 def _request(version: int, c: Candidate) -> dict[str, Any]:
@@ -192,27 +211,22 @@ def _request(version: int, c: Candidate) -> dict[str, Any]:
     return request
 
 
-def _summaries(version: int, forest: Forest, query: Query, found: list[Candidate]) -> dict[str, Any]:
+def _summaries(version: int, forest: Forest, query: Query, found: list[Candidate], shown: Shown) -> Iterator[bytes]:
     """Of all providers of the trees in question; before 1.29 of those that are asked for something."""
-    used = {p for c in found for p in c.allocations}
-    if version < 29:
-        shown = [forest.providers[p] for p in used]
-    else:
-        roots = {forest.providers[p].root for p in used}
-        shown = [p for root in roots for p in forest.trees[root]]
+    used = dict.fromkeys(p for c in found for p in c.allocations)
+    if version >= 29:
+        roots = dict.fromkeys(forest.providers[p].root for p in used)
+        yield from (shown.summary(p, version) for root in roots for p in forest.trees[root])
+        return
     names = {name for g in query.groups.values() for name in g.resources}
-    return {p.uuid: _summary(version, p, names) for p in shown}
+    for p in map(forest.providers.__getitem__, used):
+        if version >= 27:
+            yield shown.summary(p, version)
+        else:
+            yield msgspec.json.encode(p.uuid) + b":" + msgspec.json.encode(_summary(version, p, names))
 
 
 def _summary(version: int, p: Provider, names: set[str]) -> dict[str, Any]:
-    stocks = {
-        name: {"capacity": i.capacity, "used": i.used}
-        for name, i in p.inventories.items()
-        if version >= 27 or name in names
-    }
-    summary: dict[str, Any] = {"resources": stocks}
-    if version >= 17:
-        summary["traits"] = list(p.traits)
-    if version >= 29:
-        summary |= {"parent_provider_uuid": p.parent, "root_provider_uuid": p.root}
-    return summary
+    """Before 1.27: only of what was asked for."""
+    stocks = {name: {"capacity": i.capacity, "used": i.used} for name, i in p.inventories.items() if name in names}
+    return {"resources": stocks} | ({"traits": list(p.traits)} if version >= 17 else {})

@@ -21,6 +21,7 @@ from kilonova.kit.errors import Conflict, Invalid
 from kilonova.kit.http import Dialect, Ended, Failure, Versioned
 from kilonova.kit.routes import Call, Reply, Routes
 from kilonova.model import options
+from kilonova.placement.shown import Shown
 from kilonova.store.providers import RACE
 from kilonova.store.trees import Trees
 
@@ -58,6 +59,7 @@ class World:
     config: options.Placement = field(default_factory=options.Placement)
     dice: random.Random = field(default_factory=random.Random)
     trees: Trees = field(default_factory=Trees)
+    shown: Shown = field(default_factory=Shown)
 
     def change(self, work: Callable[Concatenate[Tx, P], T], *args: P.args, **more: P.kwargs) -> T:
         """`work(tx, …)` in a transaction; from the top again when another was first to write the same row.
