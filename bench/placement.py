@@ -1,7 +1,8 @@
 """Placements a second, and allocation candidates over HTTP, by the number of hosts. Say on what machine.
 
     python bench/placement.py [N …]          numbers of hosts (100 1000 5000 10000 20000)
-    python bench/placement.py api N [URL]    candidates of N hosts; URL: of another Placement that takes the token `admin`
+    python bench/placement.py api N [VENV]   candidates of N hosts over HTTP; beside the reference, where VENV has
+                                             `openstack-placement` and `uwsgi` of PyPI: SQLite and one worker, as ours
 
 One thread asks for one server after another ("alone", and "in a zone"), 32 threads ask at once ("together"), and one
 claims what it was given, each in a transaction of its own on a SQLite file as `kilonova up` has it ("claimed").  Each
@@ -12,16 +13,22 @@ time, so that a busy machine does not change it much; all else by the clock on t
 import http.client
 import json
 import multiprocessing
+import os
 import random
 import resource
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import os_traits
@@ -165,19 +172,25 @@ def claim(db: Db, consumer: str, provider: str) -> None:
 
 
 class Client:
-    """One connection to a Placement service."""
+    """One connection to a Placement service that takes the token `admin`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, pid: int) -> None:
+        self.pid = pid  # of who answers
         parts = urllib.parse.urlsplit(url)
         self.http, self.base = http.client.HTTPConnection(parts.hostname or "", parts.port), parts.path.rstrip("/")
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
+        said = self.bytes(method, path, body)
+        return json.loads(said) if said else None
+
+    def bytes(self, method: str, path: str, body: Any = None) -> bytes:
+        """Until the last byte is here: what a client makes of it is not the service's."""
         told = {"X-Auth-Token": "admin", "OpenStack-API-Version": "placement 1.36", "Content-Type": "application/json"}
         self.http.request(method, self.base + path, None if body is None else json.dumps(body), told)
         answer = self.http.getresponse()
         said = answer.read()
         assert answer.status < 300, (method, path, answer.status, said)
-        return json.loads(said) if said else None
+        return said
 
     def furnish(self, n: int) -> None:
         dice = random.Random(1)
@@ -190,47 +203,143 @@ class Client:
             self.ask("PUT", f"{at}/traits", {"resource_provider_generation": 1, "traits": marks[i % KINDS]})
 
 
-def candidates(n: int, url: str | None = None) -> None:
+QUERY = "/allocation_candidates?resources=VCPU:1,MEMORY_MB:512,DISK_GB:1"
+
+
+def cpu_s(pid: int) -> float:
+    """Of a process and its children, so far."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            who, rest = stat.read_text().rsplit(")", 1)
+            words = rest.split()
+            if pid in (int(who.split()[0]), int(words[1])):
+                ticks += int(words[11]) + int(words[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Took(NamedTuple):
+    """Of one request: what a client waits for, and how long the service worked at it, in ms."""
+
+    p50: float
+    cpu: float
+
+
+def took(client: Client, do: Callable[[int], object], least_s: float) -> Took:
+    do(-1)
+    before, times = cpu_s(client.pid), 0
+
+    def counted(i: int) -> None:
+        nonlocal times
+        times += 1
+        do(i)
+
+    p50 = timed(counted, least_s)[1]
+    return Took(p50, (cpu_s(client.pid) - before) * 1e3 / times)
+
+
+def candidates(n: int, client: Client, least_s: float = 5.0) -> dict[str, Took]:
+    found = client.ask("GET", f"{QUERY}&limit=1000")
+    assert len(found["allocation_requests"]) == len(found["provider_summaries"]) == min(n, 1000)
+    whole = took(client, lambda i: client.bytes("GET", f"{QUERY}&limit=1000"), least_s)
+    few = took(client, lambda i: client.bytes("GET", f"{QUERY}&limit=10"), least_s)
+    names = iter(range(10**9))
+
+    def allocate(_: int) -> None:
+        (one,) = client.ask("GET", f"{QUERY}&limit=1")["allocation_requests"]
+        body = {"allocations": one["allocations"], "project_id": "p", "user_id": "u", "consumer_generation": None}
+        client.ask("PUT", f"/allocations/{uuid.UUID(int=next(names) + int(time.time()) * 2**64)}", body)
+
+    claimed = took(client, allocate, least_s)
+    return {"all of up to 1,000 candidates": whole, "10 candidates": few, "one found and allocated": claimed}
+
+
+def served(n: int, port: Connection) -> None:
+    """Our own service, until we are ended."""
     with tempfile.TemporaryDirectory() as there:
-        server = None
-        if url is None:
-            db = Db(f"sqlite:///{there}/cloud.db")
-            furnish(db, n)
-            world = api.World(db, WallClock(), Ids())
-            app = api.make_service(
-                world, lambda token: Context(user_id="a", project_id="p", roles=frozenset({"admin"}))
-            )
-            listener = listen("127.0.0.1", 0)
-            server = Server(app, listener, threads=4)
-            server.start()
-            client = Client(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        else:
-            client = Client(url)
-            client.furnish(n)
-        query = "/allocation_candidates?resources=VCPU:1,MEMORY_MB:512,DISK_GB:1"
-        found = client.ask("GET", f"{query}&limit=1000")
-        assert len(found["allocation_requests"]) == min(n, 1000)
-        whole = timed(lambda i: client.ask("GET", f"{query}&limit=1000"), 5.0)
-        few = timed(lambda i: client.ask("GET", f"{query}&limit=10"), 3.0)
-        names = iter(range(10**9))
+        db = Db(f"sqlite:///{there}/cloud.db")
+        furnish(db, n)
+        admin = Context(user_id="a", project_id="p", roles=frozenset({"admin"}))
+        listener = listen("127.0.0.1", 0)
+        server = Server(api.make_service(api.World(db, WallClock(), Ids()), lambda token: admin), listener, threads=4)
+        server.start()
+        port.send(listener.getsockname()[1])
+        with suppress(EOFError):
+            port.recv()
+        server.stop()
 
-        def allocate(_: int) -> None:
-            (one,) = client.ask("GET", f"{query}&limit=1")["allocation_requests"]
-            body = {"allocations": one["allocations"], "project_id": "p", "user_id": "u", "consumer_generation": None}
-            client.ask("PUT", f"/allocations/{uuid.UUID(int=next(names) + int(time.time()) * 2**64)}", body)
 
-        claimed = timed(allocate, 3.0)
-        print(
-            f"{n:6} hosts, {url or 'our own'}: 1000 candidates {whole[0]:6.1f}/s, p50 {whole[1]:6.1f}, p99 {whole[2]:6.1f} ms; "
-            f"10 of them {few[0]:6.1f}/s, p50 {few[1]:6.1f} ms; one found and allocated {claimed[0]:6.1f}/s, p50 {claimed[1]:6.1f} ms"
+@contextmanager
+def own(n: int) -> Iterator[Client]:
+    """In a process of its own."""
+    mine, its = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=served, args=(n, its))
+    process.start()
+    try:
+        yield Client(f"http://127.0.0.1:{mine.recv()}", process.pid or 0)
+    finally:
+        mine.send(None)
+        process.join()
+
+
+@contextmanager
+def another(n: int, venv: Path) -> Iterator[Client]:
+    """The reference: `pip install openstack-placement uwsgi` in a virtual environment; SQLite, one worker."""
+    with tempfile.TemporaryDirectory() as there, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        conf = Path(there, "placement.conf")
+        conf.write_text(
+            f"[api]\nauth_strategy = noauth2\n[placement_database]\nconnection = sqlite:///{there}/placement.db\n"
         )
-        if server is not None:
-            server.stop()
+        env = {"PATH": f"{venv}/bin:/usr/bin:/bin", "OS_PLACEMENT_CONFIG_DIR": there}
+        subprocess.run([venv / "bin/placement-manage", "--config-dir", there, "db", "sync"], env=env, check=True)
+        words = ["--master", "--processes", "1", "--threads", "1", "--need-app", "--disable-logging", "--die-on-term"]
+        words += ["--http-keepalive", "--venv", str(venv), "--module", "placement.wsgi.api:application"]
+        with Path(there, "log").open("wb") as log:
+            words = [str(venv / "bin/uwsgi"), "--http-socket", f"127.0.0.1:{port}", *words]
+            process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
+        try:
+            client = Client(f"http://127.0.0.1:{port}", process.pid)
+            until = time.monotonic() + 60
+            while True:
+                try:
+                    client.ask("GET", "/")
+                    break
+                except OSError:
+                    client.http.close()
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(0.2)
+            client.furnish(n)
+            yield client
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def beside(n: int, venv: Path | None) -> None:
+    """A table, as in docs/placement-cost.md."""
+    theirs = dict[str, Took]()
+    with own(n) as mine:
+        ours = candidates(n, mine)
+        if venv is not None:
+            with another(n, venv) as reference:
+                theirs = candidates(n, reference)
+                again = candidates(n, mine)  # before and after: others are at work on this machine
+            ours = {what: Took(min(t.p50, again[what].p50), (t.cpu + again[what].cpu) / 2) for what, t in ours.items()}
+    print(f"| {n:,} hosts, over HTTP | Kilonova: CPU ms | p50 ms | the reference: CPU ms | p50 ms | times: CPU | p50 |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for what, t in ours.items():
+        r = theirs.get(what)
+        more = f"{r.cpu:.0f} | {r.p50:.0f} | {r.cpu / t.cpu:.0f} | {r.p50 / t.p50:.0f}" if r else " | | |"
+        print(f"| {what} | {t.cpu:.1f} | {t.p50:.1f} | {more} |")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["api"]:
-        candidates(int(sys.argv[2]), *sys.argv[3:4])
+        beside(int(sys.argv[2]), *map(Path, sys.argv[3:4]), *(() if sys.argv[3:] else (None,)))
     else:
         for number in [int(a) for a in sys.argv[1:]] or [100, 1000, 5000, 10_000, 20_000]:
             alone = multiprocessing.get_context("spawn").Process(target=scheduler, args=(number,))  # for its memory

@@ -14,7 +14,7 @@ as parameters.  Not for `IN (…)` with a list of any length: that has another t
 
 import operator
 from collections import namedtuple
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import sqlalchemy as sa
@@ -87,6 +87,23 @@ class Shapes:
                 self.known.clear()  # strangers have asked all sorts of things; what is usual comes back at once
             found = self.known[shape] = ready(write())
         return cast("S", found)
+
+
+FEW = 8
+_AMONG = Shapes()
+
+
+def among(tx: sa.Connection, name: str, statement: Any, column: Any, values: Collection[Any]) -> Any:
+    """`statement` for those whose `column` is one of a few values, executed; `name` is the statement's own.
+
+    Of more values than `FEW` it is sent SQLAlchemy's way.
+    """
+    if not 0 < len(values) <= FEW:
+        return tx.execute(statement.where(column.in_(list(values))))
+    names = [f"n{i}" for i in range(len(values))]
+    shape = name, len(values)
+    one = _AMONG.of(shape, lambda: statement.where(column.in_([sa.bindparam(n, type_=column.type) for n in names])))
+    return tx.execute(one, dict(zip(names, values, strict=True)))
 
 
 class _Compiled:

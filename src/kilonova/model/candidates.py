@@ -200,6 +200,24 @@ class Candidate(NamedTuple):
     mappings: dict[str, list[str]]
 
 
+class Alone(NamedTuple):
+    """A candidate as most are: one provider that gives all. Made by the thousand, so it is hardly anything."""
+
+    provider: str
+    resources: Mapping[str, int]
+
+    @property
+    def allocations(self) -> dict[str, dict[str, int]]:
+        return {self.provider: dict(self.resources)}
+
+    @property
+    def mappings(self) -> dict[str, list[str]]:
+        return {"": [self.provider]}
+
+
+Found = Candidate | Alone
+
+
 class _Slot(NamedTuple):
     """A part that one provider serves, and who could."""
 
@@ -208,7 +226,7 @@ class _Slot(NamedTuple):
     options: list[Provider]
 
 
-def candidates(forest: Forest, query: Query, *, breadth_first: bool = False) -> Iterator[Candidate]:
+def candidates(forest: Forest, query: Query, *, breadth_first: bool = False) -> Iterator[Found]:
     """All of them, tree by tree, or (`breadth_first`) one of each tree, then a second of each …"""
     if forest.flat and list(query.groups) == [""] and query.groups[""].in_tree is None:
         yield from _of_flat(forest, query)
@@ -266,11 +284,11 @@ def _root_fits(forest: Forest, query: Query, root: str) -> bool:
 
 def _of_tree(
     forest: Forest, query: Query, root: str, seen: set[object] | None, steps: Iterator[int]
-) -> Iterator[Candidate]:
+) -> Iterator[Found]:
     if seen is None and len(query.groups) == 1 and "" in query.groups and len(tree := forest.trees[root]) == 1:
         group = query.groups[""]
         if next(steps, None) is not None and _fits(tree[0], group.resources) and _does_all(forest, tree[0], group):
-            yield Candidate({root: dict(group.resources)}, {"": [root]})
+            yield Alone(root, group.resources)
         return
     slots = _slots(forest, query, root)
     if slots is None:
@@ -287,14 +305,14 @@ def _of_tree(
         yield found
 
 
-def _of_flat(forest: Forest, query: Query) -> Iterator[Candidate]:
+def _of_flat(forest: Forest, query: Query) -> Iterator[Alone]:
     """Where all hosts are without parts, those with room are found in columns."""
     group = query.groups[""]
     of_root = bool(query.root_required or query.root_forbidden)
     asks = group != Group(group.resources)
     for p in forest.having(group.resources):
         if (not of_root or _root_fits(forest, query, p.uuid)) and (not asks or _does_all(forest, p, group)):
-            yield Candidate({p.uuid: dict(group.resources)}, {"": [p.uuid]})
+            yield Alone(p.uuid, group.resources)
 
 
 def _does_all(forest: Forest, p: Provider, group: Group) -> bool:

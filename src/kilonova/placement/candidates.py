@@ -4,7 +4,7 @@ The search is `model/candidates.py`; here is the query of all versions, with wha
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,7 @@ import msgspec
 
 from kilonova.kit.errors import Invalid
 from kilonova.kit.routes import Call, Reply
-from kilonova.model.candidates import Candidate, Forest, Group, Provider, Query, candidates
+from kilonova.model.candidates import Alone, Forest, Found, Group, Provider, Query, candidates
 from kilonova.placement.frame import (
     BAD_VALUE,
     DUPLICATE_KEY,
@@ -30,6 +30,7 @@ from kilonova.placement.shown import Shown
 from kilonova.store import providers as store
 
 Said = dict[str, list[str]]
+
 
 PARTS = {"resources": 10, "required": 17, "member_of": 21, "in_tree": 31}  # of a group, and since when
 WHOLE = {"limit": 16, "group_policy": 25, "root_required": 35, "same_subtree": 36}
@@ -53,7 +54,7 @@ def list_(call: Call) -> Reply:
     return Reply(body, content_type="application/json", headers=dated(call))
 
 
-def _found(call: Call, forest: Forest, query: Query, limit: int | None) -> list[Candidate]:
+def _found(call: Call, forest: Forest, query: Query, limit: int | None) -> list[Found]:
     config = call.world.config
     most = None if config.candidates_max < 0 else config.candidates_max
     some = candidates(forest, query, breadth_first=config.candidates_order == "breadth-first")
@@ -178,30 +179,31 @@ def _has_resources(
 # ---- what is shown
 
 
-def _view(version: int, forest: Forest, query: Query, found: list[Candidate], shown: Shown) -> bytes:
+def _view(version: int, forest: Forest, query: Query, found: list[Found], shown: Shown) -> bytes:
     """The body, put together of pieces: most of it was shown before, or is the same for each."""
-    requests = b",".join(_requests(version, query, found))
-    summaries = b",".join(_summaries(version, forest, query, found, shown))
-    return b'{"allocation_requests":[%b],"provider_summaries":{%b}}' % (requests, summaries)
+    pieces = [b'{"allocation_requests":[']
+    _requests(pieces, version, query, found)
+    pieces.append(b'],"provider_summaries":{')
+    _summaries(pieces, version, forest, query, found, shown)
+    return b"".join((*pieces, b"}}"))
 
 
-def _requests(version: int, query: Query, found: list[Candidate]) -> Iterator[bytes]:
-    """Where one provider alone serves the group without a suffix, requests differ by its name only."""
-    if version < 12 or list(query.groups) != [""]:
-        yield from (msgspec.json.encode(_request(version, c)) for c in found)
-        return
-    resources = msgspec.json.encode(query.groups[""].resources)
-    before, between = b'{"allocations":{', b':{"resources":%b}}' % resources
-    mapped, after = (b',"mappings":{"":[', b"]}}") if version >= 34 else (b"", b"}")
+def _requests(pieces: list[bytes], version: int, query: Query, found: list[Found]) -> None:
+    """Where one provider gives all, requests differ by its name only."""
+    resources = msgspec.json.encode(query.groups[""].resources) if "" in query.groups else b"{}"
+    head, middle = b'{"allocations":{', b':{"resources":%b}}' % resources
+    mapped, tail = (b',"mappings":{"":[', b"]}}") if version >= 34 else (b"}", b"")
+    encode, comma, more = msgspec.json.encode, b"", b","
     for c in found:
-        if len(c.allocations) > 1:
-            yield msgspec.json.encode(_request(version, c))
+        if isinstance(c, Alone) and version >= 12:
+            uuid = encode(c.provider)
+            pieces += (comma, head, uuid, middle, mapped, uuid if tail else b"", tail)
         else:
-            (uuid,) = map(msgspec.json.encode, c.allocations)
-            yield b"".join((before, uuid, between, mapped, uuid if mapped else b"", after))
+            pieces += (comma, encode(_request(version, c)))
+        comma = more
 
 
-def _request(version: int, c: Candidate) -> dict[str, Any]:
+def _request(version: int, c: Found) -> dict[str, Any]:
     if version < 12:
         listed = [{"resource_provider": {"uuid": p}, "resources": amounts} for p, amounts in c.allocations.items()]
         return {"allocations": listed}
@@ -211,19 +213,27 @@ def _request(version: int, c: Candidate) -> dict[str, Any]:
     return request
 
 
-def _summaries(version: int, forest: Forest, query: Query, found: list[Candidate], shown: Shown) -> Iterator[bytes]:
+def _summaries(
+    pieces: list[bytes], version: int, forest: Forest, query: Query, found: list[Found], shown: Shown
+) -> None:
     """Of all providers of the trees in question; before 1.29 of those that are asked for something."""
-    used = dict.fromkeys(p for c in found for p in c.allocations)
-    if version >= 29:
-        roots = dict.fromkeys(forest.providers[p].root for p in used)
-        yield from (shown.summary(p, version) for root in roots for p in forest.trees[root])
-        return
-    names = {name for g in query.groups.values() for name in g.resources}
-    for p in map(forest.providers.__getitem__, used):
-        if version >= 27:
-            yield shown.summary(p, version)
+    used: dict[str, None] = {}
+    for c in found:
+        if isinstance(c, Alone):
+            used[c.provider] = None
         else:
-            yield msgspec.json.encode(p.uuid) + b":" + msgspec.json.encode(_summary(version, p, names))
+            used |= dict.fromkeys(c.allocations)
+    providers = [forest.providers[p] for p in used]
+    if version >= 29 and not forest.flat:
+        providers = [p for root in dict.fromkeys([p.root for p in providers]) for p in forest.trees[root]]
+    names = {name for g in query.groups.values() for name in g.resources}
+    comma = b""
+    for p in providers:
+        if version >= 27:
+            pieces += (comma, shown.summary(p, version))
+        else:
+            pieces += (comma, msgspec.json.encode(p.uuid), b":", msgspec.json.encode(_summary(version, p, names)))
+        comma = b","
 
 
 def _summary(version: int, p: Provider, names: set[str]) -> dict[str, Any]:

@@ -14,8 +14,19 @@ from msgspec import UNSET, UnsetType
 
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid
+from kilonova.kit.ready import among, ready
 from kilonova.model.candidates import Inventory
-from kilonova.store.placement import ALLOCATIONS, CONSUMERS, INVENTORIES, MOVED, PROVIDERS, in_order
+from kilonova.store.placement import (
+    ALLOCATE,
+    ALLOCATIONS,
+    CONSUMER_NEW,
+    CONSUMERS,
+    INVENTORIES,
+    MOVED,
+    PROVIDERS,
+    STOCK,
+    in_order,
+)
 from kilonova.store.providers import RACE, UNKNOWN_PROVIDER, known_classes
 
 Held = Mapping[str, Mapping[str, int]]
@@ -71,7 +82,7 @@ def replace(tx: Tx, writes: Sequence[Write], now: float, *, whole: bool = False)
         new = [h[provider] for h in wanted.values() if provider in h]
         old = [h[provider] for h in held.values() if provider in h]
         _shifted(tx, provider, new, old, whole)
-    tx.execute(sa.delete(ALLOCATIONS).where(_a.consumer.in_(names)))
+    among(tx, "allocations end", sa.delete(ALLOCATIONS), _a.consumer, names)
     rows = [
         {"consumer": c, "provider": p, "resource_class": name, "amount": n}
         for c, h in wanted.items()
@@ -79,15 +90,15 @@ def replace(tx: Tx, writes: Sequence[Write], now: float, *, whole: bool = False)
         for name, n in amounts.items()
     ]
     if rows:
-        tx.execute(sa.insert(ALLOCATIONS), rows)
+        tx.execute(ALLOCATE, rows)
     for w in writes:
         _written(tx, w, w.consumer in known, now)
 
 
 def _held(tx: Tx, names: Iterable[str], *, lock: bool = False) -> dict[str, dict[str, dict[str, int]]]:
-    query = sa.select(ALLOCATIONS).where(_a.consumer.in_(list(names)))
+    query = sa.select(ALLOCATIONS).with_for_update() if lock else sa.select(ALLOCATIONS)
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for r in tx.execute(query.with_for_update() if lock else query):
+    for r in among(tx, f"allocations {lock}", query, _a.consumer, list(names)):
         found.setdefault(r.consumer, {}).setdefault(r.provider, {})[r.resource_class] = r.amount
     return found
 
@@ -95,8 +106,8 @@ def _held(tx: Tx, names: Iterable[str], *, lock: bool = False) -> dict[str, dict
 def consumers(tx: Tx, names: Iterable[str], *, lock: bool = False) -> dict[str, Consumer]:
     """Those of them that are known."""
     query = sa.select(_c.uuid, _c.project_id, _c.user_id, _c.type, _c.generation, _c.changed_at)
-    query = query.where(_c.uuid.in_(sorted(names))).order_by(_c.uuid)
-    return {r.uuid: Consumer(*r) for r in tx.execute(query.with_for_update() if lock else query)}
+    query = query.order_by(_c.uuid).with_for_update() if lock else query.order_by(_c.uuid)
+    return {r.uuid: Consumer(*r) for r in among(tx, f"consumers {lock}", query, _c.uuid, sorted(names))}
 
 
 def _same_generation(w: Write, known: Consumer | None) -> None:
@@ -150,7 +161,7 @@ def _full(provider: str, names: Iterable[str]) -> Conflict:
 
 def inventories(tx: Tx, provider: str) -> dict[str, Inventory]:
     """Of one provider, by class."""
-    found = tx.execute(sa.select(INVENTORIES).where(_i.provider == provider))
+    found = tx.execute(STOCK, {"at": provider})
     return {r.resource_class: Inventory(*(getattr(r, f) for f in Inventory._fields)) for r in found}
 
 
@@ -165,7 +176,7 @@ def _written(tx: Tx, w: Write, known: bool, now: float) -> None:
             who["type"] = w.type
         tx.execute(sa.update(CONSUMERS).where(_c.uuid == w.consumer).values(generation=_c.generation + 1, **who))
     else:
-        tx.execute(sa.insert(CONSUMERS), who | {"uuid": w.consumer, "type": w.type, "generation": 1, "created_at": now})
+        tx.execute(CONSUMER_NEW, who | {"uuid": w.consumer, "type": w.type, "generation": 1, "created_at": now})
 
 
 # ---- views
@@ -213,7 +224,7 @@ def _shift(classes: int) -> sa.Update:
     n = sa.case(
         *((_i.resource_class == name, sa.bindparam(f"n{i}", type_=sa.Integer)) for i, name in enumerate(names)), else_=0
     )
-    return (
+    return ready(
         sa.update(INVENTORIES)
         .where(_i.provider == sa.bindparam("at"), _i.resource_class.in_(names))
         .where((n <= 0) | (_i.used + n <= (_i.total - _i.reserved) * _i.allocation_ratio))

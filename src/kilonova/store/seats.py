@@ -15,7 +15,7 @@ from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Invalid, NoCapacity
 from kilonova.model import numa, wants
 from kilonova.model.ask import Ask, amounts_of, ask, served
-from kilonova.model.candidates import Candidate, Forest, Inventory, Provider, candidates
+from kilonova.model.candidates import Alone, Forest, Found, Inventory, Provider, candidates
 from kilonova.model.host import HostDevice, HostFacts
 from kilonova.model.seat import Seat, Taken, functions, near, seats
 from kilonova.model.server import Server
@@ -70,7 +70,7 @@ def of_providers(tx: Tx, providers: Collection[str] | None = None, *, lock: bool
 
 def _chosen(
     tx: Tx, wanted: Ask, provider: str, facts: HostFacts, others: list[Seat], guest: numa.Guest | None, policy: str
-) -> tuple[Candidate, Seat]:
+) -> tuple[Found, Seat]:
     """Who serves what, and the seat that goes with it. Raises NoCapacity."""
     laid = [Seat()] if guest is None else list(islice(seats(guest, facts, others), MOST_CANDIDATES))
     if not laid:
@@ -85,9 +85,9 @@ def _chosen(
 
 def _served(
     tx: Tx, wanted: Ask, provider: str, facts: HostFacts, others: list[Seat]
-) -> Iterable[tuple[Candidate, list[Taken]]]:
+) -> Iterable[tuple[Found, list[Taken]]]:
     if not wanted.parts and wanted.amounts.keys() <= OURS:
-        yield Candidate({provider: wanted.amounts}, {}), []
+        yield Alone(provider, wanted.amounts), []
         return
     forest = _forest(tx, provider)
     there = {f"{facts.hypervisor_hostname}_{d.address}": d for d in facts.devices}
@@ -97,7 +97,7 @@ def _served(
             yield candidate, devices
 
 
-def _devices(candidate: Candidate, of: dict[str, HostDevice], others: list[Seat]) -> list[Taken] | None:
+def _devices(candidate: Found, of: dict[str, HostDevice], others: list[Seat]) -> list[Taken] | None:
     """Which functions of which devices; None: of one of them nobody knows which are left."""
     found: list[Taken] = []
     for provider, amounts in candidate.allocations.items():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from kilonova.kit.db import Tx
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import among, ready
 from kilonova.model.candidates import Forest, Inventory, Provider
 from kilonova.store.placement import INVENTORIES, PROVIDER_AGGREGATES, PROVIDER_TRAITS, PROVIDERS
 
@@ -78,12 +78,12 @@ class Trees:
 
     def _read_part(self, tx: Tx, uuids: list[str] | None) -> Iterator[Provider]:
         """The generation first: where something moves between two of these statements, the next look reads it again."""
-        providers = tx.execute(_of(PROVIDER, _p.uuid, uuids)).all()
+        providers = _of(tx, "providers", PROVIDER, _p.uuid, uuids).all()
         inventories: dict[str, dict[str, Inventory]] = {}
-        for provider, name, *numbers in tx.execute(_of(STOCKS, _i.provider, uuids)):
+        for provider, name, *numbers in _of(tx, "inventories", STOCKS, _i.provider, uuids):
             inventories.setdefault(provider, {})[name] = Inventory(*numbers)
-        traits = _gathered(tx.execute(_of(TRAITS, _t.provider, uuids)))
-        aggregates = _gathered(tx.execute(_of(AGGREGATES, _g.provider, uuids)))
+        traits = _gathered(_of(tx, "traits", TRAITS, _t.provider, uuids))
+        aggregates = _gathered(_of(tx, "aggregates", AGGREGATES, _g.provider, uuids))
         for r in providers:
             yield Provider(
                 uuid=r.uuid,
@@ -130,8 +130,8 @@ def _gathered(rows: Iterable[Any]) -> dict[str, list[str]]:
     return found
 
 
-def _of(query: Any, column: Any, uuids: list[str] | None) -> Any:
-    return query if uuids is None else query.where(column.in_(uuids))
+def _of(tx: Tx, name: str, query: Any, column: Any, uuids: list[str] | None) -> Any:
+    return tx.execute(query) if uuids is None else among(tx, f"trees {name}", query, column, uuids)
 
 
 _p, _i, _t, _g = PROVIDERS.c, INVENTORIES.c, PROVIDER_TRAITS.c, PROVIDER_AGGREGATES.c
