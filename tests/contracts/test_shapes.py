@@ -15,9 +15,10 @@ from kilonova.contracts.compute import compute
 from kilonova.contracts.conductor import conductor
 from kilonova.contracts.jobs import jobs
 from kilonova.contracts.scheduler import scheduler
+from kilonova.contracts.wires import wires
 from kilonova.kit.bus import Contract, runs
 
-CONTRACTS = [compute, conductor, jobs, scheduler, runs]
+CONTRACTS = [compute, conductor, jobs, scheduler, runs, wires]
 FROZEN = Path(kilonova.__file__).parent / "contracts" / "frozen"
 
 

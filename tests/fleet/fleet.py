@@ -1,6 +1,7 @@
 """A fleet for tests: roles as processes of their own on this machine, over a private database and a private broker.
 
-Companions, APIs, conductors, hosts (simulated, one a process); each can be killed, stopped and started again by name.
+Companions, APIs, conductors, hosts (one a process); each can be killed, stopped and started again by name.  Hosts are
+simulated, or real ones under libvirt, each on a machine of its own (`site.py`), with its guests' networks.
 """
 
 import os
@@ -12,14 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from kilonova.cli.client import Client
 from kilonova.cli.status import asked
+from kilonova.companions.wires.ground import Ground
 from kilonova.kit.db import Db
 from kilonova.kit.errors import NotFound, Trouble
 from kilonova.sim.invariants import wrong
 from kilonova.virt.sim import SimState, copy, plugged, used
 from tests.engines import Rabbit, ended, free_port
+from tests.fleet.site import HERE, Site
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "fleet-" + "x" * 20
@@ -33,7 +37,7 @@ password = "{password}"
 admin_password = "{password}"
 
 [companions]
-url = "http://127.0.0.1:{companions}"
+url = "http://{at}:{companions}"
 
 [api]
 port = {api}
@@ -41,7 +45,7 @@ share_port = true
 public_url = "http://127.0.0.1:{api}"
 
 [compute]
-driver = "sim"
+driver = "{driver}"
 report_interval_s = 1
 host_down_after_s = 8
 resume_servers_on_start = true
@@ -67,6 +71,13 @@ ram = -1
 
 [network]
 quota_port = -1
+
+[metadata]
+url = "http://{at}:{metadata}/metadata"
+shared_secret = "{password}"
+
+[console]
+port = {console}
 """
 CONTROLLER = """
 [database]
@@ -84,26 +95,39 @@ class Fleet:
         broker: str,
         *,
         hosts: int = 3,
+        metal: int = 0,
         schedulers: int = 0,
         latency_s: float = 0.02,
         failure_rate: float = 0.0,
+        common: str = COMMON,
     ) -> None:
         self.directory, self.database = directory, database
         directory.mkdir(parents=True, exist_ok=True)
-        self.ports = {"companions": free_port(), "api": free_port()}
+        self.ports = {what: free_port() for what in ("companions", "api", "metadata", "console")}
         self.sim = directory / "sim"
         said = {
             "broker": broker, "password": PASSWORD, "sim": self.sim, "latency_s": latency_s,
-            "failure_rate": failure_rate, "apart": "true" if schedulers else "false",
+            "failure_rate": failure_rate, "apart": "true" if schedulers else "false", "at": "127.0.0.1", "driver": "sim",
         }  # fmt: skip
-        common = COMMON.format(**said, **self.ports)
+        text = common.format(**said, **self.ports)
         self.controller, self.host = directory / "controller.toml", directory / "host.toml"
-        self.controller.write_text(common + CONTROLLER.format(database=database))
-        self.host.write_text(common)
+        self.controller.write_text(text + CONTROLLER.format(database=database))
+        self.host.write_text(text)
         self.roles = {"companions-0": "companions"} | {f"api-{i}": "api placement" for i in range(2)}
         self.roles |= {f"conductor-{i}": "conductor" for i in range(2)}
         self.roles |= {f"scheduler-{i}": "scheduler" for i in range(schedulers)}
         self.roles |= {f"host-{i}": "compute" for i in range(hosts)}
+        self.site: Site | None = None
+        if metal:
+            names = [f"metal-{i}" for i in range(metal)]
+            ports = [*self.ports.values(), *(urlsplit(url).port or 0 for url in (broker, database))]
+            self.site = Site(Ground("machine", directory), [*names, "console-0"], ports)
+            self.roles |= dict.fromkeys(names, "compute") | {"metadata-0": "metadata", "console-0": "console"}
+            there = {"at": HERE, "driver": "libvirt", "broker": broker.replace("127.0.0.1", HERE)}
+            text = common.format(**(said | there), **self.ports)
+            self.metal, self.proxy = directory / "metal.toml", directory / "proxy.toml"
+            self.metal.write_text(text)
+            self.proxy.write_text(text + CONTROLLER.format(database=database.replace("127.0.0.1", HERE)))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": ""}
 
@@ -125,12 +149,16 @@ class Fleet:
     def start(self, name: str, *more: str) -> None:
         role, out = self.roles[name], self.directory / f"{name}.out"
         config = self.host if role == "compute" else self.controller
+        machine = self.site.machines.get(name) if self.site is not None else None
+        if machine is not None:
+            config = self.proxy if role == "console" else self.metal
         words = ["serve", *role.split(), "--config", str(config), "--state-dir", str(self.directory / name)]
         words += ["--name", name] if role in ("compute", "conductor", "scheduler") else []
-        words += ["--port", str(self.ports["companions"])] if role == "companions" else []
+        words += ["--port", str(self.ports[role])] if role in ("companions", "metadata") else []
+        argv = [sys.executable, "-P", "-m", "kilonova.main", *words, *more]
         with out.open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kilonova.main", *words, *more],
+                argv if machine is None else machine.within(argv),
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env, start_new_session=True,
             )  # fmt: skip
 
@@ -153,6 +181,17 @@ class Fleet:
                 process.terminate()
         for process in self.processes.values():
             ended(process)
+        if self.site is not None:
+            purges = []
+            for name, machine in self.site.machines.items():
+                words = ["down", "--purge", "--config", str(self.metal), "--state-dir", str(self.directory / name)]
+                argv = machine.within([sys.executable, "-P", "-m", "kilonova.main", *words])
+                purges.append(
+                    subprocess.Popen(argv, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                )
+            for purge in purges:
+                purge.wait(120)
+            self.site.close()
 
     # -- asking
 

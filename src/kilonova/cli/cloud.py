@@ -18,7 +18,7 @@ from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World
 from kilonova.cli import measures
 from kilonova.cli.companions import Companions, Everybody
-from kilonova.cli.compute import Hosts, ground_of
+from kilonova.cli.compute import Hosts, ground_of, wires_of
 from kilonova.cli.doors import Doors
 from kilonova.cli.process import Process, carriers_of, identity_of, login_of, verify_of
 from kilonova.cli.state import Secrets, StateDir
@@ -31,6 +31,7 @@ from kilonova.conductor.app import Conductor
 from kilonova.console.proxy import Proxy
 from kilonova.console.watch import Tail
 from kilonova.contracts.scheduler import Choose, Chosen
+from kilonova.contracts.wires import Lay, at
 from kilonova.kit.ask import Asker
 from kilonova.kit.bus import Wake, letter
 from kilonova.kit.clock import Clock, Ids, WallClock
@@ -108,6 +109,8 @@ class Cloud:
         self.whole = roles >= ALL
         self.ground = ground_of(config, state) if "compute" in roles else None
 
+        speaks = {"api", "conductor", *(["companions"] if p.on_wire else [])}
+        self.asker = Asker(p.bus, clock=p.clock, ids=p.ids) if roles & speaks else None
         self.companions = self._companions() if "companions" in roles else None
         carriers = self.companions.carriers if self.companions else carriers_of(config)
         self.login = self.companions.login if self.companions else login_of(config, secrets.service_password)
@@ -125,14 +128,15 @@ class Cloud:
             self.metadata = metadata_service(
                 self.db, self.neighbours.network, config, clock=p.clock, ids=p.ids, secret=secrets.metadata_secret
             )
-        self.wires = _wires(self.ground, self.metadata, secrets, p.clock, state) if self.metadata else None
+        self.wires = (
+            _wires(self.ground, self.metadata, secrets, p.clock, state) if self.metadata and self.whole else None
+        )
         if self.wires is not None and self.companions is not None and self.companions.networks.apart:
             self.wires.serve_programs(state.metadata, self._project_of)
 
         if roles & {"api", "companions", "conductor"}:
             self.db.run(_furnish, p.clock.now())
         self.scheduler: Scheduler | SchedulerRole | None = None
-        self.asker = Asker(p.bus, clock=p.clock, ids=p.ids) if roles & {"api", "conductor"} else None
         self.conductor = self._conductor() if "conductor" in roles else None
         self.schedules = self._schedules() if "scheduler" in roles else None
         self.console_url = _console_url(config, url, consoles)
@@ -143,7 +147,10 @@ class Cloud:
         self.hosts = None
         if "compute" in roles:
             before = self._wired if self.companions is not None else lambda: None
-            self.hosts = Hosts(p, self.neighbours.image, self.ground, before=before, alone=not self.whole)
+            self.wired_here = None if self.whole else wires_of(p, self.ground, secrets, self.metadata)
+            self.hosts = Hosts(
+                p, self.neighbours.image, self.ground, before=before, alone=not self.whole, wires=self.wired_here
+            )
 
         self.health = Health(p.metrics, alive=self._checks(alive=True), ready=self._checks(alive=False))
         apps: dict[str, Wsgi] = {f"/{name}": app for name, app in self.doors.services.items()}
@@ -201,12 +208,27 @@ class Cloud:
     def _companions(self) -> Companions:
         services = None if self.whole else _services(self.config)
         wires, apart = self._wires_of_hosts()
-        return Companions(self.doors, self.secrets, self.url, services=services, wires=wires, apart=apart)
+        planes = None if self.whole else self._planes()
+        return Companions(
+            self.doors, self.secrets, self.url, services=services, wires=wires, apart=apart, planes=planes
+        )
+
+    def _planes(self) -> network.Planes | None:
+        """The hosts that are machines of their own are told over the broker what networks they must make."""
+        asker, p = self.asker, self.process
+        if asker is None or self.config.network.plane == "none":
+            return None
+        patience_s = min(5.0, self.config.workers.lease_s / 6)  # who binds a port waits for it
+
+        def tell(host: str, m: Lay) -> None:
+            asker.ask(at(host), m, patience_s)
+
+        return network.Planes(self.db, p.clock, tell, life=p.ids.hex(), gateway=self.config.network.gateway)
 
     def _wires_of_hosts(self) -> tuple[dict[str, Callable[..., None]] | None, Container[str]]:
         """On this machine there is one host, with a data plane or by QEMU alone; simulated ones have none.
 
-        Hosts that are processes of their own have no networks from us: real ones are alone with QEMU.
+        Hosts that are processes of their own are told over the bus (`_planes`), unless QEMU is all they are to have.
         """
         if not self.whole:
             return (None, Everybody()) if self.config.network.plane == "slirp" else (None, frozenset())
@@ -323,7 +345,15 @@ class Cloud:
         policy = compute.policy if compute else Policy(policies.RULES, config.policy.file)
         tail = Tail(self.db, p.clock, self.gate, policy.allows, most=config.console.connections_max)
         context = self.tls.context() if self.tls else None
-        return Proxy(self.db, consoles, clock=p.clock, options=config.console, tail=tail, tls=context)
+        return Proxy(
+            self.db,
+            consoles,
+            clock=p.clock,
+            options=config.console,
+            tail=tail,
+            tls=context,
+            hosts_ca_file=config.companions.ca_file,
+        )
 
     def _wired(self) -> None:
         if self.wires is not None and self.companions is not None:
@@ -465,6 +495,14 @@ def rewired(cloud: Cloud) -> list[str]:
     return network.rewire(cloud.companions.networks) if cloud.wires is not None and cloud.companions is not None else []
 
 
+@reconciler(every_s=5)
+def hosts_met(cloud: Cloud) -> list[str]:
+    """The networks of hosts that are machines of their own are what the tables say."""
+    if cloud.companions is None:
+        return []
+    return network.meet(cloud.companions.networks, cloud.config.compute.host_down_after_s)
+
+
 @reconciler(every_s=300)
 def keys_rotated(cloud: Cloud) -> list[str]:
     """Tokens get a new key now and then."""
@@ -499,4 +537,4 @@ def bases_evicted(cloud: Cloud) -> list[str]:
     return cloud.driver.evict_images() if isinstance(cloud.driver, LibvirtDriver) else []
 
 
-UPKEEP = [rewired, keys_rotated, policies_read, bases_evicted, volumes_resumed]
+UPKEEP = [rewired, hosts_met, keys_rotated, policies_read, bases_evicted, volumes_resumed]

@@ -20,6 +20,7 @@ class Companions:
     """Identity, images, networks and volumes of our own. `services`: what the catalog says; None: that all are here.
 
     `wires`: the hosts whose data plane is here; None where there is none.  `apart`: hosts that make no networks.
+    `planes`: who knows the hosts that are other machines.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Companions:
         services: Mapping[str, str] | None,
         wires: Mapping[str, Callable[[Wiring], None]] | None,
         apart: Container[str],
+        planes: network.Planes | None = None,
     ) -> None:
         p, db = doors.process, doors.db
         config, state = p.config, p.state
@@ -48,7 +50,7 @@ class Companions:
         images = config.image.directory or state.path / "images"
         self.images = image.open_store(db, p.clock, p.ids, config.image, images)
         image.recover(self.images)
-        self.networks = network.World(db, p.clock, p.ids, config.network, wires, apart)
+        self.networks = network.World(db, p.clock, p.ids, config.network, wires, apart, planes)
         network.bootstrap(self.networks, self.first.admin_project_id, way_out=wires is None or bool(wires))
         doors.open("identity", identity.service(self.realm, config.policy.file))
         doors.open("image", image.service(self.images, self.realm.gate, config.policy.file))

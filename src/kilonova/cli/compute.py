@@ -16,14 +16,17 @@ from kilonova.cli.host_measures import of_bus, of_hosts
 from kilonova.cli.process import Process, carriers_of, identity_of, login_of
 from kilonova.cli.state import Secrets, StateDir, private
 from kilonova.clients import Image, neighbours
-from kilonova.companions.wires import guestfwd
+from kilonova.companions.wires import Wires, guestfwd
+from kilonova.companions.wires.agent import WiresAgent
 from kilonova.companions.wires.ground import Ground
+from kilonova.companions.wires.metadata_proxy import forward_to
 from kilonova.compute.agent import ComputeHost, Images
+from kilonova.compute.relay import Relay
 from kilonova.compute.sims import SimHosts
 from kilonova.kit.clock import Ids
 from kilonova.kit.errors import Refused
 from kilonova.kit.health import Health
-from kilonova.kit.http import Mount, Server
+from kilonova.kit.http import Mount, Server, Wsgi
 from kilonova.kit.structs import learn
 from kilonova.metadata.drive import config_drive
 from kilonova.model import options
@@ -42,7 +45,8 @@ class HostAlone:
     ) -> None:
         self.process = p = Process(config, state)
         found = neighbours(p.clock, login_of(config, secrets.service_password), **carriers_of(config))
-        self.hosts = Hosts(p, found.image, ground_of(config, state), alone=True)
+        ground = ground_of(config, state)
+        self.hosts = Hosts(p, found.image, ground, alone=True, wires=wires_of(p, ground, secrets))
         self.health = Health(p.metrics, ready={"bus": self._bus, "hosts": self._hosts})
         of_bus(p.metrics, p.bus)
         of_hosts(p.metrics, lambda: self.hosts.host)
@@ -78,6 +82,7 @@ class Hosts:
     """The host that this process is, or the simulated ones. A hypervisor may take its time, and may not be there yet.
 
     `before` is done before each try.  `alone`: this process is a host and no more (`kilonova serve compute`).
+    `wires`: its networks, where we make them and are told which over the bus.
     """
 
     def __init__(
@@ -88,7 +93,9 @@ class Hosts:
         *,
         before: Callable[[], object] = lambda: None,
         alone: bool = False,
+        wires: WiresAgent | None = None,
     ) -> None:
+        self.wires = wires
         self.process, self.images, self.ground = process, Images(images), ground
         self.before, self.alone = before, alone
         self.directory = process.config.sim.directory or process.state.path / "hosts"
@@ -99,6 +106,8 @@ class Hosts:
         self.opening = threading.Thread(target=self._open, name="hosts", daemon=True)
 
     def start(self) -> None:
+        if self.wires is not None:
+            self.wires.start()
         self.opening.start()
 
     def close(self) -> None:
@@ -109,6 +118,8 @@ class Hosts:
             self.host.close()
         if self.driver is not None:
             self.driver.close()
+        if self.wires is not None:
+            self.wires.close()
 
     def _open(self) -> None:
         while not self.closing.is_set():
@@ -158,6 +169,21 @@ class Hosts:
             directory=p.state.path / "hosts" / p.name,
             host_ip=self.address,
             images=self.images,
+            also_speaks=self.wires.speaks if self.wires is not None else (),
+            relay=self._relay() if self.alone else None,
+        )
+
+    def _relay(self) -> Relay:
+        """Raises OSError where the address is none of this machine's."""
+        p, config = self.process, self.process.config
+        tls = identity_of(config)
+        return Relay(
+            self.address,
+            config.compute.console_port,
+            clock=p.clock,
+            ids=p.ids,
+            lasts_s=config.console.token_lifetime_s,
+            tls=tls.context() if tls else None,
         )
 
     @property
@@ -224,6 +250,26 @@ def same_host(state: Path, name: str, ids: Ids) -> None:
             f"{known}; to make another host of this machine, delete its servers and its compute service, and give it an "
             "empty state directory."
         )
+
+
+def wires_of(p: Process, ground: Ground | None, secrets: Secrets, metadata: Wsgi | None = None) -> WiresAgent | None:
+    """Of a host that is a machine of a fleet whose networks are ours; None where they are not, or QEMU makes them.
+
+    `metadata`: who answers guests, if that is in this process; else they are led to where the configuration says.
+    """
+    config = p.config
+    if ground is None or not ground.wired or not p.on_wire or config.network.url is not None:
+        return None
+    if metadata is None and config.metadata.url:
+        metadata = forward_to(config.metadata.url, ca_file=config.companions.ca_file)
+    made = Wires(
+        ground,
+        metadata_app=metadata if secrets.metadata_secret else None,
+        metadata_secret=secrets.metadata_secret,
+        clock=p.clock,
+        state_dir=p.state.path / "wires",
+    )
+    return WiresAgent(p.name, made, p.bus, p.state.path / "wiring.json")
 
 
 def ground_of(config: options.Config, state: StateDir) -> Ground | None:

@@ -12,6 +12,7 @@ Values = dict[tuple[str, ...], float]
 
 
 def of_bus(m: Metrics, bus: Any) -> None:
+    m.count("kilonova_letters_sent", "Letters sent over the broker", lambda: {(): float(getattr(bus, "sent", 0))})
     m.gauge(
         "kilonova_letters_waiting", "Letters that nobody took yet, or no broker", lambda: {(): float(_waiting(bus))}
     )

@@ -15,6 +15,7 @@ import msgspec
 
 import kilonova
 from kilonova.compute.machines import HANDLERS, QUESTIONS
+from kilonova.compute.relay import Relay
 from kilonova.compute.report import parted, report
 from kilonova.contracts.compute import compute
 from kilonova.contracts.conductor import PowerChanged, Report
@@ -53,7 +54,11 @@ class ComputeHost:
         host_ip: str = "",
         conductor: str = "conductor",
         images: "Images | None" = None,
+        also_speaks: Iterable[str] = (),
+        relay: Relay | None = None,
     ) -> None:
+        self.relay = relay  # None: proxies are on this machine
+        self.also_speaks = tuple(also_speaks)  # messages that another part of this process knows
         self.name, self.driver, self.bus, self.clock, self.images = name, driver, bus, clock, images
         self.options, self.threads = options or Compute(), threads
         self.host_ip, self.conductor = host_ip, conductor
@@ -94,6 +99,8 @@ class ComputeHost:
         self.news.set()
         for end in self.ends:
             end()
+        if self.relay is not None:
+            self.relay.close()
         if self.thread is not None:
             self.thread.join(5)
         self.driver.close()
@@ -135,7 +142,7 @@ class ComputeHost:
             born=self.born,
             machines=machines,
             busy=busy,
-            speaks=sorted(self.agent.speaks),
+            speaks=sorted({*self.agent.speaks, *self.also_speaks}),
             facts=facts if tell else None,
             options=self.options,
             version=kilonova.__version__,

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import msgspec
 
+from kilonova.compute.relay import Relay
 from kilonova.kit.clock import Clock
 from kilonova.model.options import Compute
 from kilonova.virt.driver import POWER_NUMBERS, Driver, Sends
@@ -22,6 +23,7 @@ class Host(Protocol):
     epochs: dict[str, int]
     acts: dict[str, str]
     abandoned: set[str]
+    relay: Relay | None
 
     @property
     def builds(self) -> AbstractContextManager[None]: ...

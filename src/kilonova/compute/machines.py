@@ -112,7 +112,8 @@ def console_log(host: Host, m: ConsoleLog) -> Text:
 
 def find_console(host: Host, m: FindConsole) -> Where:
     driver: Consoles = capture.able(host, Consoles, "show consoles")  # type: ignore[type-abstract]
-    return driver.console(m.server, m.kind)
+    found = driver.console(m.server, m.kind)
+    return host.relay.door(found) if host.relay is not None and found.path else found
 
 
 HANDLERS: list[Callable[[Any, Any], Any]] = [

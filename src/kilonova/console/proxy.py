@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import urllib.parse
-from collections.abc import Awaitable
+from pathlib import Path
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection, serve
@@ -27,6 +27,7 @@ from kilonova.console.watch import Tail, door, refusal
 from kilonova.kit.clock import Clock
 from kilonova.kit.db import Db
 from kilonova.kit.errors import Trouble
+from kilonova.kit.tls import trusting
 from kilonova.model import options
 from kilonova.model.console import Where
 from kilonova.store import consoles
@@ -52,8 +53,10 @@ class Proxy:
         options: options.Console,
         tail: Tail | None = None,
         tls: ssl.SSLContext | None = None,
+        hosts_ca_file: Path | None = None,
     ) -> None:
-        self.tls = tls
+        self.tls, self.hosts_tls = tls, trusting(hosts_ca_file)
+        self.hosts_tls.check_hostname = False
         self.db, self.listener, self.clock, self.options, self.tail = db, listener, clock, options, tail
         self.open: set[ServerConnection] = set()
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -145,6 +148,15 @@ class Proxy:
 
     # -- what passes
 
+    async def _reached(self, at: Where) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Raises OSError. Hosts are known by their authority, not by their addresses."""
+        if at.path:
+            return await asyncio.open_unix_connection(at.path)
+        reader, writer = await asyncio.open_connection(at.host, at.port, ssl=self.hosts_tls if at.tls else None)
+        if at.key:
+            writer.write(at.key.encode() + b"\n")
+        return reader, writer
+
     async def _splice(self, ws: ServerConnection) -> None:
         if (watching := getattr(ws, "watching", None)) is not None:
             await watching(ws)
@@ -153,7 +165,7 @@ class Proxy:
         self.open.add(ws)
         try:
             async with asyncio.timeout(REACH_S):
-                reader, writer = await _reached(grant.at)
+                reader, writer = await self._reached(grant.at)
         except (OSError, TimeoutError):
             self.open.discard(ws)
             await ws.close(1014, "The console does not answer.")
@@ -183,10 +195,6 @@ def token_of(path: str) -> str:
 def _binary(connection: ServerConnection, offered: Any) -> Subprotocol | None:
     """Old viewers insist on it, new ones name none."""
     return Subprotocol("binary") if "binary" in offered else None
-
-
-def _reached(at: Where) -> Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    return asyncio.open_unix_connection(at.path) if at.path else asyncio.open_connection(at.host, at.port)
 
 
 async def _up(ws: ServerConnection, writer: asyncio.StreamWriter) -> None:

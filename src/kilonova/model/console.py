@@ -19,9 +19,14 @@ TYPES: dict[str, tuple[str, Kind | None]] = {
 
 
 class Where(msgspec.Struct, frozen=True):
-    """A socket file of the host itself, or an address that others reach as well."""
+    """A socket file of the host itself, or an address that others reach as well; with a `key`, it is said first there."""
 
     path: str = ""
     host: str = ""
     port: int = 0
     tls_port: int | None = None
+    key: str = ""
+    tls: bool = False  # it speaks TLS before all else
+
+    def __repr__(self) -> str:
+        return f"Where({self.path or f'{self.host}:{self.port}'})"

@@ -143,6 +143,12 @@ class Compute(Struct, frozen=True):
             examples=["192.0.2.11"],
         ),
     ] = None
+    console_port: A[
+        Port,
+        Meta(
+            description="Where the consoles of a fleet's host are reached by proxies, at its address; 0, any that is free."
+        ),
+    ] = 0
     driver: A[
         Literal["libvirt", "sim"], Meta(description="What runs the servers: QEMU/KVM by libvirt, or only make-believe.")
     ] = "libvirt"
@@ -388,6 +394,14 @@ class Metadata(Struct, frozen=True):
     """What guests can ask about themselves, at 169.254.169.254 and on the config drive."""
 
     port: A[Port, Meta(description="TCP port for proxies of a network service; 0 takes one that is free.")] = 0
+    url: A[
+        str | None,
+        Meta(
+            description="Where a fleet's hosts pass on what guests ask, if we make their networks: the `metadata` role; unset, "
+            "guests there have only their config drives.",
+            examples=["https://cloud.example.org:8774/metadata"],
+        ),
+    ] = None
     shared_secret: A[
         Secret, Meta(description="Signs the id of a server on its way from a proxy; unset, a random one.")
     ] = Secret()
@@ -514,6 +528,13 @@ class Network(Struct, frozen=True):
             "guests get out if the machine forwards already (in a user namespace: where slirp4netns is installed)."
         ),
     ] = False
+    gateway: A[
+        str | None,
+        Meta(
+            description="The host of a fleet that carries our own networks' routers; unset, the first that makes networks.",
+            examples=["host-1"],
+        ),
+    ] = None
     namespace_prefix: A[str, Meta(description="Begins the names of network namespaces, bridges and taps.")] = "kn"
     public_cidr: A[str, Meta(description="Addresses that the outside can reach: floating IPs.")] = "172.24.4.0/24"
     private_cidr: A[str, Meta(description="Addresses of the first project's first network.")] = "10.0.0.0/24"

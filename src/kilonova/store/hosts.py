@@ -176,6 +176,14 @@ class Aggregate(msgspec.Struct, frozen=True):
         return self.metadata.get(ZONE)
 
 
+class Heard(msgspec.Struct, frozen=True):
+    """A compute host: when its life began, by its own clock, and when it was last heard of."""
+
+    host: str
+    born: float | None
+    last_seen: float | None
+
+
 # ---- services
 
 
@@ -272,6 +280,21 @@ def seen(tx: Tx, beats: Iterable[tuple[str, float]]) -> None:
 def heard(tx: Tx, host: str) -> Any:
     """(last_seen, forced_down, born) of a compute host; None: there is none of that name."""
     return tx.execute(HEARD, {"the_host": host}).first()
+
+
+def speakers(tx: Tx, message: str) -> list[Heard]:
+    """Compute hosts that know this message; those that were there first at the head."""
+    knows = _s.speaks.contains(f'"{message}"', autoescape=True)
+    query = sa.select(_s.host, _s.born, _s.last_seen).where(_s.binary == COMPUTE, knows).order_by(_s.id)
+    return [Heard(*row) for row in tx.execute(query)]
+
+
+def speech(tx: Tx, host: str) -> tuple[list[str], str]:
+    """The messages that a compute host knows, and the type of its hypervisor; nothing, "" of one that nobody knows."""
+    joined = SERVICES.join(NODES, NODES.c.host == _s.host)
+    query = sa.select(_s.speaks, NODES.c.facts).select_from(joined).where(_s.host == host, _s.binary == COMPUTE)
+    row = tx.execute(query.limit(1)).first()
+    return ([], "") if row is None else (_NAMES.decode(row.speaks), _FACTS.decode(row.facts).hypervisor_type)
 
 
 def connector(tx: Tx, host: str) -> dict[str, Any]:

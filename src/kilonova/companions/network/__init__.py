@@ -24,8 +24,9 @@ from kilonova.companions.network import (
 )
 from kilonova.companions.network.first import bootstrap
 from kilonova.companions.network.frame import DIALECT, R
+from kilonova.companions.network.planes import Planes
 from kilonova.companions.network.rules import RULES
-from kilonova.companions.network.wiring import rewire, weave, wiring
+from kilonova.companions.network.wiring import meet, rewire, weave, wiring
 from kilonova.companions.network.world import World
 from kilonova.kit.http import Service
 from kilonova.kit.policy import Policy
@@ -48,4 +49,4 @@ def make_service(world: World, authenticate: Callable[[str], Context], policy_fi
     )
 
 
-__all__ = ["World", "bootstrap", "make_service", "rewire", "weave", "wiring"]
+__all__ = ["Planes", "World", "bootstrap", "make_service", "meet", "rewire", "weave", "wiring"]

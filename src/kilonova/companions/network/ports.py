@@ -365,7 +365,7 @@ def binding(world: World, port: store.Port | None, told: dict[str, Any]) -> dict
         status = port.status if port else "ACTIVE"
     elif vif not in PLUGGED or not up:
         status = "DOWN"
-    elif vif == "user" or world.wires is None:
+    elif vif == "user" or (world.wires is None and not world.weaves(host)):
         status = "ACTIVE"
     else:  # until the wires know it
         same = port is not None and port.binding_host_id == host and port.binding_vif_type == "bridge"
@@ -383,16 +383,17 @@ def vif_type(world: World, host: str, vnic: str) -> str:
     """Ordinary cards only, on hosts whose wires we hold, or whose guests QEMU connects."""
     if not host:
         return "unbound"
-    if vnic == "normal" and host in world.apart:
+    if vnic != "normal":
+        return "binding_failed"
+    if host in world.apart or (world.planes is not None and world.planes.of(host) == "user"):
         return "user"
-    return "bridge" if vnic == "normal" and (world.wires is None or host in world.looms) else "binding_failed"
+    return "bridge" if world.wires is None or host in world.looms else "binding_failed"
 
 
 def settled(world: World, wholes: list[Whole]) -> list[Whole]:
     """After the commit: the wires of the hosts learn of bound ports; the ports as they are then."""
-    if world.wires is None:
-        return wholes
-    hosts = {w.port.binding_host_id for w in wholes if w.port.binding_vif_type == "bridge"}
+    plugged = {w.port.binding_host_id for w in wholes if w.port.binding_vif_type == "bridge"}
+    hosts = {h for h in plugged if world.weaves(h)}
     became = {h: land(world, h, [w.port for w in wholes if w.port.binding_host_id == h]) for h in hosts}
     return [
         w._replace(port=became[w.port.binding_host_id][w.port.id])

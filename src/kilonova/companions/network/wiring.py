@@ -234,7 +234,9 @@ def weave(
 
     What the wires cannot do now is logged and done by `rewire`; with `must` it is raised.
     """
-    wanted = world.looms.keys() if hosts is None else [h for h in hosts if h in world.looms]
+    wanted = list(world.looms) if hosts is None else [h for h in hosts if world.weaves(h)]
+    if world.planes is not None and not must:
+        wanted = [h for h in wanted if h not in world.planes.silent]  # `meet` tells them when they are back
     if not wanted or (networks is not None and not world.db.look(_in_use, networks)):
         return
     for host in wanted:
@@ -276,9 +278,44 @@ def rewire(world: World) -> list[str]:
 
     Raises what the wires raise, after all hosts were tried.
     """
+    return _rewired(world, list(world.looms))
+
+
+MEET_S = 120.0  # what a host was told may have been lost by it
+
+
+def meet(world: World, down_after_s: float) -> list[str]:
+    """The same for the machines of a fleet: for those that came, came back, or were told nothing for long."""
+    planes = world.planes
+    if planes is None:
+        return []
+    now, mended = world.clock.now(), list[str]()
+    there = planes.wired()
+    for gone in world.looms.keys() - {h.host for h in there}:
+        world.looms.pop(gone, None)
+    for h in there:
+        world.weaves(h.host)
+        life, at = planes.met.get(h.host, (None, float("-inf")))
+        if h.last_seen is None or now - h.last_seen > down_after_s:
+            planes.silent.add(h.host)
+            planes.met.pop(h.host, None)
+            continue
+        planes.silent.discard(h.host)
+        if h.host not in world.looms or (life == h.born and now - at < MEET_S):
+            continue
+        try:
+            mended += _rewired(world, [h.host])
+        except Exception:
+            logger.exception("the wires of host %s could not be told; it is tried again", h.host)
+        else:
+            planes.met[h.host] = h.born, now
+    return mended
+
+
+def _rewired(world: World, hosts: list[str]) -> list[str]:
     mended: list[str] = []
     trouble = None
-    for host in world.looms:
+    for host in hosts:
         try:
             _weave(world, host)
         except Exception as e:

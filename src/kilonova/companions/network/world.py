@@ -1,5 +1,6 @@
 """What the network service works with, and the wires it keeps true to its tables."""
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Container, Mapping
@@ -8,6 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 
+from kilonova.companions.network.planes import Planes
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.errors import Conflict
@@ -32,6 +34,7 @@ class World:
     """`wires`: the hosts whose data plane we hold, and how each is told its whole `Wiring`. None: there is no data
     plane (a simulated cloud) and a port may be bound to any host. The first host carries the routers and DHCP.
     `apart`: hosts that can make no networks; QEMU gives each of their guests one of its own (vif_type `user`).
+    `planes`: the hosts are other machines, and this is who knows what each of them can.
     """
 
     db: Db
@@ -40,6 +43,7 @@ class World:
     config: options.Network
     wires: Mapping[str, Apply] | None = None
     apart: Container[str] = frozenset()
+    planes: Planes | None = None
     told: Callable[[set[str]], None] | None = None  # who wants to know which devices have other addresses now
     looms: dict[str, "Loom"] = field(default_factory=dict)
 
@@ -49,7 +53,13 @@ class World:
     @property
     def home(self) -> str:
         """The host that carries what belongs to no guest; "" without a data plane."""
-        return next(iter(self.looms), "")
+        return self.planes.home if self.planes is not None else next(iter(self.looms), "")
+
+    def weaves(self, host: str) -> bool:
+        """Are this host's wires ours to tell?"""
+        if self.planes is not None and host not in self.looms and self.planes.of(host) == "wired":
+            self.looms.setdefault(host, Loom(functools.partial(self.planes.tell, host)))
+        return host in self.looms
 
     def change(self, work: Callable[Concatenate[Tx, P], R], *args: P.args, **more: P.kwargs) -> R:
         """`work(tx, …)` in a transaction, from the top again when another took an address, a MAC or the revision.

@@ -12,10 +12,9 @@ import threading
 
 from kilonova.companions.wires.ground import MACHINE, Ground
 from kilonova.kit.errors import Trouble
+from kilonova.kit.splice import splice
 
 logger = logging.getLogger(__name__)
-
-CHUNK = 65536
 
 
 class Forward:
@@ -87,22 +86,3 @@ class Forward:
         if self.ground is None:
             return socket.create_connection((self.address, self.port), 10)
         return self.ground.connect(self.address, self.port, self.space)
-
-
-def splice(one: socket.socket, other: socket.socket, idle_s: float) -> None:
-    """Both directions until both have ended, one broke, or neither spoke for so long."""
-    for end in (one, other):
-        end.settimeout(idle_s)
-    towards = {one: other, other: one}
-    while towards:
-        ready, _, _ = select.select(list(towards), [], [], idle_s)
-        if not ready:
-            return
-        for source in ready:
-            said = source.recv(CHUNK)
-            if said:
-                towards[source].sendall(said)
-            else:
-                with contextlib.suppress(OSError):
-                    towards[source].shutdown(socket.SHUT_WR)
-                del towards[source]

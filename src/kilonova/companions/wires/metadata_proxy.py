@@ -18,6 +18,7 @@ import logging
 import os
 import selectors
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -274,10 +275,17 @@ class _Answer(ServerHandler):
         logger.error("the metadata service failed", exc_info=exc_info)
 
 
-def forward_to(url: str, timeout_s: float = 10, most: int = Limits().answer_bytes) -> Wsgi:
+def forward_to(
+    url: str, timeout_s: float = 10, most: int = Limits().answer_bytes, *, ca_file: Path | None = None
+) -> Wsgi:
     """A metadata service somewhere else, as an application: passes the question on over HTTP."""
     there = urlsplit(url)
-    kind = http.client.HTTPSConnection if there.scheme == "https" else http.client.HTTPConnection
+    tls = ssl.create_default_context(cafile=ca_file) if there.scheme == "https" else None
+
+    def connected() -> http.client.HTTPConnection:
+        if tls is None:
+            return http.client.HTTPConnection(there.hostname or "", there.port, timeout=timeout_s)
+        return http.client.HTTPSConnection(there.hostname or "", there.port, timeout=timeout_s, context=tls)
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         headers = {
@@ -291,7 +299,7 @@ def forward_to(url: str, timeout_s: float = 10, most: int = Limits().answer_byte
         path = path.encode("latin-1").decode("utf-8", "replace")
         query = environ.get("QUERY_STRING")
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        connection = kind(there.hostname or "", there.port, timeout=timeout_s)
+        connection = connected()
         try:
             target = quote(path) + (f"?{query}" if query else "")
             connection.request(environ["REQUEST_METHOD"], target, body or None, headers)
