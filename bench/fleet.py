@@ -56,7 +56,7 @@ class Wide(Fleet):
         self.many = hosts
         for i in range(conductors, 2):
             del self.roles[f"conductor-{i}"]
-        self.doors = {name: free_port() for name, role in self.roles.items() if role == "conductor"}
+        self.doors = {name: free_port() for name, role in self.roles.items() if role in ("conductor", "compute")}
 
     def start(self, name: str, *more: str) -> None:
         super().start(name, *more, *(["--port", str(self.doors[name])] if name in self.doors else []))
@@ -87,29 +87,31 @@ class Use:
         return {what: sum(map(_cpu, pids)) for what, pids in self.of.items()}
 
     def memory_mb(self) -> dict[str, float]:
-        found = _sessions()
-        return {what: sum(_pss(p) for pid in pids for p in found.get(pid, ())) / 1024 for what, pids in self.of.items()}
+        return {what: sum(_pss(p) for pid in pids for p in _family(pid)) / 1024 for what, pids in self.of.items()}
 
 
 def _stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def _sessions() -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+def _family(leader: int) -> list[int]:
+    """A process and all that it started."""
+    children: dict[int, list[int]] = {}
     for p in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            found.setdefault(int(_stat(int(p.name))[3]), []).append(int(p.name))
+            children.setdefault(int(_stat(int(p.name))[1]), []).append(int(p.name))
+    found = [leader]
+    for pid in found:
+        found += children.get(pid, [])
     return found
 
 
 def _cpu(leader: int) -> float:
-    """Of a session: its processes, and those of them that have ended."""
+    """Of a family, with those of it that have ended."""
     total = 0
-    for pid in _sessions().get(leader, ()):
+    for pid in _family(leader):
         with contextlib.suppress(OSError):
-            fields = _stat(pid)
-            total += sum(int(f) for f in fields[11 : 15 if pid == leader else 13])
+            total += sum(int(f) for f in _stat(pid)[11:15])
     return total / TICKS
 
 

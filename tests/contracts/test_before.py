@@ -16,7 +16,7 @@ from tests.stories import telling
 BEFORE = kept()
 
 
-@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda c: c.name)
+@pytest.mark.parametrize("contract", [c for c in CONTRACTS if c.name in BEFORE.shapes], ids=lambda c: c.name)
 def test_nothing_was_taken_from_the_earlier_release(contract: Any) -> None:
     old = BEFORE.shapes[contract.name]
     assert old and broken(old, contract.shapes()) == []
