@@ -38,13 +38,14 @@ from kilonova.model.server import Server
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import servers
-from kilonova.virt.sim import SimDriver, SimState, copies, copy, plugged, seated, used
+from kilonova.virt.sim import SimDriver, SimState, copies, copy, plugged, seated, shared, used
 from tests.cloud.embedded import Embedded, Person
 
 # What a host's process may die before or after.
 ACTS = (
     *("spawn", "destroy", "start", "stop", "reboot", "pause", "rebuild", "rescue", "unrescue"),
     *("capture", "captured", "drop_capture"),
+    *("attach_share", "detach_share"),
     *("attach_nic", "detach_nic", "attach_volume", "detach_volume", "extend_volume", "swap_volume"),
 )
 
@@ -170,6 +171,7 @@ class Cloud:
             image=Edgy(self.services.carrier_of("/image"), self.edges, "send"),
             network=Edgy(Inside(self.network, url + "/network"), self.edges, "send"),
             volume=Edgy(self.services.carrier_of("/volume"), self.edges, "send"),
+            share=Edgy(self.services.carrier_of("/share"), self.edges, "send"),
         )
         self.book = HostBook(self.db, self.clock, self.config)
         self.start_conductor()
@@ -191,7 +193,7 @@ class Cloud:
         self.services.volumes.grown = Compute(about).extended
         inventory = placement_api.World(self.db, self.clock, self.ids)
         whole = {"/compute": self.api, "/network": self.network}
-        whole |= {f"/{name}": getattr(self.services, name) for name in ("identity", "image", "volume")}
+        whole |= {f"/{name}": getattr(self.services, name) for name in ("identity", "image", "volume", "share")}
         whole |= {"/placement": placement_api.make_service(inventory, gate)}
         self.services.carrier = Inside(Mount(whole, root=self.services.identity), url)
         self.start_hosts()
@@ -403,7 +405,8 @@ class Cloud:
         nics = {name: plugged(state) for name, state in self.states.items() if name not in self.dead}
         disks = {name: used(state) for name, state in self.states.items() if name not in self.dead}
         sat = {name: seated(state) for name, state in self.states.items() if name not in self.dead}
-        return wrong(self.db, holds, copies=left, nics=nics, disks=disks, sat=sat)
+        trees = {name: shared(state) for name, state in self.states.items() if name not in self.dead}
+        return wrong(self.db, holds, copies=left, nics=nics, disks=disks, sat=sat, trees=trees)
 
 
 class Handle:

@@ -28,6 +28,9 @@ STORIES = [
     "delete overtakes stop",
     "build with volume",
     "attach, detach volume",
+    "attach, swap volume",
+    "attach, detach share",
+    "delete overtakes attach share",
     "snapshot",
     "delete overtakes snapshot",
     "shelve, unshelve",
@@ -52,7 +55,10 @@ STORIES = [
 EVERY = {
     name: "5"
     for name in STORIES
-    if any(word in name for word in ("resize", "revert", "migrate", "evacuate", "shelve", "snapshot", "rescue"))
+    if any(
+        word in name
+        for word in ("swap", "share", "resize", "revert", "migrate", "evacuate", "shelve", "snapshot", "rescue")
+    )
 } | {name: "9" for name in STORIES if "on volume" in name or "soft" in name}
 CRASH = """
 import logging, sys

@@ -1,4 +1,4 @@
-"""Identity, image and volumes as one process has them, on SQLite in a directory of the test's own; over HTTP where asked."""
+"""Identity, image, volumes and shares as one process has them, on SQLite in a directory of the test's own; over HTTP where asked."""
 
 import re
 import urllib.parse
@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from kilonova.clients import Account, Answer, Image, Inside, Login, Session
-from kilonova.companions import identity, image, volume
+from kilonova.companions import identity, image, share, volume
 from kilonova.kit.clock import Ids
 from kilonova.kit.db import Db, meta
 from kilonova.kit.http import Mount, Server, listen
@@ -66,7 +66,11 @@ class Embedded:
             authenticate=self.realm.gate,
         )
         self.volume = volume.make_service(self.volumes)
-        apps = {"/identity": self.identity, "/image": self.image, "/volume": self.volume}
+        shares = share.open_store(
+            self.db, self.clock, ids, options.Share(), self.directory / "shares", authenticate=self.realm.gate
+        )
+        self.share = share.make_service(shares)
+        apps = {"/identity": self.identity, "/image": self.image, "/volume": self.volume, "/share": self.share}
         self.app = Mount(apps, root=self.identity)
         self.carrier = Inside(self.app, self.url)
 

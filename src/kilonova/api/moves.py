@@ -19,7 +19,7 @@ from kilonova.kit.workflow import signal, start
 from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM, PowerState
-from kilonova.store import catalog, migrations, quotas, servers
+from kilonova.store import catalog, migrations, quotas, servers, shares
 from kilonova.store.migrations import Kind, Status
 
 PATH = "/v2.1/servers/{id}/action"
@@ -107,7 +107,8 @@ def migrate(call: Call, id: str) -> None:
 
 
 def _taken(call: Call, tx: Tx, before: Server, verb: str) -> Server:
-    """Lock, state, and whether its host can let it go. Raises Conflict."""
+    """Shares, lock, state, and whether its host can let it go. Raises Conflict."""
+    shares.unshared(tx, before, VERBS[verb])
     unlocked(call, before)
     server = servers.begin(tx, before.id, VERBS[verb], call.world.clock.now())
     if not call.world.hosts.up(server.host):
@@ -180,6 +181,7 @@ def migrate_live(call: Call, id: str) -> None:
 
     def record(tx: Tx) -> str:
         before = the_server(call, tx, id, rule=rule)
+        shares.unshared(tx, before, VERBS["live_migrate"])
         unlocked(call, before)
         server = servers.begin(tx, id, VERBS["live_migrate"], call.world.clock.now())
         if server.power_state not in (PowerState.running, PowerState.paused):
@@ -226,6 +228,7 @@ def evacuate(call: Call, id: str) -> Any:
 
     def record(tx: Tx) -> list[str]:
         before = the_server(call, tx, id)
+        shares.unshared(tx, before, VERBS["evacuate"])
         if host is not None and host not in call.world.hosts:
             raise NotFound(f"Compute host {host} could not be found.")
         if host is not None and host == before.host:

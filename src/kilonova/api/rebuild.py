@@ -20,7 +20,7 @@ from kilonova.kit.versions import UNSET, UnsetType, since, until, was
 from kilonova.kit.workflow import start
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS
-from kilonova.store import servers
+from kilonova.store import servers, shares
 
 Certificates = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1, max_length=50)]
 KeyName = Annotated[str, Meta(min_length=1, max_length=255)]
@@ -66,6 +66,7 @@ def rebuild(call: Call, id: str) -> Reply:
     facts = _facts(call, wish, id)
     with world.db.read() as tx:
         before = the_server(call, tx, id)
+        shares.unshared(tx, before, VERBS["rebuild"], refusal=Invalid)
         if not isinstance(wish.key_name, UnsetType):
             keypair = keypair_of(call, tx, wish.key_name)
             facts |= {"keypair": keypair, "key_name": keypair.name if keypair else None}

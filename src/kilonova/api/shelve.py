@@ -18,7 +18,7 @@ from kilonova.kit.workflow import start
 from kilonova.model import capture
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM
-from kilonova.store import servers
+from kilonova.store import servers, shares
 
 PATH = "/v2.1/servers/{id}/action"
 
@@ -29,6 +29,7 @@ def shelve(call: Call, id: str) -> None:
     world: World = call.world
     with world.db.read() as tx:
         before = the_server(call, tx, id)
+        shares.unshared(tx, before, VERBS["shelve"])
     without_tpm(before, "shelve")
     unlocked(call, before)
     servers.check(before, VERBS["shelve"])

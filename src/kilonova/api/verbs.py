@@ -12,7 +12,7 @@ from kilonova.kit.routes import Call
 from kilonova.kit.workflow import start
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS
-from kilonova.store import servers
+from kilonova.store import servers, shares
 
 
 def act(call: Call, id: str, verb: str) -> None:
@@ -21,6 +21,8 @@ def act(call: Call, id: str, verb: str) -> None:
 
     def record(tx: Tx) -> str:
         before = the_server(call, tx, id)
+        if verb == "suspend":
+            shares.unshared(tx, before, VERBS[verb])
         unlocked(call, before)
         return begun(call, tx, before, verb)
 

@@ -73,7 +73,7 @@ ROLES = {
     "scheduler": "chooses hosts, where [scheduler] apart says so",
     "compute": "a host: runs servers; has no database",
     "console": "the proxy for screens and serial lines, and for what happens",
-    "companions": "identity, images, networks and volumes of our own; one process at a time",
+    "companions": "identity, images, networks, volumes and shares of our own; one process at a time",
 }
 ALL = frozenset(ROLES) - {"scheduler"}
 ANSWER_S = 30.0  # so long a scheduler of its own may think
@@ -407,6 +407,8 @@ def _services(config: options.Config) -> dict[str, str]:
         "network": f"{own}/network",
         "block-storage": f"{own}/volume/v3",
         "volumev3": f"{own}/volume/v3",
+        "shared-file-system": f"{own}/share/v2",
+        "sharev2": f"{own}/share/v2",
     }
     placed = (config.placement.url or f"{api}/placement").rstrip("/")
     return ours | {"compute": f"{api}/compute/v2.1", "placement": placed}

@@ -1,11 +1,11 @@
-"""Identity, images, networks and volumes of our own, put together: in the one process of `up`, or in one of their own."""
+"""Identity, images, networks, volumes and shares of our own, put together: in the one process of `up`, or in one of their own."""
 
 from collections.abc import Callable, Container, Mapping
 
 from kilonova.cli.doors import Doors
 from kilonova.cli.state import Secrets
 from kilonova.clients import SERVICE_USER, Account, Carrier, Image, Inside, Login, Session
-from kilonova.companions import identity, image, network, volume
+from kilonova.companions import identity, image, network, share, volume
 from kilonova.model.wiring import Wiring
 
 
@@ -17,7 +17,7 @@ class Everybody:
 
 
 class Companions:
-    """Identity, images, networks and volumes of our own. `services`: what the catalog says; None: that all are here.
+    """Identity, images, networks, volumes and shares of our own. `services`: what the catalog says; None: that all are here.
 
     `wires`: the hosts whose data plane is here; None where there is none.  `apart`: hosts that make no networks.
     `planes`: who knows the hosts that are other machines.
@@ -71,7 +71,17 @@ class Companions:
             crew=volume.Crew(config.volume.threads),
         )
         doors.open("volume", volume.make_service(self.volumes, config.policy.file))
-        self.carriers["volume"] = Inside(doors.services["volume"], f"{url}/volume")
+        self.shares = share.open_store(
+            db,
+            p.clock,
+            p.ids,
+            config.share,
+            config.share.directory or state.path / "shares",
+            authenticate=self.realm.gate,
+        )
+        doors.open("share", share.make_service(self.shares, config.policy.file))
+        for name in ("volume", "share"):
+            self.carriers[name] = Inside(doors.services[name], f"{url}/{name}")
 
     @property
     def account(self) -> Account:
@@ -81,6 +91,7 @@ class Companions:
         if self.volumes.crew is not None:
             self.volumes.crew.start()
         volume.recover(self.volumes)
+        share.recover(self.shares)
 
     def close(self) -> None:
         if self.volumes.crew is not None:

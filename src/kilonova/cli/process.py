@@ -18,7 +18,8 @@ from kilonova.kit.health import Metrics
 from kilonova.kit.tls import Identity
 from kilonova.model import options
 
-OURS = ("identity", "image", "network", "volume")  # what our own companions are, and where they are mounted
+OURS = ("identity", "image", "network", "volume", "share")  # what our own companions are, and where they are mounted
+SPARED = ("volume", "share")  # a cloud may be without them
 
 
 class Process:
@@ -95,7 +96,7 @@ def carriers_of(config: options.Config) -> dict[str, Carrier]:
     urls = {name: getattr(config, name).url for name in OURS}
     if base := config.companions.url:
         urls = {name: url or f"{base.rstrip('/')}/{name}" for name, url in urls.items()}
-    if missing := [name for name in OURS if urls[name] is None and name != "volume"]:
+    if missing := [name for name in OURS if urls[name] is None and name not in SPARED]:
         raise Refused(
             f"Nobody says where the {missing[0]} service is: set [companions] url to where `kilonova serve companions` "
             f"answers, or [{missing[0]}] url to a real one."

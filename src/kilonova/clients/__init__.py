@@ -1,4 +1,5 @@
-"""Our neighbours, through their standard HTTP APIs: identity v3, image v2, network v2.0, block storage v3.
+"""Our neighbours, through their standard HTTP APIs: identity v3, image v2, network v2.0, block storage v3,
+shared file systems v2.
 
 One path for all: a `Session` puts a token and the request's id on a question and reads a trouble out of an
 answer.  What carries it is either `Inside`, a WSGI application of this very process (an embedded companion is
@@ -28,6 +29,7 @@ from kilonova.clients.network import (
     plug,
 )
 from kilonova.clients.session import SERVICE_USER, Account, Login, Session
+from kilonova.clients.share import Shares
 from kilonova.clients.volume import AttachedTo, Attachment, SnapshotInfo, VolumeInfo, Volumes
 from kilonova.kit.clock import Clock
 
@@ -40,12 +42,20 @@ class Neighbours:
     image: Image
     network: Network
     volume: Volumes
+    share: Shares
 
 
 def neighbours(
-    clock: Clock, login: Login, *, identity: Carrier, image: Carrier, network: Carrier, volume: Carrier | None = None
+    clock: Clock,
+    login: Login,
+    *,
+    identity: Carrier,
+    image: Carrier,
+    network: Carrier,
+    volume: Carrier | None = None,
+    share: Carrier | None = None,
 ) -> Neighbours:
-    """All neighbours, with one account of our own for them. A cloud may be without volumes."""
+    """All neighbours, with one account of our own for them. A cloud may be without volumes and shares."""
     account = Account(identity, login, clock)
 
     def session(name: str, carrier: Carrier, *, vouch: bool = False) -> Session:
@@ -56,6 +66,7 @@ def neighbours(
         Image(session("image", image)),
         Network(session("network", network)),
         Volumes(session("block-storage", volume or Absent("block-storage"), vouch=True)),
+        Shares(session("shared-file-system", share or Absent("shared file systems"), vouch=True)),
     )
 
 
@@ -87,6 +98,7 @@ __all__ = [
     "SecurityGroup",
     "SecurityRule",
     "Session",
+    "Shares",
     "SnapshotInfo",
     "Subnet",
     "VolumeInfo",

@@ -24,10 +24,12 @@ BUILT_IN = {
     "placement":     f"{BASE}/placement",
     "block-storage": f"{BASE}/volume/v3",
     "volumev3":      f"{BASE}/volume/v3",
+    "shared-file-system": f"{BASE}/share/v2",
+    "sharev2":       f"{BASE}/share/v2",
 }
 NAMES = {
     "identity": "keystone", "compute": "nova", "image": "glance", "network": "neutron", "placement": "placement",
-    "block-storage": "cinder", "volumev3": "cinderv3",
+    "block-storage": "cinder", "volumev3": "cinderv3", "shared-file-system": "manila", "sharev2": "manilav2",
 }
 # fmt: on
 INTERFACES = ("public", "internal", "admin")

@@ -16,13 +16,14 @@ from kilonova.compute import (
     rebuild,
     rescue,
     resize,
+    shares,
     volume_snapshots,
 )
 from kilonova.compute.host import Host, power_of
 from kilonova.contracts.compute import Abandon, ConsoleLog, Destroy, Done, FindConsole, Look, Power, Seen, Spawn, Text
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unsupported
 from kilonova.model.console import Where
-from kilonova.virt.driver import Consoles, Driver, Migrates
+from kilonova.virt.driver import Consoles, Driver, Held, Migrates
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,13 @@ def look(host: Host, m: Look) -> Seen:
         kept = held[0].epoch if len(held) > 1 else None
         copies = [image for h in held for image in h.captures]
         seen = Seen(True, power_of(host, m.server), host.epochs.get(m.server, 0), kept, copies)
-        return msgspec.structs.replace(seen, ports=held[-1].ports, volumes=held[-1].volumes) if held else seen
+        return msgspec.structs.replace(seen, **_parts(held[-1])) if held else seen
     except NotFound:
         return Seen(False)
+
+
+def _parts(m: Held) -> dict[str, Any]:
+    return {"ports": m.ports, "volumes": m.volumes, "shares": m.shares}
 
 
 def abandon(host: Host, m: Abandon) -> Done:
@@ -119,7 +124,7 @@ def find_console(host: Host, m: FindConsole) -> Where:
 HANDLERS: list[Callable[[Any, Any], Any]] = [
     spawn, destroy, power, look, abandon, *interfaces.HANDLERS, *resize.HANDLERS, *live_migrate.HANDLERS,
     *attach.HANDLERS, *capture.HANDLERS, *rebuild.HANDLERS, *rescue.HANDLERS, *precache.HANDLERS,
-    *volume_snapshots.HANDLERS,
+    *volume_snapshots.HANDLERS, *shares.HANDLERS,
     *examine.HANDLERS,
 ]  # fmt: skip
 QUESTIONS: list[Callable[[Any, Any], Any]] = [console_log, find_console, *rescue.QUESTIONS]

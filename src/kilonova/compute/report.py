@@ -68,4 +68,4 @@ def report(
 def held(m: Held, *, whole: bool) -> HeldHere:
     """`whole`: with what is plugged into it."""
     here = HeldHere(m.id, POWER_NUMBERS[m.power], m.epoch, m.captures)
-    return msgspec.structs.replace(here, ports=m.ports, volumes=m.volumes) if whole else here
+    return msgspec.structs.replace(here, ports=m.ports, volumes=m.volumes, shares=m.shares) if whole else here

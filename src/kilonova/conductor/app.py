@@ -23,6 +23,7 @@ from kilonova.conductor import (
     rebuild,
     rescue,
     resize,
+    shares,
     shelve,
     verbs,
     volume_snapshots,
@@ -50,6 +51,7 @@ FLOWS: list[Workflow[Any]] = [
     volume_snapshots.snapshot_volume, volume_snapshots.merge_volume,
     examine.examine, examine.examine_host,
     attach.attach_volume, attach.detach_volume, attach.extend_volume, attach.swap_volume,
+    shares.attach_share, shares.detach_share,
     rebuild.rebuild, rescue.rescue, rescue.unrescue, rescue.change_password, rescue.crash_dump,
     shelve.shelve, shelve.offload, shelve.unshelve, delete.soft_delete, delete.restore,
 ]  # fmt: skip
@@ -100,7 +102,10 @@ class Conductor:
         self.engine.door.on(PowerChanged, lambda m: watch.power_changed(self.world, m))
         self.worker = Worker(self.engine, threads=config.workers.threads, sweep_s=config.workers.sweep_s)
         self.reconcilers = Reconcilers(
-            self.world, [*watch.RECONCILERS, *volumes.RECONCILERS, notices.notified], clock=clock, dice=dice
+            self.world,
+            [*watch.RECONCILERS, *volumes.RECONCILERS, *shares.RECONCILERS, notices.notified],
+            clock=clock,
+            dice=dice,
         )
         self.ends: list[Callable[[], None]] = []
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kilonova.conductor import ports, volumes
+from kilonova.conductor import ports, shares, volumes
 from kilonova.conductor.capture import put_down
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Destroy, Done, Power, Unrescue
@@ -23,8 +23,10 @@ from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import FOREVER, Run, command, effect, record, start, workflow
 from kilonova.model.capture import SHELVED, SHELVED_IMAGE
 from kilonova.model.server import Server
+from kilonova.model.shares import Sharing
 from kilonova.model.states import VERBS, VM, PowerState
 from kilonova.store import compare, migrations, placement, servers
+from kilonova.store import shares as shared
 from kilonova.store.migrations import Kind, Status
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ def delete(run: Run, job: Delete) -> None:
         for id in found.doomed:
             with suppress(Trouble):  # it is the user's then, and he can see it
                 run(volumes.erase, id)
+    for share in found.shares:
+        run(shares.let_out, share)
     if found.image is not None:
         run(forget_image, found.image)
     run(deleted, server, run.now)
@@ -60,6 +64,7 @@ class Standing(msgspec.Struct, frozen=True):
     doomed: list[str] = []
     kept: list[str] = []
     image: str | None = None
+    shares: list[Sharing] = []
 
 
 @record
@@ -69,7 +74,7 @@ def standing(tx: Tx, id: str) -> Standing:
     doomed = [d.volume_id for d in s.devices if d.is_volume and d.volume_id and d.delete_on_termination]
     others = {m.source for m in migrations.holding(tx, id) if m.type != Kind.evacuation and m.source} - {s.host}
     image = s.system_metadata.get(SHELVED_IMAGE)
-    return Standing(s.host, volumes.has_volumes(s), doomed, sorted(others), image)
+    return Standing(s.host, volumes.has_volumes(s), doomed, sorted(others), image, shared.of(tx, id))
 
 
 @command(patience_s=FOREVER, event="compute_terminate_instance")
@@ -99,6 +104,8 @@ def deleted(tx: Tx, server: Server, now: float) -> None:
     for m in migrations.holding(tx, server.id):
         placement.release(tx, m.uuid, now=now)
         migrations.change(tx, m.uuid, now, ENDS.get(Status(m.status), Status.error))
+    for share in shared.of(tx, server.id):
+        shared.remove(tx, share.uuid)
     gone: dict[str, Any] = {"host": None, "node": None, "power_state": 0, "terminated_at": now, "deleted_at": now}
     gone |= {"devices": []} if server.devices else {}
     servers.finish(tx, server, VM.deleted, now, **gone)

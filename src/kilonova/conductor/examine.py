@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kilonova.conductor import capture, volumes, watch
+from kilonova.conductor import capture, shares, volumes, watch
 from kilonova.conductor.world import World
 from kilonova.contracts.compute import Holdings, TellHoldings
 from kilonova.contracts.conductor import HeldHere
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 LATE_S = 120.0  # so long a run may be due with nobody there to look; a commit takes no longer
 PAGE = 500
 MOST = 500  # findings of one kind: who has more has one trouble, not many
-Kind = Literal["run", "server", "claim", "move", "port", "volume", "image", "machine", "host", "service"]
+Kind = Literal["run", "server", "claim", "move", "port", "volume", "share", "image", "machine", "host", "service"]
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -65,7 +65,7 @@ def examine(run: Run, job: Examine) -> None:
 @effect(patience_s=120)
 def written(world: World, key: str, job: Examine) -> Found:
     found = examined(world.db, world.clock.now())
-    for ask in (_ports, _volumes, _images):
+    for ask in (_ports, _volumes, _images, _shares):
         try:
             found += list(ask(world))[:MOST]
         except Trouble as e:
@@ -94,7 +94,7 @@ def mended(world: World, key: str) -> Found:
 
 MENDERS: list[Reconciler] = [
     watch.stuck, watch.claims, watch.counts, watch.undecided, watch.strays, watch.misplaced,
-    volumes.promises, volumes.loose, capture.unfinished,
+    volumes.promises, volumes.loose, capture.unfinished, shares.open_doors,
 ]  # fmt: skip
 
 
@@ -190,6 +190,11 @@ def _volumes(world: World) -> Iterator[Finding]:
         yield Finding("volume", a.volume_id, f"its attachment {a.id} was left of {a.server_id}", "loose")
 
 
+def _shares(world: World) -> Iterator[Finding]:
+    for id, said in shares.left_open(world):
+        yield Finding("share", id, said, "open_doors")
+
+
 def _images(world: World) -> Iterator[Finding]:
     for image in capture.without_bytes(world):
         yield Finding("image", image.id, "has no bytes, and nobody is bringing them", "unfinished")
@@ -262,12 +267,15 @@ def _of_machine(host: str, row: Any, h: HeldHere | None) -> Iterator[Finding]:
 
 
 def _parts(tx: Tx, host: str, mine: list[HeldHere]) -> list[Finding]:
-    """NICs and volumes: what is too many is taken out; a volume that is missing is put back, a NIC comes with a hard reboot."""
+    """NICs, volumes, shares: what is too many is taken out; a volume that is missing is put back, a NIC comes with a hard reboot."""
     found: list[Finding] = []
     for some in _by(mine):
         nics = {h.server: set(h.ports) for h in some if h.ports is not None}
         disks = {h.server: set(h.volumes) for h in some if h.volumes is not None}
-        for what, has, ask in (("port", nics, compare.plugs), ("volume", disks, compare.volumes)):
+        trees = {h.server: set(h.shares) for h in some if h.shares is not None}
+        for what, has, ask in (
+            ("port", nics, compare.plugs), ("volume", disks, compare.volumes), ("share", trees, compare.shares),
+        ):  # fmt: skip
             known = ask(tx, has) if has else {}
             for id, parts in has.items():
                 over, lacks = parts - known.get(id, parts), known.get(id, parts) - parts

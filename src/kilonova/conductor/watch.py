@@ -22,6 +22,7 @@ from kilonova.contracts.compute import (
     Depart,
     Destroy,
     DetachNic,
+    DetachShare,
     DetachVolume,
     Discard,
     Done,
@@ -41,7 +42,7 @@ from kilonova.kit.workflow import Cause, Run, command, forget, noted, record, st
 from kilonova.model.devices import Device
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM, PowerState, Task, Verb
-from kilonova.store import compare, hosts, migrations, placement, seats, servers
+from kilonova.store import compare, hosts, migrations, placement, seats, servers, shares
 from kilonova.store.migrations import Status
 
 log = logging.getLogger(__name__)
@@ -162,17 +163,19 @@ def _differs(row: Any, held: HeldHere | None) -> bool:
 
 
 def _otherwise_plugged(tx: Tx, held: list[HeldHere]) -> list[str]:
-    """Those with a NIC or a volume that is not theirs, or without a volume that is.
+    """Those with a NIC, a volume or a share that is not theirs, or without a volume or a share that is.
 
     It was taken back while the host was not there to hear of it; or taken out, and nobody was there to hear of that.
     """
     found: list[str] = []
     nics = {h.server: set(h.ports) for h in held if h.ports}
     disks = {h.server: set(h.volumes) for h in held if h.volumes is not None}
-    for told, ask in ((nics, compare.plugs), (disks, compare.volumes)):
+    trees = {h.server: set(h.shares) for h in held if h.shares is not None}
+    for told, ask in ((nics, compare.plugs), (disks, compare.volumes), (trees, compare.shares)):
         known = ask(tx, told) if told else {}
         found += [id for id, parts in told.items() if parts - known.get(id, parts)]
     found += [id for id, lacks in _lacking(tx, disks).items() if lacks]
+    found += [id for id, mine in (compare.shares(tx, trees, settled=True) if trees else {}).items() if mine - trees[id]]
     return list(dict.fromkeys(found))
 
 
@@ -229,6 +232,7 @@ class Verdict(msgspec.Struct, frozen=True):
     server: Server | None = None  # as it was taken
     ports: list[str] = []  # of NICs that are not its own
     volumes: list[str] = []  # the same of disks
+    shares: list[str] = []  # the same of shared file systems
     lacks: list[Device] = []  # its own, and not in the machine
     epoch: int = 0
 
@@ -254,6 +258,8 @@ def mend(run: Run, job: Mend) -> None:
             run(unplug, job.server, job.host, port_id)
         for volume_id in verdict.volumes:
             run(take_out, job.server, job.host, volume_id)
+        for share_id in verdict.shares:
+            run(let_go, job.server, job.host, share_id)
         if verdict.server is not None:
             for device in verdict.lacks:
                 way = run(attach.connect, job.server, device, job.host)
@@ -318,6 +324,11 @@ def take_out(server: str, host: str, volume_id: str) -> To[Done]:
     return To(host, DetachVolume(server=server, volume_id=volume_id, timeout_s=0, anyway=True))
 
 
+@command(patience_s=120)
+def let_go(server: str, host: str, share_id: str) -> To[Done]:
+    return To(host, DetachShare(server=server, share_id=share_id, anyway=True))
+
+
 @command(patience_s=600)
 def halt(server: str, host: str) -> To[Done]:
     return To(host, Power(server=server, to="stop", timeout_s=0))
@@ -342,9 +353,12 @@ def judged(tx: Tx, job: Mend, seen: Seen, me: str, now: float) -> Verdict:
     loose = set(seen.ports or ()) - compare.plugs(tx, [job.server])[job.server]
     strange = set(seen.volumes or ()) - compare.volumes(tx, [job.server])[job.server]
     lacks = [] if seen.volumes is None else _lacking(tx, {job.server: set(seen.volumes)}).get(job.server, [])
-    if loose or strange or lacks:
+    trees = set() if seen.shares is None else set(seen.shares) - compare.shares(tx, [job.server])[job.server]
+    if seen.shares is not None:
+        shares.lost(tx, job.server, set(seen.shares))
+    if loose or strange or trees or lacks:
         server = servers.get(tx, job.server) if lacks else None
-        return Verdict("unplug", server, ports=sorted(loose), volumes=sorted(strange), lacks=lacks)
+        return Verdict("unplug", server, sorted(loose), sorted(strange), sorted(trees), lacks)
     return _power_judged(tx, job, VM(row.vm_state), PowerState(seen.power_state), row.power_state, me, now)
 
 

@@ -9,7 +9,7 @@ import msgspec
 from kilonova.contracts.conductor import HeldHere
 from kilonova.kit.bus import Call, Contract
 from kilonova.model.console import Kind, Where
-from kilonova.model.machine import Disk, ImageSource, Machine, Nic
+from kilonova.model.machine import Disk, ImageSource, Machine, Nic, Share
 
 compute = Contract("compute")
 
@@ -237,6 +237,27 @@ class ExtendVolume(Call[Done], frozen=True):
 
 
 @compute
+class AttachShare(Call[Done], frozen=True):
+    """One shared file system more, that this host may reach: mounted while the machine runs. It must not run now.
+
+    `anyway`: it is had again, for its detach came to nothing; where that cannot be, it is found by comparing.
+    """
+
+    server: str
+    share: Share
+    anyway: bool = False
+
+
+@compute
+class DetachShare(Call[Done], frozen=True):
+    """It goes. Not there: done. Refused while the machine runs, unless `anyway`: then it goes when that ends."""
+
+    server: str
+    share_id: str
+    anyway: bool = False
+
+
+@compute
 class SnapshotVolume(Call[Done], frozen=True):
     """From now on what the guest writes goes to a new file beside the one in use, which stays as it is behind it."""
 
@@ -266,6 +287,7 @@ class Seen(msgspec.Struct, frozen=True):
     captures: list[str] = []  # images that were frozen and neither uploaded nor discarded
     ports: list[str] | None = None  # of its NICs; None: not known
     volumes: list[str] | None = None  # the same of its disks
+    shares: list[str] | None = None  # the same of its shared file systems
 
 
 @compute

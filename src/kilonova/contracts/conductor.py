@@ -11,7 +11,7 @@ conductor = Contract("conductor")
 class HeldHere(msgspec.Struct, frozen=True):
     """A machine on the host: its power in the Compute API's numbers, and the epoch it was made with.
 
-    `captures`: images that were frozen of it and are still here.  `ports`: of its NICs, `volumes`: of its disks; None
+    `captures`: images that were frozen of it and are still here.  `ports`: of its NICs, `volumes`: of its disks, `shares`: file systems; None
     where they are not said, which is in most reports.
     """
 
@@ -21,6 +21,7 @@ class HeldHere(msgspec.Struct, frozen=True):
     captures: list[str] = []
     ports: list[str] | None = None
     volumes: list[str] | None = None
+    shares: list[str] | None = None
 
 
 @conductor

@@ -12,6 +12,7 @@ from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Disk, ImageSource
 from kilonova.model.server import Image, Server, Wanted
+from kilonova.model.shares import Sharing
 
 jobs = Contract("jobs")
 
@@ -92,6 +93,23 @@ class SwapVolume(msgspec.Struct, frozen=True):
     new_volume_id: str
     size_gb: int
     migrating: bool = True
+
+
+@jobs
+class AttachShare(msgspec.Struct, frozen=True):
+    """ "attach_share": the share is written; its host is let in, and its machine has it."""
+
+    server: Server
+    share: Sharing
+
+
+@jobs
+class DetachShare(msgspec.Struct, frozen=True):
+    """ "detach_share": the way back. `was`: what it was before."""
+
+    server: Server
+    share: Sharing
+    was: str = ""
 
 
 @jobs

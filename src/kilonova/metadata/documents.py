@@ -165,12 +165,17 @@ def devices(i: Identity, version: str) -> list[dict[str, Any]]:
             about["vf_trusted"] = bool(nic.details.get("trusted", False))
         if about.keys() & {"tags", "vlan", "vf_trusted"}:
             shown.append(about)
-    return shown + [
+    shown += [
         {"type": "disk", "bus": BUSES.get(disk.bus, "none"), "address": "none", "tags": [disk.tag]}
         | {"serial": disk.serial, "path": f"/dev/{disk.device}"}
         for disk in i.disks
         if disk.tag
     ]
+    if version >= "2025-04-04":
+        shown += [
+            {"type": "share", "bus": "none", "address": "none", "share_id": id, "tag": tag} for id, tag in i.shares
+        ]
+    return shown
 
 
 def user_data(i: Identity) -> bytes | None:

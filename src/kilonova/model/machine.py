@@ -51,6 +51,23 @@ class Disk(msgspec.Struct, frozen=True):
     delete_on_termination: bool = True
 
 
+class Share(msgspec.Struct, frozen=True):
+    """A shared file system that the host mounts and hands on; the guest mounts it by its `tag`.
+
+    `export` as its service says it: ADDRESS:/path.  `user` and `key` are CephFS's.
+    """
+
+    share_id: str
+    tag: str
+    export: str
+    proto: str = "NFS"
+    user: str = ""
+    key: str = ""
+
+    def __repr__(self) -> str:
+        return f"Share({self.share_id} as {self.tag})"  # without its key
+
+
 class FixedIp(msgspec.Struct, frozen=True):
     """An address with what a guest must know of its subnet, enough for network_data.json."""
 
@@ -121,6 +138,7 @@ class Identity(msgspec.Struct, frozen=True):
     nics: list[Nic] = []
     disks: list[Disk] = []
     dedicated_cpus: list[int] = []
+    shares: list[tuple[str, str]] = []  # (its id, its tag)
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -150,6 +168,7 @@ class Machine(msgspec.Struct, frozen=True):
     owner_name: str = ""
     seat: Seat | None = None  # what of its host is this machine's alone; None: it has no wish
     epoch: int = 0  # rises when the server moves: a host with an older one is no longer its owner
+    shares: list[Share] = []
 
 
 def with_nic(machine: Machine, nic: Nic) -> Machine:
@@ -179,6 +198,20 @@ def with_volume(machine: Machine, disk: Disk, place: str | None = None) -> Machi
 
 def without_volume(machine: Machine, volume_id: str) -> Machine:
     return _with_disks(machine, [d for d in machine.disks if not _is_volume(d, volume_id)])
+
+
+def with_share(machine: Machine, share: Share) -> Machine:
+    """The same with this one, and nothing else of its id."""
+    return _with_shares(machine, [*without_share(machine, share.share_id).shares, share])
+
+
+def without_share(machine: Machine, share_id: str) -> Machine:
+    return _with_shares(machine, [s for s in machine.shares if s.share_id != share_id])
+
+
+def _with_shares(machine: Machine, shares: list[Share]) -> Machine:
+    identity = msgspec.structs.replace(machine.identity, shares=[(s.share_id, s.tag) for s in shares])
+    return msgspec.structs.replace(machine, shares=shares, identity=identity)
 
 
 def volumes_of(machine: Machine) -> list[str]:

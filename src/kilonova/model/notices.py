@@ -110,6 +110,8 @@ ACTIONS: dict[str, Tells] = {  # by the name of the instance action
     "attach_volume":       _usual("volume_attach", error=True),
     "detach_volume":       _usual("volume_detach"),
     "swap_volume":         _usual("volume_swap", error=True),
+    "attach_share":        _usual("share_attach", error=True),
+    "detach_share":        _usual("share_detach", error=True),
     "resize":              _RESIZE,
     "migrate":             _RESIZE,
     "confirmResize":       _usual("resize_confirm"),
@@ -121,7 +123,7 @@ ACTIONS: dict[str, Tells] = {  # by the name of the instance action
     "lock":                Tells(end=("lock",)),
     "unlock":              Tells(end=("unlock",)),
 }
-BY_API = {"lock", "unlock", "evacuate"}
+BY_API = {"lock", "unlock", "evacuate", "share_attach", "share_detach"}
 BY_CONDUCTOR = {"rebuild_scheduled"}
 TASKS = {"create": "build_instances", "resize": "migrate_server", "migrate": "migrate_server", "live-migration": "migrate_server", "rebuild": "rebuild_server", "evacuate": "rebuild_server"}
 LEGACY_NAMES = {"resize_prep": "resize.prep", "resize_confirm": "resize.confirm", "resize_revert": "resize.revert", "resize_finish": "finish_resize",
@@ -131,7 +133,8 @@ LEGACY_NAMES = {"resize_prep": "resize.prep", "resize_confirm": "resize.confirm"
                 "volume_attach": "volume.attach", "volume_detach": "volume.detach"}
 PAYLOADS = {"create": ("InstanceCreatePayload", "1.13"), "rebuild": ("InstanceActionRebuildPayload", "1.10"), "rebuild_scheduled": ("InstanceActionRebuildPayload", "1.10"),
             "rescue": ("InstanceActionRescuePayload", "1.4"), "resize_prep": ("InstanceActionResizePrepPayload", "1.4"), "snapshot": ("InstanceActionSnapshotPayload", "1.10"),
-            "volume_attach": ("InstanceActionVolumePayload", "1.7"), "volume_detach": ("InstanceActionVolumePayload", "1.7"), "volume_swap": ("InstanceActionVolumeSwapPayload", "1.9")}
+            "volume_attach": ("InstanceActionVolumePayload", "1.7"), "volume_detach": ("InstanceActionVolumePayload", "1.7"), "volume_swap": ("InstanceActionVolumeSwapPayload", "1.9"),
+            "share_attach": ("InstanceActionSharePayload", "1.0"), "share_detach": ("InstanceActionSharePayload", "1.0")}
 # fmt: on
 
 
@@ -180,6 +183,8 @@ def action(family: str, s: Server, who: Who, fault: Fault | None, args: dict[str
         data["volume_id"] = _within(args, "device", "volume_id")
     if name == "InstanceActionVolumeSwapPayload":
         data |= {"old_volume_id": _within(args, "device", "volume_id"), "new_volume_id": args.get("new_volume_id")}
+    if name == "InstanceActionSharePayload":
+        data["share_id"] = _within(args, "share", "share_id")
     return wrapped(name, version, data)
 
 

@@ -605,6 +605,28 @@ class Volume(Struct, frozen=True):
     quota_per_volume_gigabytes: A[int, Meta(description="Gibibytes of one volume.", ge=-1)] = -1
 
 
+class Share(Struct, frozen=True):
+    """The companion for shared file systems, or a real Manila."""
+
+    url: A[
+        str | None,
+        Meta(
+            description="A real shared file systems service; unset, our own.",
+            examples=["https://manila.example.org/v2"],
+        ),
+    ] = None
+    directory: A[
+        Path | None,
+        Meta(description="Where shares lie; unset, `shares` in the state directory.", examples=["/srv/shares"]),
+    ] = None
+    ceph_user: A[
+        str,
+        Meta(description="As whom hosts reach shares of CephFS.", min_length=1, max_length=64, pattern=r"^[\w.-]+$"),
+    ] = "kilonova"
+    quota_shares: A[int, Meta(description="Shares of a project, at most; -1 is no limit.", ge=-1)] = 50
+    quota_gigabytes: A[int, Meta(description="Gibibytes of all shares of a project.", ge=-1)] = 1000
+
+
 class Console(Struct, frozen=True):
     """Screens and serial lines of servers, for browsers and other clients that speak websocket."""
 
@@ -724,6 +746,7 @@ class Config(Struct, frozen=True):
     network: Network = Network()
     placement: Placement = Placement()
     volume: Volume = Volume()
+    share: Share = Share()
     console: Console = Console()
     notifications: Notifications = Notifications()
     log: Log = Log()

@@ -155,6 +155,8 @@ VERBS: dict[str, Verb] = {v.name: v for v in (
     Verb("attach_volume",    _vm(_VOLUMES),                           None,                None,         "attach_volume", "attach_volume"),
     Verb("detach_volume",    _vm(_VOLUMES),                           None,                None,         "detach_volume", "detach_volume"),
     Verb("swap_volume",      _vm("active paused resized"),            None,                None,         "swap_volume",   "swap_volume", host=True),
+    Verb("attach_share",     _vm("stopped"),                          None,                None,         "attach_share", "attach_share", over=None, lock=False, launched=False, host=True),
+    Verb("detach_share",     _vm("stopped error"),                    None,                None,         "detach_share", "detach_share", over=None, lock=False, launched=False),
     Verb("delete",      frozenset(VM) - {VM.deleted},                 Task.deleting,       VM.deleted,   "delete",  "delete",  over=None, launched=False),
     # moves: `api/moves.py`
     Verb("resize",      _vm("active stopped"),                        Task.resize_prep,    VM.resized,   "resize",  "resize",  host=True),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 import sqlalchemy as sa
 
+from kilonova.clients.share import OURS, REASON
 from kilonova.clients.volume import MADE_FOR, MADE_OF
 from kilonova.companions.volume.attachments import follows
 from kilonova.kit.db import Db, Tx
@@ -22,6 +23,7 @@ from kilonova.model.server_group import admits
 from kilonova.model.states import VM
 from kilonova.store import (
     block_devices,
+    filesystems,
     hosts,
     images,
     migrations,
@@ -30,6 +32,7 @@ from kilonova.store import (
     seats,
     server_groups,
     servers,
+    shares,
     volumes,
 )
 from kilonova.store.migrations import OVER, Status
@@ -58,13 +61,15 @@ def wrong(
     nics: Mapping[str, Mapping[str, list[str]]] | None = None,
     disks: Mapping[str, Mapping[str, list[str]]] | None = None,
     sat: Mapping[str, Mapping[str, Seat | None]] | None = None,
+    trees: Mapping[str, Mapping[str, list[str]]] | None = None,
 ) -> list[str]:
     """What is not as it must be, in words; nothing: all is well.
 
     `holds`: of each host that works, what it has: {server: (power, epoch)}.  `ports`: (id, device, host) of all ports
     that belong to servers; None: they are looked up in our own network service.  `copies`: of each host that works, the
     (server, image) of disks that were copied for images and are still there: there must be none.  `nics`: of each host,
-    the ports that its machines are plugged into; `disks`: the volumes that are disks of them; `sat`: where they sit.
+    the ports that its machines are plugged into; `disks`: the volumes that are disks of them; `sat`: where they sit; `trees`: the
+    shared file systems that they have.
     """
     with db.read() as tx:
         all = [servers.of(r) for r in tx.execute(servers.SELECT)]
@@ -81,6 +86,7 @@ def wrong(
         said += [line for s in all for line in _resting(tx, s)]
         said += _storage(tx)
         said += _devices(tx, all, disks or {})
+        said += _shares(tx, all, trees or {})
     return said + [f"{h} has a copy of {s} for image {i}" for h, c in (copies or {}).items() for s, i in c]
 
 
@@ -344,3 +350,32 @@ def _devices(tx: Tx, all: list[Server], disks: Mapping[str, Mapping[str, list[st
         if has is not None and alive and sorted(has) != sorted(d.volume_id or "" for d in mine):
             said.append(f"{s.id} ({s.vm_state}) has the volumes {has} on {s.host}, written are {wanted}")
     return said + [f"{id} is no server and has the attachments {sorted(a)}" for id, a in there.items()]
+
+
+def _shares(tx: Tx, all: list[Server], trees: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
+    """Machines have what is written; open to their hosts, and to nobody else, are the shares that somebody has."""
+    said, rows, known = [], shares.all(tx), {s.id: s for s in all}
+    mine: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.server not in known or known[row.server].deleted_at is not None:
+            said.append(f"{row.server} is no server and has the share {row.share_id}")
+        elif row.busy in ("attaching", "detaching"):
+            said.append(f"the share {row.share_id} of {row.server} is {row.busy}")
+        elif not row.busy:
+            mine[row.server].add(row.share_id)
+    for s in all:
+        has = trees.get(s.host or "", {}).get(s.id)
+        if has is not None and s.deleted_at is None and s.vm_state != VM.error and set(has) != mine[s.id]:
+            said.append(f"{s.id} ({s.vm_state}) has the shares {has} on {s.host}, written are {sorted(mine[s.id])}")
+    wanted = {(row.share_id, row.kind, row.who) for row in rows if row.who}
+    there = {(r.share_id, r.kind, r.who) for r in filesystems.find(tx, filesystems.Access) if OURS in r.metadata}
+    said += [f"share {id} is open to {who}, where nobody has it" for id, _, who in sorted(there - wanted)]
+    said += [f"share {id} is closed to {who}" for id, _, who in sorted(wanted - there)]
+    held = sorted(
+        x.resource for x in filesystems.find(tx, filesystems.Lock) if x.kind == "share" and x.reason == REASON
+    )
+    if held != sorted({id for id, _, _ in wanted}):
+        said.append(f"shares {held} are locked, in use are {sorted(wanted)}")
+    rules = {r.id for r in filesystems.find(tx, filesystems.Access)}
+    locks = [x for x in filesystems.find(tx, filesystems.Lock) if x.kind != "share" and x.resource not in rules]
+    return said + [f"lock {x.id} is of a rule that is gone" for x in locks]

@@ -139,6 +139,28 @@ class User:
             if status == 200 and body["volumeAttachments"]:
                 self.api.ask("DELETE", f"{path}/{body['volumeAttachments'][-1]['volumeId']}")
 
+    def attach_share(self, name: str) -> None:
+        """The one that there is: more servers than one will have it."""
+        if name in self.known:
+            self.api.ask("POST", f"/servers/{self.known[name]}/shares", {"share": {"share_id": self.sim.share_id}})
+
+    def detach_share(self, name: str) -> None:
+        if name in self.known:
+            self.api.ask("DELETE", f"/servers/{self.known[name]}/shares/{self.sim.share_id}")
+
+    def swap_volume(self, name: str) -> None:
+        """The newest of its volumes for a larger one, as the volume service asks for it while it migrates a volume."""
+        if name not in self.known:
+            return
+        path, volumes = f"/servers/{self.known[name]}/os-volume_attachments", self.api.neighbours.volume
+        status, body = self.api.ask("GET", path)
+        if status == 200 and body["volumeAttachments"]:
+            old, new = body["volumeAttachments"][-1]["volumeId"], volumes.create(2).id
+            volumes.session.tell(
+                "POST", f"/v3/volumes/{old}/action", body={"os-reset_status": {"migration_status": "migrating"}}
+            )
+            self.api.ask("PUT", f"{path}/{old}", {"volumeAttachment": {"volumeId": new}}, token="admin")
+
     def later(self, delay: float, what: Callable[..., None], *args: Any) -> None:
         self.sim.at(delay, self._go, what, *args)
 
@@ -159,12 +181,14 @@ def storm(sim: Sim, round: int = 0) -> None:
             verb, said = sim.dice.choice(VERBS)
             user.later(born + sim.dice.uniform(5, 200), user.act, name, verb, said)
         for _ in range(sim.dice.randrange(4)):
-            what = sim.dice.choice([user.attach, user.detach, user.attach_volume, user.detach_volume])
+            what = sim.dice.choice([user.attach, user.detach, user.attach_volume, user.detach_volume, user.swap_volume])
             user.later(born + sim.dice.uniform(5, 200), what, name)
         if sim.dice.random() < 0.5:
             journey(sim, user, name, born + sim.dice.uniform(20, 100))
         if sim.dice.random() < 0.4:
             errand(sim, user, name, born + sim.dice.uniform(20, 120))
+        if sim.dice.random() < 0.3:
+            lending(sim, user, name, born + sim.dice.uniform(20, 100))
         if sim.dice.random() < 0.6:
             ends = born + sim.dice.choice([sim.dice.uniform(0, 40), sim.dice.uniform(0, 250)])
             user.later(ends, user.delete, name)
@@ -192,6 +216,16 @@ def errand(sim: Sim, user: User, name: str, at: float) -> None:
     for verb, said in sim.dice.choice(ERRANDS):
         user.later(at, user.act, name, verb, said)
         at += sim.dice.choice([sim.dice.uniform(0, 30), sim.dice.uniform(30, 100)])
+
+
+def lending(sim: Sim, user: User, name: str, at: float) -> None:
+    """It is stopped and given a share, and perhaps loses it again; or somebody starts it at just that moment."""
+    user.later(at, user.act, name, "os-stop", None)
+    for what in (user.attach_share, user.detach_share)[: sim.dice.choice([1, 2, 2])]:
+        at += sim.dice.choice([sim.dice.uniform(0, 8), sim.dice.uniform(8, 60)])
+        user.later(at, what, name)
+        if sim.dice.random() < 0.4:
+            user.later(at + sim.dice.uniform(-3, 5), user.act, name, "os-start", None)
 
 
 def second_thoughts(sim: Sim, user: User, name: str, at: float) -> None:
@@ -254,6 +288,12 @@ def story(*acts: tuple[str, float], restorable_s: int = 0) -> Story:
                     user.later(when, user.attach_volume, "s0")
                 case "detach volume":
                     user.later(when, user.detach_volume, "s0")
+                case "attach share":
+                    user.later(when, user.attach_share, "s0")
+                case "detach share":
+                    user.later(when, user.detach_share, "s0")
+                case "swap volume":
+                    user.later(when, user.swap_volume, "s0")
                 case "abort":
                     user.later(when, user.abort, "s0")
                 case "its host is down":
@@ -293,6 +333,9 @@ STORIES: dict[str, Story] = {
     "build with volume, delete": story(("create with volume", 5), ("delete", 15)),
     "attach, detach volume": story(("create", 5), ("attach volume", 60), ("detach volume", 120)),
     "delete overtakes attach volume": story(("create", 5), ("attach volume", 60), ("delete", 62)),
+    "attach, swap volume": story(("create", 5), ("attach volume", 60), ("swap volume", 120)),
+    "attach, detach share": story(("create", 5), ("os-stop", 60), ("attach share", 80), ("detach share", 130)),
+    "delete overtakes attach share": story(("create", 5), ("os-stop", 60), ("attach share", 80), ("delete", 82)),
     "snapshot": story(("create", 5), ("createImage", 100)),
     "shelve, unshelve": story(("create", 5), ("shelve", 60), ("unshelve", 120)),
     "delete overtakes shelve": story(("create", 5), ("shelve", 60), ("delete", 75)),

@@ -26,7 +26,7 @@ from kilonova.api.app import service as compute_service
 from kilonova.api.host_book import HostBook
 from kilonova.api.registry import World as ApiWorld
 from kilonova.clients import SERVICE_USER, Account, Answer, Image, Inside, Login, Neighbours, Session, neighbours
-from kilonova.companions import identity, image, network, volume
+from kilonova.companions import identity, image, network, share, volume
 from kilonova.compute.agent import ComputeHost, Images
 from kilonova.compute.examine import tell_holdings
 from kilonova.conductor.app import Conductor
@@ -44,7 +44,7 @@ from kilonova.model.machine import Machine
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.invariants import wrong
 from kilonova.store import catalog
-from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged, seated, used
+from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged, seated, shared, used
 
 BEGAN = 1_800_000_000.0
 FLAVOR = Flavor("small", "small", 1, 1024, 10)
@@ -125,6 +125,10 @@ class Sim:
         }
         self.volumes = _volumes(self.db, clock, self.ids, self.directory, self.services, self.realm.gate)
         self.services["volume"] = volume.make_service(self.volumes)
+        shares = share.open_store(
+            self.db, clock, self.ids, options.Share(), self.directory / "shares", authenticate=self.realm.gate
+        )
+        self.services["share"] = share.make_service(shares)
         self.at(30, self._storage_goes_on)
         with self.db.read() as tx:
             self.user = Context(
@@ -134,6 +138,7 @@ class Sim:
             assert catalog.flavor(tx, FLAVOR.id)
         self.admin = msgspec.structs.replace(self.user, user_id="admin", roles=frozenset({"admin", "member", "reader"}))
         self.image_id = (self.directory / "image").read_text()
+        self.share_id = (self.directory / "share").read_text()
         self.states: dict[str, SimState] = {}  # of all hosts whose hypervisors can be reached
         self.hosts = {f"h{i}": Host(self, f"h{i}") for i in range(hosts)}
         self.conductors = [ConductorProcess(self, f"c{i}") for i in range(conductors)]
@@ -251,7 +256,8 @@ class Sim:
         nics = {h.name: plugged(h.state) for h in self.hosts.values() if not h.for_good}
         disks = {h.name: used(h.state) for h in self.hosts.values() if not h.for_good}
         sat = {h.name: seated(h.state) for h in self.hosts.values() if not h.for_good}
-        return self.wrong + wrong(self.db, holds, copies=left, nics=nics, disks=disks, sat=sat)
+        trees = {h.name: shared(h.state) for h in self.hosts.values() if not h.for_good}
+        return self.wrong + wrong(self.db, holds, copies=left, nics=nics, disks=disks, sat=sat, trees=trees)
 
     def examined(self) -> list[Finding]:
         """What a doctor finds; where all is well, nothing."""
@@ -585,7 +591,7 @@ class Api(Process):
         sim = self.sim
         self.clock, self.db = SimClock(sim, self), SimDb(self)
         self.neighbours = near = self.near(self.clock)
-        for part in (near.image, near.network, near.volume):
+        for part in (near.image, near.network, near.volume, near.share):
             part.session = _AsOurselves(part.session)  # type: ignore[assignment]
         book = HostBook(sim.db, self.clock, sim.config)
 
@@ -609,7 +615,7 @@ class Api(Process):
         """`token`: "admin" is an administrator's."""
         self.sim.where = f"api {method}"
         calm = self.sim.faults is CALM  # a host that was asked in a storm may well refuse
-        headers = {"X-Auth-Token": token, "OpenStack-API-Version": "compute 2.96", "Content-Type": "application/json"}
+        headers = {"X-Auth-Token": token, "OpenStack-API-Version": "compute 2.100", "Content-Type": "application/json"}
         answer = self.inside.send(method, f"/v2.1{path}", headers, None if body is None else msgspec.json.encode(body))
         raw = answer.read()
         self.sim.tell(f"api: {method} {path} → {answer.status}")
@@ -690,6 +696,12 @@ def _template() -> Path:
         identity=inside["identity"],
         image=inside["image"],
         network=inside["image"],
+        share=Inside(
+            share.make_service(
+                share.open_store(db, clock, ids, options.Share(), directory / "shares", authenticate=realm.gate)
+            ),
+            f"{URL}/share",
+        ),
     )
     made = near.image.create(name="tiny", disk_format="raw", container_format="bare", visibility="public")
     near.image.upload(made.id, iter([bytes(512)]))
@@ -699,6 +711,10 @@ def _template() -> Path:
         catalog.add_flavor(tx, LARGE, BEGAN)
         catalog.add_flavor(tx, PINNED, BEGAN)
     (directory / "image").write_text(made.id)
+    wish = {"share": {"share_proto": "NFS", "size": 1}}
+    (directory / "share").write_text(
+        near.share.session.json("POST", "/v2/shares", dict[str, dict[str, Any]], body=wish)["share"]["id"]
+    )
     (directory / "user.json").write_bytes(
         msgspec.json.encode({"user_id": "user", "project_id": first.demo_project_id, "user_name": "user"})
     )

@@ -15,6 +15,7 @@ from kilonova.model.devices import Device
 from kilonova.model.server import Server
 from kilonova.model.states import VM
 from kilonova.store import hosts, migrations, placement, servers
+from kilonova.store import shares as sharing
 from kilonova.store.migrations import Kind, Migration, Status
 
 
@@ -131,6 +132,16 @@ def volumes(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
     query = sa.select(_t.id, _t.devices).where(_t.id.in_(list(ids)), _t.deleted_at.is_(None))
     found = {id: servers.DEVICES.decode(text or "[]") for id, text in tx.execute(query)}
     return {id: {d.volume_id for d in devices if d.volume_id} for id, devices in found.items()}
+
+
+def shares(tx: Tx, ids: Iterable[str], *, settled: bool = False) -> dict[str, set[str]]:
+    """The same of their shared file systems; `settled`: only of those that neither come nor go."""
+    found: dict[str, set[str]] = {id: set() for id in ids}
+    c = sharing.T.c
+    busy = [c.busy == ""] if settled else [c.busy != "error"]
+    for server, share in tx.execute(sa.select(c.server, c.share_id).where(c.server.in_(list(found)), *busy)):
+        found[server].add(share)
+    return found
 
 
 def settled(tx: Tx, ids: Iterable[str]) -> dict[str, list[Device]]:

@@ -13,7 +13,7 @@ import msgspec
 from kilonova.contracts.compute import Landing, Luggage, Stats
 from kilonova.model.console import Kind, Where
 from kilonova.model.host import HostFacts as HostFacts
-from kilonova.model.machine import Disk, ImageSource, Machine, Nic
+from kilonova.model.machine import Disk, ImageSource, Machine, Nic, Share
 
 Power = Literal["nostate", "running", "paused", "shutdown", "crashed", "suspended"]
 POWER_NUMBERS: dict[str, int] = {"nostate": 0, "running": 1, "paused": 3, "shutdown": 4, "crashed": 6, "suspended": 7}
@@ -28,6 +28,7 @@ class Held(msgspec.Struct, frozen=True):
     captures: list[str] = []  # what was copied of it for images, and is still here
     ports: list[str] | None = None  # of its NICs, as its Machine has them; None: not known
     volumes: list[str] | None = None  # the same of its disks
+    shares: list[str] | None = None  # the same of its shared file systems
 
 
 Progress = Callable[[str], None]
@@ -246,6 +247,22 @@ class Branches(Protocol):
 
         `file` is not there: done already.  Raises NotFound, Refused where `into` is not behind it.
         """
+        ...
+
+
+@runtime_checkable
+class Mounts(Protocol):
+    """Shared file systems: mounted on the host before the machine starts, let go of when it ends; the guest has them by tag."""
+
+    def attach_share(self, id: str, share: Share) -> None:
+        """From its next start on. Raises NotFound; Refused where the machine runs, or the host cannot mount it.
+
+        There already: nothing to do.
+        """
+        ...
+
+    def detach_share(self, id: str, share_id: str, anyway: bool = False) -> None:
+        """Raises Refused where the machine runs; `anyway`: then it is let go of when that ends. Not there: nothing to do."""
         ...
 
 

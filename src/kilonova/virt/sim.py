@@ -29,10 +29,13 @@ from kilonova.model.machine import (
     ImageSource,
     Machine,
     Nic,
+    Share,
     volumes_of,
     with_nic,
+    with_share,
     with_volume,
     without_nic,
+    without_share,
     without_volume,
 )
 from kilonova.model.options import Sim
@@ -49,10 +52,12 @@ TRAITS = [
     "COMPUTE_ARCH_X86_64",
     "COMPUTE_FIRMWARE_BIOS",
     "COMPUTE_FIRMWARE_UEFI",
+    "COMPUTE_MEM_BACKING_FILE",
     "COMPUTE_NET_ATTACH_INTERFACE",
     "COMPUTE_NET_ATTACH_INTERFACE_WITH_TAG",
     "COMPUTE_NODE",
     "COMPUTE_RESCUE_BFV",
+    "COMPUTE_STORAGE_VIRTIO_FS",
     "COMPUTE_VOLUME_ATTACH",
     "COMPUTE_VOLUME_ATTACH_WITH_TAG",
     "COMPUTE_VOLUME_EXTEND",
@@ -343,7 +348,15 @@ class SimDriver:
             older = [Held(id, m.power, m.machine.epoch) for id, m in sorted(self.state.kept.items())]
             here = sorted(self.state.machines.items())
             newest = [
-                Held(id, m.power, m.machine.epoch, copies.pop(id, []), _ports(m.machine), volumes_of(m.machine))
+                Held(
+                    id,
+                    m.power,
+                    m.machine.epoch,
+                    copies.pop(id, []),
+                    _ports(m.machine),
+                    volumes_of(m.machine),
+                    _shares(m.machine),
+                )
                 for id, m in here
             ]
             return older + newest + [Held(id, "nostate", 0, images) for id, images in copies.items()]
@@ -468,6 +481,25 @@ class SimDriver:
             raise Refused(f"The machine does not have the volume {volume_id}.")
         self._act("swap_volume")
         self._become(id, m, with_volume(m.machine, disk, volume_id))
+
+    # -- shared file systems (`virt.driver.Mounts`)
+
+    def attach_share(self, id: str, share: Share) -> None:
+        m = self._there(id)
+        if share not in m.machine.shares:
+            if m.power != "shutdown":
+                raise Refused(f"The machine is {m.power}: it must be off to be given a share.")
+            self._act("attach_share")
+            self._become(id, m, with_share(m.machine, share))
+
+    def detach_share(self, id: str, share_id: str, anyway: bool = False) -> None:
+        m = self.state.machines.get(id)
+        if m is None or all(s.share_id != share_id for s in m.machine.shares):
+            return
+        if m.power != "shutdown" and not anyway:
+            raise Refused(f"The machine is {m.power}: it must be off to lose a share.")
+        self._act("detach_share", may_fail=not anyway)
+        self._become(id, m, without_share(m.machine, share_id))
 
     # -- files of volumes (`virt.driver.Branches`)
 
@@ -869,6 +901,10 @@ def _ports(machine: Machine) -> list[str]:
     return [n.port_id for n in machine.nics]
 
 
+def _shares(machine: Machine) -> list[str]:
+    return [s.share_id for s in machine.shares]
+
+
 def plugged(state: SimState) -> dict[str, list[str]]:
     """{server: the ports of its NICs}: the same."""
     with state.lock:
@@ -879,6 +915,12 @@ def used(state: SimState) -> dict[str, list[str]]:
     """{server: the volumes that are its disks}: the same."""
     with state.lock:
         return {id: volumes_of(m.machine) for id, m in state.machines.items()}
+
+
+def shared(state: SimState) -> dict[str, list[str]]:
+    """{server: the shared file systems that it has}: the same."""
+    with state.lock:
+        return {id: _shares(m.machine) for id, m in state.machines.items()}
 
 
 def seated(state: SimState) -> dict[str, Seat | None]:
