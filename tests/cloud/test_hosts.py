@@ -102,6 +102,7 @@ def test_a_restart_forgets_neither_machines_nor_answers(house):
         "captures": [],
         "ports": [],
         "volumes": [],
+        "shares": [],
     }
     house.host.close()
 

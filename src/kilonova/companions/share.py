@@ -250,13 +250,14 @@ def _gone(world: World, share: FileSystem) -> None:
 
 
 def _got(call: Call, tx: Tx, id: str) -> FileSystem:
-    """One that he may know of; policy is asked whether he may do this. Raises NotFound, Forbidden."""
+    """One that he may know of; policy is asked whether he may do this. What is public, all may see. Raises NotFound,
+    Forbidden."""
     share = store.look(tx, FileSystem, id)
     about = {"project_id": share.project_id} if share else {}
     call.checked = True
-    if share is None or not (call.may("share:get", about) or (share.is_public and call.route.policy == "share:get")):
+    if share is None or not (share.is_public or call.may("share:get", about)):
         raise NotFound(f"Share {_plain(id)} could not be found.")
-    if not share.is_public or call.route.policy != "share:get":
+    if not (share.is_public and call.route.policy == "share:get"):
         call.check(about)
     return share
 
