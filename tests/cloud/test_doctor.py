@@ -175,4 +175,6 @@ def test_a_volume_that_its_machine_lost_is_put_back(cloud: Any) -> None:
     found = asked(cloud)
     assert [(f.kind, f.subject, f.mends) for f in found.findings] == [("machine", s.id, "look, then plug")]
     assert asked(cloud, mend=True).status == WELL
-    assert [d.serial for d in s.state.machines[s.id].machine.disks if d.serial] == [id] and s.row.devices[0].volume_id == id
+    assert [d.serial for d in s.state.machines[s.id].machine.disks if d.serial] == [id] and s.row.devices[
+        0
+    ].volume_id == id

@@ -232,6 +232,25 @@ def test_other_things_are_told(cloud):
     assert told["payload"]["nova_object.data"]["disabled"] is True
 
 
+def test_shares_are_told(cloud):
+    listener = Listener(cloud)
+    s = cloud.boot("one")
+    s.act("os-stop")
+    wish = {"share": {"share_proto": "NFS", "size": 1}}
+    id = cloud.services.json("POST", "/share/v2/shares", wish, cloud.user.token)["share"]["id"]
+    listener.types()
+    cloud.json("POST", f"/servers/{s.id}/shares", {"share": {"share_id": id}}, ok=201, version="2.97")
+    cloud.settle()
+    told = listener.all()
+    assert [m["event_type"] for m in told] == ["instance.share_attach.start", "instance.share_attach.end"]
+    assert {m["payload"]["nova_object.data"]["share_id"] for m in told} == {id}
+    assert {m["publisher_id"] for m in told} == {"nova-api:here"}
+    listener.heard.clear()
+    cloud.json("DELETE", f"/servers/{s.id}/shares/{id}", version="2.97")
+    cloud.settle()
+    assert listener.types() == ["instance.share_detach.start", "instance.share_detach.end"]
+
+
 def test_nothing_is_lost_while_nobody_listens(cloud):
     s = cloud.boot("one")
     cloud.conductor.reconcilers.run_once("notified")
@@ -323,12 +342,6 @@ NEVER = {
     "aggregate.cache_images.end": "the same",
     "compute.exception": "an error of ours is in the log, and an action's is told with its own type",
     "instance.exists": "os-instance-usage-audit-log and os-simple-tenant-usage answer who asks",
-    "instance.share_attach.start": "there are no shares",
-    "instance.share_attach.end": "the same",
-    "instance.share_attach.error": "the same",
-    "instance.share_detach.start": "the same",
-    "instance.share_detach.end": "the same",
-    "instance.share_detach.error": "the same",
     "libvirt.connect.error": "hosts tell it to their logs",
     "metrics.update": "no monitors",
     "scheduler.select_destinations.start": "places are chosen within a step; how it ends is the action's end",
