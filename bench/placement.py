@@ -296,7 +296,14 @@ def another(n: int, venv: Path) -> Iterator[Client]:
         env = {"PATH": f"{venv}/bin:/usr/bin:/bin", "OS_PLACEMENT_CONFIG_DIR": there}
         subprocess.run([venv / "bin/placement-manage", "--config-dir", there, "db", "sync"], env=env, check=True)
         words = ["--master", "--processes", "1", "--threads", "1", "--need-app", "--disable-logging", "--die-on-term"]
-        words += ["--venv", str(venv), "--module", "placement.wsgi.api:application"]
+        words += [
+            "--add-header",
+            "Connection: close",
+            "--venv",
+            str(venv),
+            "--module",
+            "placement.wsgi.api:application",
+        ]
         with Path(there, "log").open("wb") as log:
             words = [str(venv / "bin/uwsgi"), "--http-socket", f"127.0.0.1:{port}", *words]
             process = subprocess.Popen(words, env=env, stdout=log, stderr=log)

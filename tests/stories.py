@@ -28,7 +28,7 @@ from kilonova.conductor.app import Conductor
 from kilonova.kit.ask import asked
 from kilonova.kit.bus import Answered, answer_to, letter, opened
 from kilonova.kit.clock import Ids
-from kilonova.kit.db import Db
+from kilonova.kit.db import Db, meta
 from kilonova.kit.errors import Unavailable
 from kilonova.kit.http import Mount
 from kilonova.kit.journal import RUNS, over
@@ -147,7 +147,9 @@ class Cloud:
         sim: options.Sim | None = None,
         seed: int = 1,
         down: Iterable[str] = (),
+        outside: bool = False,
     ) -> None:
+        """`outside`: another Placement service, with a database of its own, is told and asked."""
         self.config = config or Config()
         self.dice = random.Random(seed)
         self.ids = Ids(random.Random(seed))
@@ -164,6 +166,7 @@ class Cloud:
         url = self.services.url
         first = self.services.first
         login = Login(SERVICE_USER, first.service_password)
+        self.outside = self._outside(directory) if outside else None
         self.neighbours: Neighbours = neighbours(
             self.clock,
             login,
@@ -172,6 +175,7 @@ class Cloud:
             network=Edgy(Inside(self.network, url + "/network"), self.edges, "send"),
             volume=Edgy(self.services.carrier_of("/volume"), self.edges, "send"),
             share=Edgy(self.services.carrier_of("/share"), self.edges, "send"),
+            placement=self.outside,
         )
         self.book = HostBook(self.db, self.clock, self.config)
         self.start_conductor()
@@ -203,6 +207,14 @@ class Cloud:
         self.make_flavors()
         self.image_id = self.make_image()
         self.tick()
+
+    def _outside(self, directory: Path) -> Any:
+        self.elsewhere = Db(f"sqlite:///{directory}/outside.sqlite")
+        meta.create_all(self.elsewhere.engine)
+        self.db.owe()
+        theirs = placement_api.World(self.elsewhere, self.clock, self.ids)
+        self.other = placement_api.make_service(theirs, self.services.realm.gate)
+        return Edgy(Inside(self.other, "http://placement.test"), self.edges, "send")
 
     # -- processes
 

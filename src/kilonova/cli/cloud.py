@@ -20,7 +20,7 @@ from kilonova.cli import measures
 from kilonova.cli.companions import Companions, Everybody
 from kilonova.cli.compute import Hosts, ground_of, wires_of
 from kilonova.cli.doors import Doors
-from kilonova.cli.process import Process, carriers_of, identity_of, login_of, verify_of
+from kilonova.cli.process import Process, carriers_of, identity_of, login_of, placement_of, verify_of
 from kilonova.cli.state import Secrets, StateDir
 from kilonova.clients import Carrier, Compute, Inside, Outside, RemoteIdentity, Session, neighbours
 from kilonova.companions import identity, network, volume
@@ -114,7 +114,7 @@ class Cloud:
         self.companions = self._companions() if "companions" in roles else None
         carriers = self.companions.carriers if self.companions else carriers_of(config)
         self.login = self.companions.login if self.companions else login_of(config, secrets.service_password)
-        self.neighbours = neighbours(p.clock, self.login, **carriers)
+        self.neighbours = neighbours(p.clock, self.login, **carriers, placement=placement_of(config))
         self.gate = (
             self.companions.realm.gate
             if self.companions
@@ -410,7 +410,7 @@ def _services(config: options.Config) -> dict[str, str]:
         "shared-file-system": f"{own}/share/v2",
         "sharev2": f"{own}/share/v2",
     }
-    placed = (config.placement.url or f"{api}/placement").rstrip("/")
+    placed = (config.placement.service_url or config.placement.url or f"{api}/placement").rstrip("/")
     return ours | {"compute": f"{api}/compute/v2.1", "placement": placed}
 
 
@@ -433,6 +433,8 @@ def open_db(config: options.Config, state: StateDir) -> Db:
     """The database that is configured, or SQLite in the state directory; with its tables."""
     url = config.database.url.reveal() or f"sqlite:///{state.path / 'kilonova.db'}"
     db = Db(url, threads=config.api.threads + config.workers.threads + config.volume.threads + 8)
+    if config.placement.service_url:
+        db.owe()
     try:
         if db.sqlite:  # nobody else works with it: what a new release needs is done here and now
             now = evolve.standing(db)

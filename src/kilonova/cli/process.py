@@ -104,3 +104,9 @@ def carriers_of(config: options.Config) -> dict[str, Carrier]:
     # An effect must be over within half a lease, whoever does not answer it (kit/workflow.py).
     patience_s, verify = min(10.0, config.workers.lease_s / 4), verify_of(config)
     return {name: Outside(url, timeout_s=patience_s, verify=verify) for name, url in urls.items() if url is not None}
+
+
+def placement_of(config: options.Config) -> Carrier | None:
+    """How a real Placement service is asked, where there is one."""
+    patience_s, url = min(10.0, config.workers.lease_s / 4), config.placement.service_url
+    return Outside(url, timeout_s=patience_s, verify=verify_of(config)) if url else None

@@ -1,5 +1,5 @@
 """Our neighbours, through their standard HTTP APIs: identity v3, image v2, network v2.0, block storage v3,
-shared file systems v2.
+shared file systems v2, Placement.
 
 One path for all: a `Session` puts a token and the request's id on a question and reads a trouble out of an
 answer.  What carries it is either `Inside`, a WSGI application of this very process (an embedded companion is
@@ -28,6 +28,7 @@ from kilonova.clients.network import (
     Subnet,
     plug,
 )
+from kilonova.clients.placement import Placement
 from kilonova.clients.session import SERVICE_USER, Account, Login, Session
 from kilonova.clients.share import Shares
 from kilonova.clients.volume import AttachedTo, Attachment, SnapshotInfo, VolumeInfo, Volumes
@@ -43,6 +44,7 @@ class Neighbours:
     network: Network
     volume: Volumes
     share: Shares
+    placement: Placement | None = None  # a real one, beside our own tables
 
 
 def neighbours(
@@ -54,6 +56,7 @@ def neighbours(
     network: Carrier,
     volume: Carrier | None = None,
     share: Carrier | None = None,
+    placement: Carrier | None = None,
 ) -> Neighbours:
     """All neighbours, with one account of our own for them. A cloud may be without volumes and shares."""
     account = Account(identity, login, clock)
@@ -67,6 +70,7 @@ def neighbours(
         Network(session("network", network)),
         Volumes(session("block-storage", volume or Absent("block-storage"), vouch=True)),
         Shares(session("shared-file-system", share or Absent("shared file systems"), vouch=True)),
+        Placement(session("placement", placement)) if placement else None,
     )
 
 
@@ -93,6 +97,7 @@ __all__ = [
     "Network",
     "NetworkInfo",
     "Outside",
+    "Placement",
     "Port",
     "RemoteIdentity",
     "SecurityGroup",

@@ -235,6 +235,8 @@ def _sentence(answer: Answer, body: bytes) -> tuple[str, str]:
         name = next(iter(said))
         code = inner.get("type") or ("" if name in ("error", "NeutronError") else name)
         return str(inner.get("message") or ""), str(code)
+    if isinstance(said, dict) and isinstance(all := said.get("errors"), list) and all and isinstance(all[0], dict):
+        return str(all[0].get("detail") or all[0].get("title") or ""), str(all[0].get("code") or "")
     if isinstance(said, dict):
         return str(said.get("message") or said.get("title") or ""), ""
     return str(said)[:1000], ""

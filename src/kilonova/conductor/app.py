@@ -19,6 +19,7 @@ from kilonova.conductor import (
     interfaces,
     live_migrate,
     notices,
+    outside,
     precache,
     rebuild,
     rescue,
@@ -103,7 +104,7 @@ class Conductor:
         self.worker = Worker(self.engine, threads=config.workers.threads, sweep_s=config.workers.sweep_s)
         self.reconcilers = Reconcilers(
             self.world,
-            [*watch.RECONCILERS, *volumes.RECONCILERS, *shares.RECONCILERS, notices.notified],
+            [*watch.RECONCILERS, *volumes.RECONCILERS, *shares.RECONCILERS, notices.notified, outside.owed],
             clock=clock,
             dice=dice,
         )

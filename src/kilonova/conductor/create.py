@@ -5,7 +5,7 @@ from contextlib import suppress
 import msgspec
 
 from kilonova.clients.volume import given_back
-from kilonova.conductor import ports, volumes, wishes
+from kilonova.conductor import outside, ports, volumes, wishes
 from kilonova.conductor.ports import Plugged
 from kilonova.conductor.volumes import Connected
 from kilonova.conductor.world import World
@@ -59,6 +59,7 @@ def build(run: Run, job: Build) -> None:
             with run.attempt():
                 claimed = run(claim, job.server, place, epoch, run.now)
                 try:
+                    outside.agreed(run, chosen, job.server.id)
                     settle_on(run, job, place, claimed)
                     return
                 except Trouble as e:

@@ -6,7 +6,7 @@ swept (`watch.py`), and then its share is free.
 
 import msgspec
 
-from kilonova.conductor import moves
+from kilonova.conductor import moves, outside
 from kilonova.conductor.moves import Goal, Joined, home, rebind
 from kilonova.conductor.verbs import timeout_s
 from kilonova.conductor.world import World
@@ -53,6 +53,7 @@ def somewhere(run: Run, job: Evacuate, s: Server, old: Place) -> tuple[Goal, Joi
             with run.attempt():
                 try:
                     goal = run(claim, job, s, place, run.now)
+                    outside.agreed(run, chosen, s.id, job.migration)
                     joined = Joined(run(rebind, s, place, old), moves.carry(run, s, place))
                     run(spawning, job, run.now)
                     done = run(spawn, job, s, goal, joined)

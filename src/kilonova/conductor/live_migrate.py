@@ -6,7 +6,7 @@ target is asked, which is told to expect nobody any longer: no answer is no answ
 
 import msgspec
 
-from kilonova.conductor import moves, ports
+from kilonova.conductor import moves, outside, ports
 from kilonova.conductor.moves import Goal, Joined
 from kilonova.conductor.ports import Plugged
 from kilonova.conductor.world import World
@@ -79,6 +79,7 @@ def land_somewhere(run: Run, job: LiveMigrate) -> tuple[Goal, Joined, Landing]:
             with run.attempt():
                 try:
                     goal = run(claim, job, place, run.now)
+                    outside.agreed(run, chosen, job.server.id, job.migration)
                     joined = Joined(run(expect, job.server, place.host), moves.carry(run, job.server, place))
                     return goal, joined, run(prepare, job, goal, joined)
                 except Trouble as e:

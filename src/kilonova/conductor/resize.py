@@ -5,7 +5,7 @@ Until its user confirms or reverts, the old machine is kept where it was, and it
 
 import msgspec
 
-from kilonova.conductor import moves
+from kilonova.conductor import moves, outside
 from kilonova.conductor.moves import Goal, Joined, able, home, rebind
 from kilonova.conductor.verbs import timeout_s
 from kilonova.conductor.world import World
@@ -61,6 +61,7 @@ def find(run: Run, job: Resize) -> Goal:
             with run.attempt():
                 try:
                     goal = run(claim, job, place, run.now)
+                    outside.agreed(run, chosen, job.server.id, job.migration)
                     run(prepare, job, goal)
                     return goal
                 except Trouble as e:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kilonova.conductor import moves, ports, volumes, wishes
+from kilonova.conductor import moves, outside, ports, volumes, wishes
 from kilonova.conductor.capture import STEPS as COPIES
 from kilonova.conductor.capture import drop_image, on_its_way, put_down
 from kilonova.conductor.moves import nowhere
@@ -254,7 +254,7 @@ def land(run: Run, job: Unshelve, image: Image | None) -> None:
             tried.append(place.host)
             with run.attempt():
                 try:
-                    settle_on(run, s, image, place, epoch)
+                    settle_on(run, s, image, chosen, place, epoch)
                     return
                 except Trouble as e:
                     last = e
@@ -264,8 +264,9 @@ def land(run: Run, job: Unshelve, image: Image | None) -> None:
     raise nowhere(last, tried, chosen)
 
 
-def settle_on(run: Run, s: Server, image: Image | None, place: Place, epoch: int) -> None:
+def settle_on(run: Run, s: Server, image: Image | None, chosen: Chosen, place: Place, epoch: int) -> None:
     seat = run(claim, s, place, epoch, run.now)
+    outside.agreed(run, chosen, s.id)
     plugged = run(plug, s, place)
     connected = volumes.connected(run, s, place.host) if volumes.has_volumes(s) else None
     run(on_its_way, s, Task.spawning, run.now)

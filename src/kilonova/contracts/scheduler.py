@@ -15,6 +15,7 @@ class Chosen(msgspec.Struct, frozen=True):
     places: list[Place] = []
     why: dict[str, int] = {}
     hosts: int = 0  # how many there are to choose from
+    outside: bool = False  # another Placement service was asked, and will be told
 
     def explained(self) -> str:
         """For operators: why there was none."""

@@ -101,6 +101,11 @@ class Db:
         dialect: Any = self.engine.dialect
         dialect.heard = heard
 
+    def owe(self) -> None:
+        """What is claimed and given back is owed to another service, and noted for it (`store/dues.py`). Before the first."""
+        dialect: Any = self.engine.dialect
+        dialect.owes = True
+
     def close(self) -> None:
         while self.idle:
             self.idle.pop()[0].close()

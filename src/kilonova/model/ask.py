@@ -44,6 +44,7 @@ class Ask(msgspec.Struct, frozen=True):
     isolate: bool = False  # … each another one
     member_of: list[list[str]] = []  # of each list, in one of these aggregates (Placement API)
     company: Company | None = None
+    among: list[str] | None = None  # providers; of these only, says another Placement service
 
 
 def amounts_of(server: Server) -> dict[str, int]:

@@ -562,6 +562,15 @@ class Placement(Struct, frozen=True):
             examples=["https://placement.example.org"],
         ),
     ] = None
+    service_url: A[
+        str | None,
+        Meta(
+            description="A real Placement service that other services use, too: it is told of hosts and claims, and asked "
+            "where there is room; unset, our own.",
+            examples=["https://placement.example.org"],
+        ),
+    ] = None
+    most_candidates: A[int, Meta(description="Candidates that a real Placement service is asked for.", ge=1)] = 1000
     randomize_candidates: A[
         bool, Meta(description="Where more candidates are found than were asked for, any of them and not the first.")
     ] = False

@@ -16,6 +16,7 @@ ALWAYS = (
     "enabled",
     "ours",
     "named",
+    "elsewhere_too",
     "not_avoided",
     "zone",
     "room",

@@ -92,6 +92,15 @@ def named(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
 
 
 @rule()
+def elsewhere_too(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Hosts that could serve it says another Placement service, where one keeps what there is for others, too."""
+    if ask.among is None:
+        return ...
+    among = set(ask.among)
+    return rows(hosts, lambda p: p.provider in among)
+
+
+@rule()
 def not_avoided(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     if not ask.avoid:
         return ...
@@ -222,7 +231,9 @@ def affinity(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     return _company(hosts, ask, "affinity")
 
 
-FORCED = frozenset({"named", "not_avoided", "room", "devices", "numa"})  # all that is asked for a forced host
+FORCED = frozenset(
+    {"named", "elsewhere_too", "not_avoided", "room", "devices", "numa"}
+)  # all that is asked for a forced host
 IN_PLACE = frozenset(
     {"named", "image", "isolated", "aggregate_image"}
 )  # of a server that is rebuilt where it is (scheduler.md, "rebuild")

@@ -21,6 +21,7 @@ from kilonova.kit.ready import ready
 from kilonova.model.ask import amounts_of
 from kilonova.model.host import Stock
 from kilonova.model.server import Server
+from kilonova.store import dues
 
 Amounts = Mapping[str, int]
 """How much of each resource class."""
@@ -145,6 +146,7 @@ def claim(
     known = not new and _known(tx, consumer, who, now)
     if wanted:
         _written(tx, consumer, provider, wanted, known)
+    dues.note(tx, "consumer", consumer)
 
 
 def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -> bool:
@@ -166,6 +168,7 @@ def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -
         tx.execute(sa.delete(ALLOCATIONS).where(*still))
         gave = True
     if gave:
+        dues.note(tx, "consumer", consumer)
         left = sa.exists().where(ALLOCATIONS.c.consumer == consumer)
         if not tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left)).rowcount:
             again = sa.update(CONSUMERS).where(CONSUMERS.c.uuid == consumer)
@@ -183,6 +186,7 @@ def claim_anyhow(tx: Tx, server: Server, provider: str, *, now: float) -> bool:
     tx.execute(_give(len(wanted)), {"at": provider} | _numbered({c: -n for c, n in wanted.items()}))
     who = {"project_id": server.project_id, "user_id": server.user_id, "type": "INSTANCE", "changed_at": now}
     _written(tx, server.id, provider, wanted, _known(tx, server.id, who, now))
+    dues.note(tx, "consumer", server.id)
     return True
 
 
@@ -200,6 +204,8 @@ def move(tx: Tx, consumer: str, to: str, provider: str | None = None, *, now: fl
     tx.execute(sa.update(SEATS).where(SEATS.c.consumer == consumer).values(consumer=to))
     left = sa.exists().where(ALLOCATIONS.c.consumer == consumer)
     tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left))
+    for one in (consumer, to):
+        dues.note(tx, "consumer", one)
 
 
 def in_order(tx: Tx, providers: Collection[str]) -> list[str]:
@@ -343,6 +349,8 @@ def withdraw(tx: Tx, provider: str) -> None:
     for table in (INVENTORIES, PROVIDER_TRAITS, PROVIDER_AGGREGATES):
         tx.execute(sa.delete(table).where(table.c.provider.in_(all)))
     tx.execute(sa.delete(PROVIDERS).where(p.uuid.in_(all)))
+    for one in all:
+        dues.note(tx, "provider", one)
 
 
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
