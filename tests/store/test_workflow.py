@@ -725,6 +725,34 @@ def test_two_that_wait_to_be_alone_do_not_wait_for_each_other_nor_go_together(de
     assert f"{second}/1" in desk.sent()
 
 
+def test_who_waits_to_be_alone_stops_when_it_is(desk: Desk) -> None:
+    """What it undoes is not taken from under the hands of another; and it goes before others that wait."""
+
+    @workflow
+    def reserved(run: Run, n: int) -> None:
+        run(add, n)
+        run.when_alone()
+        run(quiet_ping, n)
+
+    @workflow
+    def alone_for_long(run: Run, n: int) -> None:
+        run.when_alone()
+        run(quiet_ping, n)
+
+    desk.start(alone_for_long, 1)
+    desk.start(reserved, 7, id="a")
+    desk.start(alone, 3, id="b")
+    with desk.db.tx() as tx:
+        assert signal(tx, "s", "abort", run="a") == ["a"]
+    for desk.clock.at in (1, 2, 4, 8):
+        desk.engine.sweep()
+    assert desk.world.done == [7] and desk.state("a") == "running"
+    desk.answer("r/1", 1)
+    assert desk.state("r") == "done" and desk.state("a") == "failed" and desk.world.done == [7, -7, 3]
+    with desk.db.read() as tx:
+        assert journal.fault_of(tx, "a") == Fault("Aborted", "The action was aborted.")
+
+
 def test_being_alone_is_taken_by_comparing(desk: Desk) -> None:
     """Who saw an old holder does not get it, though all he saw had ended: another went first."""
 

@@ -229,7 +229,7 @@ def _outcome(world: World, server_id: str, run: str) -> Attachment:
 
 
 def _given_up(tx: Tx, server_id: str, run: str) -> list[str]:
-    return signal(tx, server_id, "abort") if not journal.over(tx, run) else []
+    return signal(tx, server_id, "abort", run=run) if not journal.over(tx, run) else []
 
 
 def _said(fault: Fault | None, server_id: str) -> Trouble:

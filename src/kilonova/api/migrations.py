@@ -206,7 +206,7 @@ def _call_out(
             event=event,
             host=m.source,
         )
-        return signal(tx, server_id, name)
+        return signal(tx, server_id, name, workflow="live_migrate")
 
     for run in call.world.db.run(record):
         call.world.wake(run)

@@ -222,14 +222,16 @@ def noted(
     return id
 
 
-def signal(tx: Tx, subject: str, name: str) -> list[str]:
+def signal(tx: Tx, subject: str, name: str, *, workflow: str = "", run: str = "") -> list[str]:
     """Call out to every run that is at work on this subject: "abort", "force_complete". Whom to wake after the commit.
 
-    Once is enough: to a run that was told before, the second call says nothing new.
+    Or to those of one workflow, or to this one alone.  Once is enough: to a run that was told before, the second call
+    says nothing new.
     """
-    ids = open_runs(tx, subject)
-    if ids:
-        tx.execute(SIGNAL, {"the_subject": subject, "told": f"% {name} %", "tell": f"{name} "})
+    found = tx.execute(OPEN_ON, {"the_subject": subject})
+    ids = [r.id for r in found if workflow in ("", r.workflow) and run in ("", r.id)]
+    for id in ids:
+        tx.execute(SIGNAL, {"the_id": id, "told": f"% {name} %", "tell": f"{name} "})
     return ids
 
 
@@ -422,11 +424,11 @@ _updated = sa.func.coalesce(_r.finished, _last, _r.started)
 
 OPEN = ready(sa.insert(RUNS))
 STEP = ready(sa.insert(STEPS))
-OPEN_ON = ready(sa.select(_r.id).where(_open_on).order_by(_r.started, _r.id))
+OPEN_ON = ready(sa.select(_r.id, _r.workflow).where(_open_on).order_by(_r.started, _r.id))
 # UPDATE runs SET signals = signals || :tell, due = 0, wakes = wakes + 1 WHERE it is open AND was not told before
 SIGNAL = ready(
     sa.update(RUNS)
-    .where(_open_on, _r.signals.not_like(_b("told")))
+    .where(_r.id == _b("the_id"), _r.state == "running", _r.signals.not_like(_b("told")))
     .values(signals=_r.signals + _b("tell"), due=0.0, wakes=_r.wakes + 1)
 )
 WAKE = ready(sa.update(RUNS).where(_r.id == _b("the_id")).values(due=0.0, wakes=_r.wakes + 1))

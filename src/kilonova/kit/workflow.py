@@ -306,13 +306,14 @@ def start(
 def when_alone(tx: Tx, subject: str, me: str) -> None:
     """Have the subject for yourself; not now, while another run is at work on it.
 
-    Those that wait here themselves do not count, or two would wait for each other.  That only one of them goes on is
+    Those that wait here themselves do not count, or two would wait for each other; but those of them that were told
+    to stop go first, and stop when they are alone: what they undo is in nobody's hands then.  That only one of them goes on is
     the claim's business: a row for each subject, taken by comparing.  (It was tried to lock all runs of the subject
     and look: each holds its own row by then and wants the others', and PostgreSQL takes a second to see that.)
     """
     last = tx.execute(LAST_ALONE, {"the_subject": subject}).scalar()  # first: it must be over when we look who is not
     others = set(open_runs(tx, subject)) - {me}
-    if others and others - set(tx.execute(WAITING, {"the_subject": subject}).scalars()):
+    if others and others - _who_lets_us_pass(tx, subject, me):
         raise Unavailable("Another action has not ended yet.")
     try:
         if last is None:
@@ -321,6 +322,12 @@ def when_alone(tx: Tx, subject: str, me: str) -> None:
             raise Unavailable("Another action went first.")
     except sa.exc.IntegrityError as e:
         raise Unavailable("Another action went first.") from e
+
+
+def _who_lets_us_pass(tx: Tx, subject: str, me: str) -> set[str]:
+    waiting = set(tx.execute(WAITING, {"the_subject": subject}).scalars())
+    stopping = set(tx.execute(TOLD_TO_STOP, {"the_subject": subject}).scalars())
+    return waiting if me in stopping else waiting - stopping
 
 
 class Engine:
@@ -693,7 +700,8 @@ class Run:
         if self.engine.watch:
             self.engine.watch(self.row.workflow, step.name)
         at_it = past.host is not None  # a host is: its answer decides
-        if "abort" in self.called and not (at_it or self.unwinding or self.final):
+        # Who waits to be alone stops when it is.
+        if "abort" in self.called and not (at_it or self.unwinding or self.final or step is when_alone):
             self._heed(past, "abort")
             past.close(self.engine.clock.now(), fault=Aborted("The action was aborted."))
             self.dirty[past.n] = past
@@ -1028,6 +1036,9 @@ WAITING = ready(
     sa.select(_s.run)
     .join(RUNS, _r.id == _s.run)
     .where(_r.subject == _b("the_subject"), _r.state == "running", _s.step == "when_alone", _s.finished.is_(None))
+)
+TOLD_TO_STOP = ready(
+    sa.select(_r.id).where(_r.subject == _b("the_subject"), _r.state == "running", _r.signals.like("% abort %"))
 )
 LAST_ALONE = ready(sa.select(ALONE.c.run).where(ALONE.c.subject == _b("the_subject")))
 FIRST_ALONE = ready(sa.insert(ALONE))
