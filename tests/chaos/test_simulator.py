@@ -128,3 +128,11 @@ def test_a_crash_at_every_boundary_of_every_story() -> None:
     assert not [line for text in said.values() for line in text.splitlines() if not line.startswith("boundaries: ")]
     counts = {name: int(re.findall(r"boundaries: (\d+)", text)[0]) for name, text in said.items()}
     assert all(n >= 15 for n in counts.values()), f"stories became too short to mean anything: {counts}"
+
+
+def test_a_seed_tells_the_same_alone_and_after_others_and_beside_others() -> None:
+    alone = dict(re.findall(r"seed (\d+): .*story (\w+)", sim("--seed", "3")))
+    after = dict(re.findall(r"seed (\d+): .*story (\w+)", sim("--seeds", "1-3")))
+    beside = dict(re.findall(r"seed (\d+): .*story (\w+)", sim("--seeds", "2-3", "--jobs", "2")))
+    assert alone["3"] == after["3"] == beside["3"]
+    assert after["2"] == beside["2"]

@@ -79,12 +79,18 @@ class Db:
     def run(self, work: Callable[Concatenate[Tx, P], R], *args: P.args, **more: P.kwargs) -> R:
         """`work(tx, *args)` in a transaction; again from the top when the database says so.
 
-        Safe because a transaction changes nothing outside the database.  Five tries, then the database's error.
+        Safe because a transaction changes nothing outside the database.  Five tries, then the database's error.  One
+        try more where something was not there when it looked, and was when it came to write it: it will see it now.
         """
+        surprised = False
         for left in reversed(range(5)):
             try:
                 with self.tx() as tx:
                     return work(tx, *args, **more)
+            except sa.exc.IntegrityError:
+                if surprised or not left:
+                    raise
+                surprised = True
             except sa.exc.OperationalError:  # deadlock, serialization failure, busy
                 if not left:
                     raise

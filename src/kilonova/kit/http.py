@@ -201,16 +201,10 @@ class Service:
             None  # for who reads; re-entrant: a service may ask its neighbour
         )
         self.project_prefix = [(p, re.compile(re.escape(p) + r"/([0-9a-f-]+)(?=/|$)")) for p in dialect.strip_project]
-        self.falcon = falcon.App(request_type=_Request)
-        self.falcon.req_options.strip_url_path_trailing_slash = True
-        self.falcon.req_options.auto_parse_form_urlencoded = False
-        self.falcon.add_error_handler(Exception, self._failed)
-        self.falcon.add_sink(self._nowhere, "/")
-        self.places = _places(routes)
-        for path, place in self.places.items():
-            self.falcon.add_route(path, _resource(self, path, place))
+        self.falcon, self.places = _found(routes, len(routes.all))
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        environ[SERVICE] = self
         path = environ["PATH_INFO"]
         for prefix, pattern in self.project_prefix:
             if path.startswith(prefix) and (found := pattern.match(path)):
@@ -582,17 +576,34 @@ def _names(path: str) -> tuple[str, ...]:
     return tuple(_FIELD.findall(path))
 
 
-def _resource(service: Service, path: str, place: dict[str, list[Route]]) -> Any:
+SERVICE = "kilonova.service"  # in a request's environment: whose it is
+
+
+@functools.lru_cache(32)
+def _found(routes: Routes, _: int) -> tuple[falcon.App[Any, Any], dict[str, dict[str, list[Route]]]]:
+    """Where each path leads: laid out once for all services of these routes, as many as there are of them by now."""
+    app: Any = falcon.App(request_type=_Request)
+    app.req_options.strip_url_path_trailing_slash = True
+    app.req_options.auto_parse_form_urlencoded = False
+    app.add_error_handler(Exception, lambda req, resp, e, names: req.env[SERVICE]._failed(req, resp, e, names))
+    app.add_sink(lambda req, resp, **names: req.env[SERVICE]._nowhere(req, resp, **names), "/")
+    places = _places(routes)
+    for path, place in places.items():
+        app.add_route(path, _resource(path, place))
+    return app, places
+
+
+def _resource(path: str, place: dict[str, list[Route]]) -> Any:
     methods = sorted(place)
 
     def responder(routes: list[Route]) -> Callable[..., None]:
         def respond(_: Any, req: falcon.Request, resp: falcon.Response, **names: str) -> None:
-            service.serve(req, resp, routes, names)
+            req.env[SERVICE].serve(req, resp, routes, names)
 
         return respond
 
     def refuse(_: Any, req: falcon.Request, resp: falcon.Response, **names: str) -> None:
-        service.no_method(req, resp, methods)
+        req.env[SERVICE].no_method(req, resp, methods)
 
     every = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
     members = {f"on_{m.lower()}": responder(place[m]) if m in place else refuse for m in every}

@@ -14,7 +14,7 @@ as parameters.  Not for `IN (…)` with a list of any length: that has another t
 
 import operator
 from collections import namedtuple
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import sqlalchemy as sa
@@ -28,6 +28,11 @@ NOTHING: Values = {}
 def ready(statement: S) -> S:
     """The same statement, to be executed as any other. What is derived from it (`.where`) is a plain one again."""
     return cast("S", Ready(statement))
+
+
+def each(values: Iterable[str]) -> list[Any]:
+    """For an `IN (…)` whose values stand in the source: they are as many each time."""
+    return [sa.bindparam("each", str(v), type_=sa.String, unique=True) for v in values]
 
 
 class Ready:
@@ -89,21 +94,39 @@ class Shapes:
         return cast("S", found)
 
 
-FEW = 8
-_AMONG = Shapes()
+class Among:
+    """A question about some of many, to be asked as `tx.execute(*PLUGS(ids))`: compiled once for each power of two.
 
+        PLUGS = Among(lambda some: sa.select(T.c.id, T.c.plugs).where(T.c.id.in_(some)))
 
-def among(tx: sa.Connection, name: str, statement: Any, column: Any, values: Collection[Any]) -> Any:
-    """`statement` for those whose `column` is one of a few values, executed; `name` is the statement's own.
-
-    Of more values than `FEW` it is sent SQLAlchemy's way.
+    Whoever asks about none should not ask.  `more` are its other parameters.
     """
-    if not 0 < len(values) <= FEW:
-        return tx.execute(statement.where(column.in_(list(values))))
-    names = [f"n{i}" for i in range(len(values))]
-    shape = name, len(values)
-    one = _AMONG.of(shape, lambda: statement.where(column.in_([sa.bindparam(n, type_=column.type) for n in names])))
-    return tx.execute(one, dict(zip(names, values, strict=True)))
+
+    def __init__(self, write: Callable[[list[Any]], Any]) -> None:
+        self.write, self.known = write, dict[int, Any]()
+
+    def __call__(self, ids: Collection[str], **more: Any) -> tuple[Any, dict[str, Any]]:
+        if len(ids) > 64:
+            return self.write(list(ids)), more
+        n = 1 << max(0, len(ids) - 1).bit_length()
+        statement = self.known.get(n)
+        if statement is None:
+            statement = self.known[n] = ready(self.write([sa.bindparam(f"one{i}", type_=sa.String) for i in range(n)]))
+        values = list(ids)
+        values += values[-1:] * (n - len(values))
+        return statement, {f"one{i}": id for i, id in enumerate(values)} | more
+
+
+def among(tx: sa.Connection, name: str, statement: Any, column: Any, values: Collection[str]) -> Any:
+    """The same of a statement that is not written down beforehand, executed; `name` is its own."""
+    if not values:
+        return tx.execute(statement.where(column.in_([])))
+    if name not in _AMONG:
+        _AMONG[name] = Among(lambda some: statement.where(column.in_(some)))
+    return tx.execute(*_AMONG[name](values))
+
+
+_AMONG = dict[str, Among]()
 
 
 class _Compiled:

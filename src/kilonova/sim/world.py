@@ -2,8 +2,9 @@
 
 API, conductors, scheduler, hosts, identity, images, networks and SQL are the real ones.  At every boundary (before
 and after each commit, each act on a host, each request to a neighbour, each letter, each line of a ledger) the
-simulator may let time pass, so that another thread comes in between, or may kill the process.  A transaction is one
-moment, as it is on SQLite.  Nothing else is random, so a seed is a history.
+simulator may let time pass, so that another thread comes in between, or may kill the process.  Between the statements
+of a transaction others may come in as well, as far as READ COMMITTED lets them: see `database.py`.  Nothing else is
+random, so a seed is a history.
 """
 
 import collections
@@ -42,6 +43,7 @@ from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Machine
 from kilonova.scheduler.select import Scheduler
+from kilonova.sim.database import Memory
 from kilonova.sim.invariants import wrong
 from kilonova.store import catalog
 from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged, seated, shared, used
@@ -74,9 +76,10 @@ class Faults(msgspec.Struct, frozen=True):
     unavailable: float = 0.1  # of neighbours, before they act or after
     for_good: float = 0.1  # of a host's crashes
     power_cut: float = 0.2  # of a host's crashes: its guests are off as well
+    between: float = 0.03  # of statements in a transaction, before which others have their turn
 
 
-CALM = Faults(*[0.0] * 11)
+CALM = Faults(*[0.0] * 12)
 
 
 class Sim:
@@ -112,8 +115,12 @@ class Sim:
         self.patience: dict[Any, float] = {}
         self.ids = Ids(random.Random(self.dice.getrandbits(64)))
         self.directory = Path(tempfile.mkdtemp(prefix="kilonova-sim-", dir=_memory()))
-        shutil.copytree(_template(), self.directory, dirs_exist_ok=True)
-        self.db = Db(f"sqlite:///{self.directory}/cloud.sqlite", dice=self.dice)
+        template = _template()
+        shutil.copytree(template.directory, self.directory, dirs_exist_ok=True)
+        self.db = _spare.pop() if _spare else Memory()
+        self.db.restore(template.rows)
+        self.db.dice, self.db.between, self.db.wait = self.dice, self._between, self._until
+        self.db.sleep = self.pause  # type: ignore[assignment]
         clock = SimClock(self, None)
         self.realm = identity.open_realm(self.db, clock, self.ids, QUICK, self.directory)
         self.images = image.open_store(self.db, clock, self.ids, options.Image(), self.directory / "images")
@@ -145,7 +152,8 @@ class Sim:
         self.run(self.now + 30)  # hosts are met
 
     def close(self) -> None:
-        self.db.close()
+        self.db.abandon()
+        _spare.append(self.db)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _storage_goes_on(self) -> None:
@@ -177,6 +185,24 @@ class Sim:
         self.where = where
         if process.life != life:
             raise greenlet.GreenletExit
+
+    def _until(self, wakes: list[Callable[[], None]]) -> bool:
+        """Let this thread sleep until it is called."""
+        me: Any = greenlet.getcurrent()
+        if me is self.hub:
+            return False
+        process, life, where = me.process, me.life, self.where
+        wakes.append(lambda: self.at(0, me.switch))
+        self.hub.switch()
+        self.where = where
+        if process.life != life:
+            raise greenlet.GreenletExit
+        return True
+
+    def _between(self) -> None:
+        """In the middle of a transaction: others may have their turn, and more than one."""
+        if self.chance("between") and greenlet.getcurrent() is not self.hub:
+            self.pause(self.dice.expovariate(2.0))
 
     # -- faults
 
@@ -305,7 +331,7 @@ class SimDb:
     def tx(self) -> Iterator[Tx]:
         sim = self.sim
         sim.boundary(self.process, "before a transaction")
-        with sim.db.tx() as tx:
+        with sim.db.tx(open=True) as tx:
             yield tx
             if sim.chance("aborted"):
                 raise sa.exc.OperationalError("commit", {}, Exception("deadlock"))
@@ -315,7 +341,7 @@ class SimDb:
 
     @contextmanager
     def read(self) -> Iterator[Tx]:
-        with self.sim.db.read() as tx:
+        with self.sim.db.read(open=True) as tx:
             yield tx
 
     run: Any = Db.run
@@ -660,14 +686,22 @@ def _volumes(
 
 
 QUICK = options.Identity(password_hash_cost=10, token_lifetime_s=10**9)
-_made: Path | None = None
+
+
+class _Template(msgspec.Struct, frozen=True):
+    directory: Path
+    rows: bytes  # of its database
+
+
+_made: _Template | None = None
+_spare: list[Memory] = []  # databases that nobody uses now; each knows how to compile what it was ever asked
 
 
 def _memory() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108 (a temporary directory is made in it)
 
 
-def _template() -> Path:
+def _template() -> _Template:
     """A cloud with a user, an image, a network and a flavor, before anything happened."""
     global _made
     if _made is not None:
@@ -681,8 +715,9 @@ def _template() -> Path:
 
         def sleep(self, seconds: float) -> None: ...
 
-    db, clock = Db(f"sqlite:///{directory}/cloud.sqlite"), Still()
+    db, clock = Memory(), Still()
     meta.create_all(db.engine)
+    db.watch()
     realm = identity.open_realm(db, clock, ids, QUICK, directory)
     first = identity.bootstrap(realm, directory, admin_password=PASSWORD, service_password=PASSWORD)
     (directory / "service-password").write_text(PASSWORD)
@@ -718,6 +753,6 @@ def _template() -> Path:
     (directory / "user.json").write_bytes(
         msgspec.json.encode({"user_id": "user", "project_id": first.demo_project_id, "user_name": "user"})
     )
-    db.close()
-    _made = directory
-    return directory
+    _made = _Template(directory, db.wire.serialize())
+    _spare.append(db)
+    return _made

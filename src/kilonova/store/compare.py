@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from kilonova.kit.db import Tx
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import Among, each, ready
 from kilonova.kit.workflow import RUNS
 from kilonova.model.devices import Device
 from kilonova.model.server import Server
@@ -26,7 +26,8 @@ def on_host(tx: Tx, host: str) -> dict[str, Any]:
 
 def found(tx: Tx, ids: Iterable[str]) -> dict[str, Any]:
     """The same of these servers, wherever they are; also `host`, `deleted_at`."""
-    return {r.id: r for r in tx.execute(FOUND.where(_t.id.in_(list(ids))))}
+    wanted = list(ids)
+    return {r.id: r for r in tx.execute(*FOUND(wanted))} if wanted else {}
 
 
 def moved_away(tx: Tx, host: str, epochs: dict[str, int]) -> set[str]:
@@ -42,7 +43,7 @@ def at_work(tx: Tx, subjects: Iterable[str]) -> set[str]:
     wanted = list(subjects)
     if not wanted:
         return set()
-    return set(tx.execute(sa.select(_r.subject).where(_r.subject.in_(wanted), _r.state == "running")).scalars())
+    return set(tx.execute(*AT_WORK(wanted)).scalars())
 
 
 def resting(tx: Tx, vm: VM, most: int = 100) -> list[Server]:
@@ -123,14 +124,16 @@ def lately_moved(tx: Tx, since: float) -> set[str]:
 
 def plugs(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
     """The ports of those of these servers that live."""
-    query = sa.select(_t.id, _t.plugs).where(_t.id.in_(list(ids)), _t.deleted_at.is_(None))
-    return {id: {p.port_id for p in servers.PLUGS.decode(text)} for id, text in tx.execute(query)}
+    wanted = list(ids)
+    found = tx.execute(*PLUGS(wanted)) if wanted else ()
+    return {id: {p.port_id for p in servers.PLUGS.decode(text)} for id, text in found}
 
 
 def volumes(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
     """The same of their volumes, also of those on their way."""
-    query = sa.select(_t.id, _t.devices).where(_t.id.in_(list(ids)), _t.deleted_at.is_(None))
-    found = {id: servers.DEVICES.decode(text or "[]") for id, text in tx.execute(query)}
+    wanted = list(ids)
+    rows = tx.execute(*DEVICES(wanted)) if wanted else ()
+    found = {id: servers.DEVICES.decode(text or "[]") for id, text in rows}
     return {id: {d.volume_id for d in devices if d.volume_id} for id, devices in found.items()}
 
 
@@ -146,11 +149,9 @@ def shares(tx: Tx, ids: Iterable[str], *, settled: bool = False) -> dict[str, se
 
 def settled(tx: Tx, ids: Iterable[str]) -> dict[str, list[Device]]:
     """Devices with volumes that neither come nor go, of those of these servers whose machines are whole."""
-    whole = [str(vm) for vm in (VM.active, VM.stopped, VM.paused)]
-    mine = _t.id.in_(list(ids)), _t.deleted_at.is_(None), _t.vm_state.in_(whole), _t.task_state.is_(None)
-    found = {
-        r.id: servers.DEVICES.decode(r.devices or "[]") for r in tx.execute(sa.select(_t.id, _t.devices).where(*mine))
-    }
+    wanted = list(ids)
+    rows = tx.execute(*SETTLED(wanted)) if wanted else ()
+    found = {r.id: servers.DEVICES.decode(r.devices or "[]") for r in rows}
     return {id: [d for d in devices if d.volume_id and d.attachment_id and not d.busy] for id, devices in found.items()}
 
 
@@ -161,7 +162,16 @@ _columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.
 _busy = sa.exists().where(_r.subject == _t.id, _r.state == "running")
 
 ON_HOST = ready(sa.select(*_columns).where(_t.host == _b("the_host"), _t.deleted_at.is_(None)))
-FOUND = ready(sa.select(*_columns, _t.host, _t.deleted_at))
+FOUND = Among(lambda some: sa.select(*_columns, _t.host, _t.deleted_at).where(_t.id.in_(some)))
+AT_WORK = Among(lambda some: sa.select(_r.subject).where(_r.subject.in_(some), _r.state == "running"))
+PLUGS = Among(lambda some: sa.select(_t.id, _t.plugs).where(_t.id.in_(some), _t.deleted_at.is_(None)))
+DEVICES = Among(lambda some: sa.select(_t.id, _t.devices).where(_t.id.in_(some), _t.deleted_at.is_(None)))
+_whole = each([VM.active, VM.stopped, VM.paused])
+SETTLED = Among(
+    lambda some: sa.select(_t.id, _t.devices).where(
+        _t.id.in_(some), _t.deleted_at.is_(None), _t.vm_state.in_(_whole), _t.task_state.is_(None)
+    )
+)
 RESTING = ready(
     servers.SELECT.where(_t.deleted_at.is_(None), _t.vm_state == _b("the_state"), _t.task_state.is_(None))
     .order_by(_t.updated_at)

@@ -366,8 +366,7 @@ def _learn_node(tx: Tx, r: Report, facts: HostFacts, disabled: bool, uuid: Calla
 
 def _learn_devices(tx: Tx, node: str, facts: HostFacts, uuid: Callable[[], str], now: float) -> bool:
     """A provider for each device, under its host's. One that is gone goes, or gives out nothing while somebody holds it."""
-    p = placement.PROVIDERS.c
-    known = {r.name: r.uuid for r in tx.execute(sa.select(p.name, p.uuid).where(p.root == node, p.parent == node))}
+    known = {r.name: r.uuid for r in tx.execute(DEVICES_OF, {"the_node": node})}
     new, prefix = False, f"{facts.hypervisor_hostname}_"
     for d in facts.devices:
         name = f"{prefix}{d.address}"
@@ -699,6 +698,10 @@ TOLD = ready(
     sa.update(SERVICES)
     .where(_s.id == _b("the_id"))
     .values({name: _b(name) for name in ("born", "version", "speaks", "last_seen")})
+)
+_p = placement.PROVIDERS.c
+DEVICES_OF = ready(
+    sa.select(_p.name, _p.uuid).where(_p.root == sa.bindparam("the_node"), _p.parent == sa.bindparam("the_node"))
 )
 NODE_OF = ready(sa.select(NODES).where(NODES.c.host == _b("the_host"), NODES.c.node == _b("the_node")))
 FACTS = ready(

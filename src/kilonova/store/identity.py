@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NotFound
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import Among, Shapes, ready
 
 SYSTEM = "system"  # the id of the only target of its kind
 
@@ -354,22 +354,25 @@ def get(tx: Tx, kind: type[T], id: str) -> T:
 
 
 def look(tx: Tx, kind: type[T], id: str) -> T | None:
-    table = NOUNS[kind].table
-    row = tx.execute(sa.select(table).where(table.c.id == id)).first()
+    row = tx.execute(_ONE[kind], {"the_id": id}).first()
     return None if row is None else _of(kind, row)
 
 
 def find(tx: Tx, kind: type[T], **equal: Any) -> list[T]:
     """All whose columns are equal to these; None is not asked for, a list or set means one of them."""
     table = NOUNS[kind].table
-    query = sa.select(table)
-    for name, value in equal.items():
-        if isinstance(value, list | set | tuple):
-            query = query.where(table.c[name].in_(list(value)))
-        elif value is not None:
-            query = query.where(table.c[name] == value)
-    order = [table.c[n] for n in ("name", "id") if n in table.c]
-    return [_of(kind, row) for row in tx.execute(query.order_by(*order))]
+    one = {name: value for name, value in equal.items() if value is not None and not isinstance(value, _SEVERAL)}
+    several = {name: list(value) for name, value in equal.items() if isinstance(value, _SEVERAL)}
+
+    def write() -> sa.Select[Any]:
+        order = [table.c[n] for n in ("name", "id") if n in table.c]
+        return sa.select(table).where(*[table.c[n] == sa.bindparam(f"the_{n}") for n in one]).order_by(*order)
+
+    query = write().where(*[table.c[n].in_(v) for n, v in several.items()]) if several else None
+    found = tx.execute(
+        _EQUAL.of((kind, *one), write) if query is None else query, {f"the_{n}": v for n, v in one.items()}
+    )
+    return [_of(kind, row) for row in found]
 
 
 def change(tx: Tx, kind: type[T], id: str, values: dict[str, Any]) -> T:
@@ -498,7 +501,7 @@ def imply_not(tx: Tx, prior_id: str, implied_id: str) -> bool:
 
 def implied(tx: Tx) -> set[tuple[str, str]]:
     """All pairs of who holds the first role has the second as well."""
-    return {(a, b) for a, b in tx.execute(sa.select(IMPLIED.c.prior_id, IMPLIED.c.implied_id))}
+    return {(a, b) for a, b in tx.execute(_IMPLIED)}
 
 
 def closure(ids: set[str], pairs: set[tuple[str, str]]) -> set[str]:
@@ -538,16 +541,19 @@ def grants(tx: Tx, **equal: Any) -> list[Grant]:
 
 def held(tx: Tx, user_id: str, target: str | None = None, target_id: str | None = None) -> list[Grant]:
     """What a user is, himself and through his groups."""
-    mine = sa.select(MEMBERS.c.group_id).where(MEMBERS.c.user_id == user_id)
-    query = sa.select(GRANTS).where(
-        ((GRANTS.c.actor == "user") & (GRANTS.c.actor_id == user_id))
-        | ((GRANTS.c.actor == "group") & GRANTS.c.actor_id.in_(mine))
-    )
-    if target is not None:
-        query = query.where(GRANTS.c.target == target)
-    if target_id is not None:
-        query = query.where(GRANTS.c.target_id == target_id)
-    return [Grant(**row._mapping) for row in tx.execute(query)]
+
+    def write() -> sa.Select[Any]:
+        who: Any = sa.bindparam("who")
+        mine = sa.select(MEMBERS.c.group_id).where(MEMBERS.c.user_id == who)
+        query = sa.select(GRANTS).where(
+            ((GRANTS.c.actor == "user") & (GRANTS.c.actor_id == who))
+            | ((GRANTS.c.actor == "group") & GRANTS.c.actor_id.in_(mine))
+        )
+        return query.where(*[GRANTS.c[n] == sa.bindparam(f"the_{n}") for n in where])
+
+    where = {n: v for n, v in (("target", target), ("target_id", target_id)) if v is not None}
+    values = {"who": user_id} | {f"the_{n}": v for n, v in where.items()}
+    return [Grant(**row._mapping) for row in tx.execute(_EQUAL.of((Grant, *where), write), values)]
 
 
 # ---- what a token's owner may be, now
@@ -588,8 +594,7 @@ def standing(tx: Tx, user_id: str, target: str | None, target_id: str, audit_id:
 
 def named(tx: Tx, role_ids: set[str]) -> list[tuple[str, str]]:
     """(id, name) of those that are roles of the whole cloud, by name."""
-    query = sa.select(ROLES.c.id, ROLES.c.name).where(ROLES.c.id.in_(list(role_ids)), ROLES.c.domain_id == "")
-    return [(i, n) for i, n in tx.execute(query.order_by(ROLES.c.name))]
+    return [(i, n) for i, n in tx.execute(*_NAMED(role_ids))] if role_ids else []
 
 
 def revoke_token(tx: Tx, audit_id: str, expires_at: float, now: float) -> None:
@@ -606,6 +611,15 @@ def is_revoked(tx: Tx, audit_id: str) -> bool:
 # ---- since when
 
 
+_SEVERAL = (list, set, tuple)
+_ONE = {k: ready(sa.select(n.table).where(n.table.c.id == sa.bindparam("the_id"))) for k, n in NOUNS.items()}
+_EQUAL = Shapes()
+_IMPLIED = ready(sa.select(IMPLIED.c.prior_id, IMPLIED.c.implied_id))
+_NAMED = Among(
+    lambda some: (
+        sa.select(ROLES.c.id, ROLES.c.name).where(ROLES.c.id.in_(some), ROLES.c.domain_id == "").order_by(ROLES.c.name)
+    )
+)
 NUMBER = ready(sa.select(GENERATION.c.number))
 
 

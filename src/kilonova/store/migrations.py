@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import NotFound
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import each, ready
 from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server
 
@@ -201,8 +201,7 @@ def live(tx: Tx, server: str) -> list[Migration]:
 
 def holding(tx: Tx, server: str) -> list[Migration]:
     """Those of this server that may still hold something of their source, and those whose source may hold its machine."""
-    some = _t.status.not_in([str(s) for s in OVER if s != Status.done])
-    return [of(r) for r in tx.execute(SELECT.where(_t.server == server, some).order_by(_t.id))]
+    return [of(r) for r in tx.execute(HOLDING, {"the_server": server})]
 
 
 def kept(tx: Tx, host: str) -> dict[str, int]:
@@ -295,8 +294,13 @@ SELECT = sa.select(*[T.c[f] for f in Migration.__struct_fields__])
 EVACUATED = ready(
     SELECT.where(_t.source == sa.bindparam("the_host"), _t.status == str(Status.done), _t.type == str(Kind.evacuation))
 )
-KEPT = (
+KEPT = ready(
     sa.select(_t.server, _t.source_epoch)
-    .where(_t.source == _b("the_host"), _t.status.in_([str(s) for s in KEEPING]))
+    .where(_t.source == _b("the_host"), _t.status.in_(each(KEEPING)))
     .order_by(_t.id)
+)
+HOLDING = ready(
+    SELECT.where(_t.server == _b("the_server"), _t.status.not_in(each(s for s in OVER if s != Status.done))).order_by(
+        _t.id
+    )
 )

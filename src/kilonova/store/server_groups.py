@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Invalid, NoCapacity, NotFound, OverQuota
+from kilonova.kit.ready import each, ready
 from kilonova.model import options
 from kilonova.model.server import Server
 from kilonova.model.server_group import Company, ServerGroup, admits
@@ -95,7 +96,7 @@ def join(tx: Tx, defaults: options.Quota, group: ServerGroup, user_id: str, n: i
 
 def company(tx: Tx, server: Server | str, group_id: str) -> Company | None:
     """What a scheduler is told; may be old by the time it looks. None: there is no such group any longer."""
-    group = tx.execute(SELECT.where(T.c.id == group_id)).first()
+    group = tx.execute(ONE, {"the_id": group_id}).first()
     if group is None:
         return None
     me = server if isinstance(server, str) else server.id
@@ -114,7 +115,7 @@ def admit(tx: Tx, server: Server, host: str, provider: str) -> None:
     """
     if server.group_id is None or not tx.execute(HOLD_STRICT, {"the_id": server.group_id}).rowcount:
         return
-    group = tx.execute(SELECT.where(T.c.id == server.group_id)).one()
+    group = tx.execute(ONE, {"the_id": server.group_id}).one()
     told = {"the_id": server.group_id, "me": server.id, "the_host": host, "at": provider}
     here, back, elsewhere = (int(n or 0) for n in tx.execute(AROUND, told).one())
     if group.policy == "anti-affinity":
@@ -137,8 +138,9 @@ def _groups(tx: Tx, rows: Iterable[Any]) -> list[ServerGroup]:
 # ---- the SQL, once
 
 SELECT = sa.select(*[T.c[f] for f in ServerGroup.__struct_fields__ if f != "members"])
-HOLD = sa.update(T).where(T.c.id == sa.bindparam("the_id")).values(claims=T.c.claims + 1)
-HOLD_STRICT = HOLD.where(T.c.policy.in_(list(VIOLATED)))
+ONE = ready(SELECT.where(T.c.id == sa.bindparam("the_id")))
+HOLD = ready(sa.update(T).where(T.c.id == sa.bindparam("the_id")).values(claims=T.c.claims + 1))
+HOLD_STRICT = ready(HOLD.where(T.c.policy.in_(each(VIOLATED))))
 _s, _a = servers.T.c, placement.ALLOCATIONS.c
 _m = migrations.T.c
 _its = sa.select(_m.uuid).where(_m.server == _s.id).correlate(servers.T)

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NotFound
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import Shapes, each, ready
 from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.machine import Keypair
@@ -174,21 +174,31 @@ def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
 
     A verb that shows no task only checks; that it is alone is its run's matter.
     """
-    where = [T.c.id == id, T.c.vm_state.in_([str(s) for s in verb.start]), T.c.deleted_at.is_(None)]
+    told = {"the_id": id, "now": now}
+    if tx.execute(BEGIN.of(verb, lambda: _begin(verb)), told).rowcount:
+        return get(tx, id)
+    raise why_not(get(tx, id), verb)
+
+
+def _begin(verb: Verb) -> sa.Update:
+    start = each(sorted(verb.start))
+    where = [T.c.id == sa.bindparam("the_id"), T.c.vm_state.in_(start), T.c.deleted_at.is_(None)]
     if verb.over is not None:
-        where.append(T.c.task_state.is_(None) | T.c.task_state.in_([str(t) for t in verb.over]))
+        over = each(sorted(verb.over))
+        where.append(T.c.task_state.is_(None) | T.c.task_state.in_(over) if over else T.c.task_state.is_(None))
     elif verb.busy:
         where.append(T.c.task_state.is_(None) | (T.c.task_state != str(verb.busy)))
     if verb.launched:
         where.append(T.c.launched_at.is_not(None))
     if verb.host:
         where.append(T.c.host.is_not(None))
-    taken: dict[str, Any] = {"generation": T.c.generation + 1, "updated_at": now}
+    taken: dict[str, Any] = {"generation": T.c.generation + 1, "updated_at": sa.bindparam("now")}
     if verb.busy is not None:
         taken["task_state"] = str(verb.busy)
-    if tx.execute(sa.update(T).where(*where).values(taken)).rowcount:
-        return get(tx, id)
-    raise why_not(get(tx, id), verb)
+    return sa.update(T).where(*where).values(taken)
+
+
+BEGIN = Shapes()
 
 
 def check(s: Server, verb: Verb) -> None:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, claim, meta
 from kilonova.kit.errors import OverQuota
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import Among, Shapes, ready
 from kilonova.store.networks import Json, holds
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -294,7 +294,16 @@ def add(tx: Tx, thing: msgspec.Struct) -> None:
 
 def change(tx: Tx, kind: type[msgspec.Struct], id: str, **values: Any) -> bool:
     """What no state stands against."""
-    return claim(tx, sa.update(TABLES[kind]).where(TABLES[kind].c.id == id).values(values))
+    named = [(TABLES[kind].c[n], v) for n, v in values.items()]
+    if any(isinstance(v, sa.ClauseElement) for _, v in named):
+        return claim(tx, sa.update(TABLES[kind]).where(TABLES[kind].c.id == id).values(values))
+
+    def write() -> sa.Update:
+        new = {c: sa.bindparam(f"new_{c.name}", type_=c.type) for c, _ in named}
+        return sa.update(TABLES[kind]).where(TABLES[kind].c.id == sa.bindparam("the_id")).values(new)
+
+    told = {"the_id": id} | {f"new_{c.name}": v for c, v in named}
+    return claim(tx, _CHANGES.of((kind, *values), write), told)
 
 
 def step(tx: Tx, kind: type[msgspec.Struct], id: str, now: float, *, to: str, over: Iterable[str], **more: Any) -> bool:
@@ -302,6 +311,9 @@ def step(tx: Tx, kind: type[msgspec.Struct], id: str, now: float, *, to: str, ov
     c = TABLES[kind].c
     values = {"status": to, "updated_at": now, **more}
     return claim(tx, sa.update(TABLES[kind]).where(c.id == id, c.status.in_(list(over))).values(values))
+
+
+_CHANGES = Shapes()
 
 
 def remove(tx: Tx, kind: type[msgspec.Struct], id: str) -> bool:
@@ -320,9 +332,16 @@ def attachments_of(tx: Tx, volume_ids: Iterable[str]) -> dict[str, list[Attachme
     found: dict[str, list[Attachment]] = {}
     ids = list(volume_ids)
     for first in range(0, len(ids), IN_ONE_QUERY):
-        for a in find(tx, Attachment, ATTACHMENTS.c.volume_id.in_(ids[first : first + IN_ONE_QUERY])):
-            found.setdefault(a.volume_id, []).append(a)
+        for row in tx.execute(*_ATTACHMENTS(ids[first : first + IN_ONE_QUERY])):
+            found.setdefault(row.volume_id, []).append(Attachment(**row._mapping))
     return found
+
+
+_ATTACHMENTS = Among(
+    lambda some: (
+        _ALL[Attachment].where(ATTACHMENTS.c.volume_id.in_(some)).order_by(ATTACHMENTS.c.created_at, ATTACHMENTS.c.id)
+    )
+)
 
 
 def lock(tx: Tx, volume_id: str) -> Volume | None:
