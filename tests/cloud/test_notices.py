@@ -8,12 +8,16 @@ import msgspec
 import pytest
 
 from kilonova.kit.clock import Ids
+from kilonova.kit.journal import Said, tell
 from kilonova.model import notices as words
 from kilonova.model import options
+from kilonova.model.ask import ask
+from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.options import Config
 from kilonova.model.server import Server
-from kilonova.store import notices
+from kilonova.model.shares import Sharing
+from kilonova.store import hosts, notices
 from kilonova.store.notices import Outbox
 from tests.cloud import tables
 from tests.stories import Cloud, telling
@@ -24,14 +28,17 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPYvM5xQfZ0C0HjQ2TDFdGEsVYEg1N3bLrqIK
 class Listener:
     """Who reads a topic, as a consumer of oslo.messaging does."""
 
-    def __init__(self, cloud, topic="versioned_notifications"):
-        self.cloud, self.heard, self.topic = cloud, [], topic
+    def __init__(self, cloud, topic="versioned_notifications", choices=False):
+        """`choices`: also of places that were asked for, which is told of everything that goes somewhere."""
+        self.cloud, self.heard, self.topic, self.choices = cloud, [], topic, choices
         cloud.bus.serve(topic, self.receive)
 
     def receive(self, raw):
         said = msgspec.json.decode(raw)
         assert said["oslo.version"] == "2.0"
-        self.heard.append(msgspec.json.decode(said["oslo.message"]))
+        told = msgspec.json.decode(said["oslo.message"])
+        if self.choices or not told["event_type"].startswith("scheduler."):
+            self.heard.append(told)
 
     def types(self):
         self.cloud.conductor.reconcilers.run_once("notified")
@@ -48,7 +55,7 @@ class Listener:
 def speaking(cloud):
     """As `up` does it."""
     outbox = Outbox(cloud.config.notifications, ids=Ids(random.Random(1)), me="here")
-    cloud.db.listen(outbox.happened)
+    cloud.db.listen(outbox.heard, closely=outbox.closely)
     object.__setattr__(cloud.api.world, "outbox", outbox)
     return cloud
 
@@ -87,6 +94,15 @@ def test_a_servers_life_is_told(cloud):
     ]  # fmt: skip
 
 
+def test_that_a_place_was_looked_for_is_told(cloud):
+    listener = Listener(cloud, choices=True)
+    s = cloud.boot("one")
+    told = [m for m in listener.all() if m["event_type"].startswith("scheduler")]
+    assert [m["event_type"] for m in told] == [f"scheduler.select_destinations.{p}" for p in ("start", "end")]
+    data = told[0]["payload"]["nova_object.data"]
+    assert (data["instance_uuid"], data["flavor"]["nova_object.data"]["flavorid"]) == (s.id, "small")
+
+
 def test_a_deletion_that_can_be_taken_back_is_called_otherwise(tmp_path):
     config = Config(
         notifications=options.Notifications(format="versioned"), compute=options.Compute(reclaim_interval_s=600)
@@ -106,14 +122,14 @@ def test_moves_and_images_are_told(cloud):
     s = cloud.boot("one")
     listener.types()
     s.act("resize", {"flavorRef": "large"})
-    prep, *_ = told = listener.all()
+    _, prep, *_ = told = listener.all()
     assert prep["payload"]["nova_object.data"]["new_flavor"]["nova_object.data"]["flavorid"] == "large"
     assert [m["event_type"] for m in told] == [
         f"instance.{e}"
-        for e in ("resize_prep.start", "resize_prep.end", "resize.start", "resize.end", "resize_finish.start", "resize_finish.end")
+        for e in ("exists", "resize_prep.start", "resize_prep.end", "resize.start", "resize.end", "resize_finish.start", "resize_finish.end")
     ]  # fmt: skip
     assert [m["payload"]["nova_object.data"]["task_state"] for m in told] == [
-        "resize_prep", "resize_migrating", "resize_migrating", "resize_migrated", "resize_migrated", None,
+        "resize_prep", "resize_prep", "resize_migrating", "resize_migrating", "resize_migrated", "resize_migrated", None,
     ]  # fmt: skip
     listener.heard.clear()
     s.act("confirmResize", ok=204)
@@ -139,7 +155,7 @@ def test_how_far_a_run_has_come_is_told(cloud):
     assert [m["publisher_id"] == f"nova-compute:{before}" for m in told] == [True, True, False, False, False, False]
     listener.heard.clear()
     s.act("shelve")
-    assert listener.types() == [f"instance.{e}" for e in ("shelve.start", "shelve.end", "shelve_offload.start", "shelve_offload.end")]  # fmt: skip
+    assert listener.types() == [f"instance.{e}" for e in ("exists", "shelve.start", "shelve.end", "shelve_offload.start", "shelve_offload.end")]  # fmt: skip
     s.act("unshelve")
     assert listener.types() == ["instance.unshelve.start", "instance.unshelve.end"]
     cloud.driver(s.row.host).options = options.Sim(failure_rate=1.0)
@@ -251,6 +267,107 @@ def test_shares_are_told(cloud):
     assert listener.types() == ["instance.share_detach.start", "instance.share_detach.end"]
 
 
+def test_each_change_of_state_is_told_to_who_wants_it(tmp_path):
+    for wanted, states in (
+        ("vm_and_task_state", [
+            (None, "building", None, "scheduling"), ("building", "building", "scheduling", "networking"),
+            ("building", "building", "networking", "spawning"), ("building", "active", "spawning", None),
+            ("active", "active", None, "powering-off"), ("active", "stopped", "powering-off", None),
+        ]),
+        ("vm_state", [
+            (None, "building", None, "scheduling"), ("building", "active", "spawning", None),
+            ("active", "stopped", "powering-off", None),
+        ]),
+    ):  # fmt: skip
+        (tmp_path / wanted).mkdir()
+        said = options.Notifications(format="versioned", state_changes=wanted)
+        with telling(tmp_path / wanted, config=Config(notifications=said)) as cloud:
+            listener = Listener(speaking(cloud))
+            cloud.boot("one").act("os-stop")
+            updates = [m for m in listener.all() if m["event_type"] == "instance.update"]
+            of = [m["payload"]["nova_object.data"]["state_update"]["nova_object.data"] for m in updates]
+            names = ("old_state", "state", "old_task_state", "new_task_state")
+            assert [tuple(u[n] for n in names) for u in of] == states
+            assert updates[0]["publisher_id"].startswith("nova-api:") and updates[-1]["publisher_id"].startswith(
+                "nova-compute:h"
+            )
+
+
+def test_payloads_name_volumes_and_shares_where_that_is_wanted(tmp_path):
+    said = options.Notifications(format="versioned", block_devices=True, shares=True)
+    with telling(tmp_path, config=Config(notifications=said)) as cloud:
+        listener = Listener(speaking(cloud))
+        s = cloud.boot("one")
+        volume = cloud.neighbours.volume.create(1, token=cloud.user.token).id
+        path = f"/servers/{s.id}/os-volume_attachments"
+        cloud.json("POST", path, {"volumeAttachment": {"volumeId": volume}})
+        cloud.settle()
+        s.act("os-stop")
+        wish = {"share": {"share_proto": "NFS", "size": 1}}
+        id = cloud.services.json("POST", "/share/v2/shares", wish, cloud.user.token)["share"]["id"]
+        cloud.json("POST", f"/servers/{s.id}/shares", {"share": {"share_id": id}}, ok=201, version="2.97")
+        cloud.settle()
+        listener.types()
+        s.act("os-start")
+        data = listener.all()[-1]["payload"]["nova_object.data"]
+        assert [d["nova_object.data"]["volume_id"] for d in data["block_devices"]] == [volume]
+        (share,) = (d["nova_object.data"] for d in data["shares"])
+        assert (share["share_id"], share["tag"], share["status"]) == (id, id, "active")
+
+
+def test_what_a_server_was_is_told_before_it_becomes_another(cloud):
+    listener = Listener(cloud)
+    s = cloud.boot("one")
+    listener.types()
+    s.act("rebuild", {"imageRef": cloud.image_id})
+    told = listener.all()
+    assert [m["event_type"].split(".", 1)[1] for m in told] == [
+        "rebuild_scheduled",
+        "exists",
+        "rebuild.start",
+        "rebuild.end",
+    ]
+    exists = told[1]["payload"]
+    assert exists["nova_object.name"] == "InstanceExistsPayload"
+    period = exists["nova_object.data"]["audit_period"]["nova_object.data"]
+    assert period["audit_period_beginning"].endswith("-01T00:00:00Z") and period["audit_period_ending"]
+    listener.heard.clear()
+    for action, said, name in (("rescue", None, "rescue"), ("unrescue", None, None), ("shelve", None, "shelve")):
+        cloud.json("POST", f"/servers/{s.id}/action", {action: said}, ok=200 if action == "rescue" else 202)
+        cloud.settle()
+        assert ("instance.exists" in listener.types()) == (name is not None)
+
+
+def test_errors_of_ours_are_told_without_what_was_in_them(cloud):
+    listener = Listener(cloud)
+    cloud.api.failed = lambda e: cloud.db.run(
+        tell, Said(event="compute.exception", binary="nova-api", at=1.0, of=lambda tx: words.unexpected(e))
+    )
+    cloud.api.world.neighbours.image.show = lambda *_, **__: {}["a secret"]
+    cloud.json(
+        "POST",
+        "/servers",
+        {"server": {"name": "x", "flavorRef": "small", "imageRef": cloud.image_id, "networks": "none"}},
+        ok=500,
+    )
+    (told,) = listener.all()
+    assert told["event_type"] == "compute.exception"
+    data = told["payload"]["nova_object.data"]
+    assert data["exception"] == "KeyError" and data["function_name"] and "secret" not in str(told)
+
+
+def test_a_service_that_was_never_there_is_told_of(tmp_path):
+    cloud = Cloud(tmp_path, config=Config(notifications=options.Notifications(format="versioned")), hosts=1)
+    listener = Listener(speaking(cloud))
+    with cloud.db.tx() as tx:
+        hosts.beat(tx, "c9", "nova-conductor", uuid=cloud.ids.uuid, now=1.0, born=1.0, version="1")
+        hosts.beat(tx, "c9", "nova-conductor", uuid=cloud.ids.uuid, now=2.0, born=1.0, version="1")
+    (told,) = listener.all()
+    assert (told["event_type"], told["publisher_id"]) == ("service.create", "nova-conductor:c9")
+    assert told["payload"]["nova_object.data"]["host"] == "c9"
+    cloud.db.close()
+
+
 def test_nothing_is_lost_while_nobody_listens(cloud):
     s = cloud.boot("one")
     cloud.conductor.reconcilers.run_once("notified")
@@ -332,6 +449,13 @@ def test_the_words_are_those_of_the_specification():
     assert set(words.update(s, words.Who(), s)["nova_object.data"]) == instance | {
         f.removeprefix("InstancePayload + ") for f in fields["InstanceUpdatePayload"]
     }
+    assert set(words.wanted("i", s, ask(s))["nova_object.data"]) == fields["RequestSpecPayload"]
+    assert set(words.action("exists", s, words.Who(), None, {})["nova_object.data"]) == instance | {"audit_period"}
+    assert set(words.unexpected(KeyError())["nova_object.data"]) == fields["ExceptionPayload"]
+    assert set(words.block_device(Device("d"))["nova_object.data"]) == fields["BlockDevicePayload"]
+    sharing = Sharing("u", "i", "s", "t", "e")
+    assert set(words.share(sharing, s)["nova_object.data"]) == fields["SharePayload"]
+    assert set(words.month(1.0)["nova_object.data"]) == fields["AuditPeriodPayload"]
     assert set(words.flavor(s.flavor)["nova_object.data"]) == fields["FlavorPayload"]
 
 
@@ -340,13 +464,8 @@ NEVER = {
     "aggregate.cache_images.start": "a run for each host, and not one for the aggregate",
     "aggregate.cache_images.progress": "the same",
     "aggregate.cache_images.end": "the same",
-    "compute.exception": "an error of ours is in the log, and an action's is told with its own type",
-    "instance.exists": "os-instance-usage-audit-log and os-simple-tenant-usage answer who asks",
     "libvirt.connect.error": "hosts tell it to their logs",
     "metrics.update": "no monitors",
-    "scheduler.select_destinations.start": "places are chosen within a step; how it ends is the action's end",
-    "scheduler.select_destinations.end": "the same",
-    "service.create": "hosts are met by their first report",
     "volume.usage": "nobody polls for it",
 }
 
@@ -366,6 +485,8 @@ def test_what_is_never_told_is_known():
     told |= {f"keypair.{what}.{phase}" for what in ("create", "import", "delete") for phase in ("start", "end")}
     told |= {f"service.{what}" for what in said_by("operators")}
     told |= {f"flavor.{what}" for what in ("create", "update", "delete")}
+    told |= {"compute.exception", "scheduler.select_destinations.start", "scheduler.select_destinations.end"}
+    told |= {"service.create"}
     told |= {f"server_group.{what}" for what in ("create", "add_member", "delete")}
     assert known - told == set(NEVER)
     assert told - known == set()

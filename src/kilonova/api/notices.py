@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from kilonova.kit.clock import iso
 from kilonova.kit.db import Tx
 from kilonova.kit.routes import Call
 from kilonova.model import notices as words
@@ -32,20 +31,3 @@ def updated(call: Call, tx: Tx, before: Server, server: Server) -> None:
 
 def aggregate(a: hosts.Aggregate) -> dict[str, Any]:
     return words.aggregate(a.id, a.uuid, a.name, a.hosts, a.metadata)
-
-
-def service(s: hosts.Service, zone: str) -> dict[str, Any]:
-    data = {
-        "uuid": s.uuid,
-        "host": s.host,
-        "binary": s.binary,
-        "topic": s.binary.removeprefix("nova-"),
-        "report_count": 0,
-        "disabled": s.disabled,
-        "disabled_reason": s.disabled_reason,
-        "availability_zone": zone,
-        "last_seen_up": iso(s.last_seen),
-        "forced_down": s.forced_down,
-        "version": 0,
-    }
-    return words.wrapped("ServiceStatusPayload", "1.1", data)

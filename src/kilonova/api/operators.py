@@ -15,6 +15,7 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NotFound, Unsupported
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, since
+from kilonova.model import notices as words
 from kilonova.store import hosts, migrations, placement, servers
 from kilonova.store.migrations import Status
 
@@ -173,7 +174,7 @@ def delete(call: Call, id: str) -> None:
 
 
 def _told(call: Call, tx: Tx, what: str, s: hosts.Service, named: dict[str, str]) -> None:
-    of = lambda: notices.service(s, _zone(call, s, named))
+    of = lambda: words.service(s, _zone(call, s, named))
     notices.told(call, tx, f"service.{what}", of=of, binary=s.binary, host=s.host)
 
 

@@ -40,12 +40,15 @@ from kilonova.kit.ends import Ends
 from kilonova.kit.errors import Refused
 from kilonova.kit.health import Check, Health
 from kilonova.kit.http import Mount, Server, Wsgi
+from kilonova.kit.journal import Said, tell
 from kilonova.kit.policy import Policy
 from kilonova.kit.reconcile import Reconcilers, reconciler
 from kilonova.kit.structs import learn
 from kilonova.metadata.app import service as metadata_service
+from kilonova.model import notices as words
 from kilonova.model import options
 from kilonova.model.flavor import Flavor
+from kilonova.model.notices import API
 from kilonova.scheduler.app import SCHEDULERS, SchedulerRole
 from kilonova.scheduler.select import Scheduler
 from kilonova.store import catalog, evolve, hosts, servers
@@ -105,7 +108,7 @@ class Cloud:
         self.clock, self.ids, self.metrics, self.bus, self.name = p.clock, p.ids, p.metrics, p.bus, p.name
         self.outbox = Outbox(config.notifications, ids=p.ids, me=p.name)
         if self.outbox.on:
-            self.db.listen(self.outbox.happened)
+            self.db.listen(self.outbox.heard, closely=self.outbox.closely)
         self.whole = roles >= ALL
         self.ground = ground_of(config, state) if "compute" in roles else None
 
@@ -310,7 +313,15 @@ class Cloud:
             outbox=self.outbox,
             console_url=self.console_url,
         )
-        self.doors.open("compute", compute_api.service(world, self.gate, policy_file=config.policy.file))
+        service = compute_api.service(world, self.gate, policy_file=config.policy.file)
+        if self.outbox.on:
+            service.failed = self._told_of
+        self.doors.open("compute", service)
+
+    def _told_of(self, e: Exception) -> None:
+        """An error of ours, that nobody expected."""
+        said = Said(event="compute.exception", binary=API, at=self.clock.now(), of=lambda tx: words.unexpected(e))
+        self.db.run(tell, said)
 
     def _wake(self, run: str) -> None:
         """This run was begun, and is committed. A hint."""

@@ -15,6 +15,8 @@ from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.errors import Unavailable
 from kilonova.model.ask import Ask, served
+from kilonova.kit.journal import Said, tell
+from kilonova.model import notices as words
 from kilonova.model.options import Config
 from kilonova.store import hosts, server_groups, servers
 from kilonova.store.trees import Trees
@@ -58,6 +60,22 @@ class World:
         self.groups = Kept[SecurityGroup](self)
 
     def choose(self, m: Choose) -> Chosen:
+        """As `_chosen`; and others are told that it was asked, and that it was answered."""
+        if getattr(self.db.engine.dialect, "heard", None) is None:
+            return self._chosen(m)
+        self.db.run(self._told, m, "start")
+        chosen = self._chosen(m)
+        self.db.run(self._told, m, "end")
+        return chosen
+
+    def _told(self, tx: Tx, m: Choose, phase: str) -> None:
+        def of(tx: Tx) -> dict[str, Any]:
+            return words.wanted(m.server, servers.find(tx, [m.server]).get(m.server), m.ask)
+
+        event = f"scheduler.select_destinations.{phase}"
+        tell(tx, Said(event=event, binary=words.SCHEDULER, at=self.clock.now(), of=of))
+
+    def _chosen(self, m: Choose) -> Chosen:
         """Places for a server; the scheduler is told where others are that it shall be with or not. Raises Unsupported.
 
         Who is silent because there was no broker is not dead: Unavailable, until they had time to be heard.

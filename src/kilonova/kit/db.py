@@ -102,10 +102,13 @@ class Db:
         with self.read() as tx:
             return work(tx, *args, **more)
 
-    def listen(self, heard: Callable[[Tx, Any], None]) -> None:
-        """`heard(tx, happened)` is told of runs that begin and end, in the transaction that says so. Before the first."""
+    def listen(self, heard: Callable[[Tx, Any], None], *, closely: bool = False) -> None:
+        """`heard(tx, happened)` is told of runs that begin and end, in the transaction that says so. Before the first.
+
+        `closely`: also of each change of a thing's state, for which it is read before and after.
+        """
         dialect: Any = self.engine.dialect
-        dialect.heard = heard
+        dialect.heard, dialect.closely = heard, closely
 
     def owe(self) -> None:
         """What is claimed and given back is owed to another service, and noted for it (`store/dues.py`). Before the first."""

@@ -197,6 +197,7 @@ class Service:
         self.observe, self.stopwatch = observe, stopwatch
         # What somebody else's error means to a caller; None: that it is ours.
         self.ill: Callable[[Exception], Trouble | None] = lambda e: None
+        self.failed: Callable[[Exception], None] | None = None  # told of what nobody expected
         self.turns: AbstractContextManager[Any] | None = (
             None  # for who reads; re-entrant: a service may ask its neighbour
         )
@@ -488,6 +489,11 @@ class Service:
         place = req.uri_template or ""
         where = place if "token" in place else req.path  # a token may stand in the path itself
         log.exception("%s %s failed (%s)", req.method, where, req.context.request_id)
+        if self.failed is not None:
+            try:
+                self.failed(e)
+            except Exception:
+                log.exception("nobody could be told of that")
         self._fault(req, resp, Ended(500, self.dialect.unexpected))
 
     def _nowhere(self, req: falcon.Request, resp: falcon.Response, **_: Any) -> None:

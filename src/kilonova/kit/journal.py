@@ -4,6 +4,7 @@ A row of `runs` is an instance action (or, without an action's name, work that n
 `steps` are the events.  Nobody writes history twice.  Who carries a run, and how, is `workflow.py`.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -130,10 +131,34 @@ class Happened(msgspec.Struct, frozen=True, kw_only=True):
     fault: Fault | None = None
 
 
-def tell(tx: Tx, happened: Happened) -> None:
+class Said(msgspec.Struct, frozen=True, kw_only=True):
+    """Something else that happened, already in others' words. `of` makes the payload, and is only asked where somebody
+    listens."""
+
+    event: str
+    binary: str
+    at: float
+    of: Callable[[Tx], dict[str, Any]]
+    host: str | None = None
+
+
+class Moved(msgspec.Struct, frozen=True, kw_only=True):
+    """A thing's state changed. `before` None: it is new."""
+
+    before: Any
+    after: Any
+    at: float
+
+
+def tell(tx: Tx, happened: Happened | Said | Moved) -> None:
     heard = getattr(tx.dialect, "heard", None)
     if heard is not None:
         heard(tx, happened)
+
+
+def closely(tx: Tx) -> bool:
+    """Does somebody want to hear of each change of state?"""
+    return getattr(tx.dialect, "closely", False)
 
 
 def reached(tx: Tx, subject: str, workflow: str, phase: str, now: float) -> None:

@@ -4,17 +4,22 @@ Pure: rows in, JSON-able dicts out.  Which event types follow from what happened
 those of the Compute service's notifications (its documentation, "Versioned notification samples").
 """
 
+import calendar
+import time
+import traceback
 from typing import Any
 
 import msgspec
 
 from kilonova.kit.clock import iso
 from kilonova.kit.errors import Fault
+from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server
 from kilonova.model.server_group import ServerGroup
+from kilonova.model.shares import Sharing, status
 
-API, COMPUTE, CONDUCTOR = "nova-api", "nova-compute", "nova-conductor"
+API, COMPUTE, CONDUCTOR, SCHEDULER = "nova-api", "nova-compute", "nova-conductor", "nova-scheduler"
 POWER = {0: "pending", 1: "running", 3: "paused", 4: "shutdown", 6: "crashed", 7: "suspended"}
 
 
@@ -73,7 +78,7 @@ def _usual(name: str, *, error: bool = False) -> Tells:
 
 
 # fmt: off
-_RESIZE = Tells(("resize_prep.start",), ("resize_finish.end",), ("resize.error",), {
+_RESIZE = Tells(("exists", "resize_prep.start"), ("resize_finish.end",), ("resize.error",), {
     "prepared": ("resize_prep.end", "resize.start"),
     "departed": ("resize.end", "resize_finish.start"),
 })
@@ -93,13 +98,13 @@ ACTIONS: dict[str, Tells] = {  # by the name of the instance action
     "unpause":             _usual("unpause"),
     "suspend":             _usual("suspend"),
     "resume":              _usual("resume"),
-    "rebuild":             Tells(("rebuild_scheduled", "rebuild.start"), ("rebuild.end",), ("rebuild.error",)),
-    "rescue":              _usual("rescue"),
+    "rebuild":             Tells(("rebuild_scheduled", "exists", "rebuild.start"), ("rebuild.end",), ("rebuild.error",)),
+    "rescue":              Tells(("exists", "rescue.start"), ("rescue.end",)),
     "unrescue":            _usual("unrescue"),
     "restore":             _usual("restore"),
     "softDelete":          _usual("soft_delete"),
-    "shelve":              _usual("shelve"),
-    "shelve, offload":     Tells(("shelve.start",), ("shelve_offload.end",), within={"shelved": ("shelve.end", "shelve_offload.start")}),
+    "shelve":              Tells(("exists", "shelve.start"), ("shelve.end",)),
+    "shelve, offload":     Tells(("exists", "shelve.start"), ("shelve_offload.end",), within={"shelved": ("shelve.end", "shelve_offload.start")}),
     "shelveOffload":       _usual("shelve_offload"),
     "unshelve":            _usual("unshelve"),
     "trigger_crash_dump":  _usual("trigger_crash_dump"),
@@ -159,8 +164,12 @@ class Who(msgspec.Struct, frozen=True):
     zone: str = ""
 
 
-def action(family: str, s: Server, who: Who, fault: Fault | None, args: dict[str, Any]) -> dict[str, Any]:
+def action(
+    family: str, s: Server, who: Who, fault: Fault | None, args: dict[str, Any], at: float = 0.0
+) -> dict[str, Any]:
     """The payload of `instance.<family>`. `args` are those of its run."""
+    if family == "exists":
+        return wrapped("InstanceExistsPayload", "2.1", instance(s, who) | {"audit_period": month(at)})
     name, version = PAYLOADS.get(family, ("InstanceActionPayload", "1.9"))
     data = instance(s, who) | {"fault": None if fault is None else exception(fault)}
     if name == "InstanceCreatePayload":
@@ -188,13 +197,20 @@ def action(family: str, s: Server, who: Who, fault: Fault | None, args: dict[str
     return wrapped(name, version, data)
 
 
-def update(s: Server, who: Who, before: Server) -> dict[str, Any]:
-    """Of `instance.update`: a name, metadata or tags were written."""
-    change: dict[str, str | None] = {"old_state": str(before.vm_state), "state": str(s.vm_state)}
-    change |= {"old_task_state": before.task_state, "new_task_state": s.task_state}
+def month(now: float) -> dict[str, Any]:
+    """The period of audits as it is by default: what is gone of this month (UTC)."""
+    y, m, *_ = time.gmtime(now)
+    begun = {"audit_period_beginning": iso(calendar.timegm((y, m, 1, 0, 0, 0))), "audit_period_ending": iso(now)}
+    return wrapped("AuditPeriodPayload", "1.0", begun)
+
+
+def update(s: Server, who: Who, before: Server | None, at: float = 0.0) -> dict[str, Any]:
+    """Of `instance.update`: a name, metadata or tags were written, or its state changed; `before` None: it is new."""
+    change: dict[str, str | None] = {"old_state": str(before.vm_state) if before else None, "state": str(s.vm_state)}
+    change |= {"old_task_state": before.task_state if before else None, "new_task_state": s.task_state}
     data = instance(s, who) | {
-        "audit_period": None,
-        "old_display_name": before.name if before.name != s.name else None,
+        "audit_period": month(at),
+        "old_display_name": before.name if before and before.name != s.name else None,
         "state_update": wrapped("InstanceStateUpdatePayload", "1.0", change),
         "tags": s.tags,
     }
@@ -270,6 +286,20 @@ def exception(fault: Fault) -> dict[str, Any]:
     return wrapped("ExceptionPayload", "1.1", said | {"function_name": "", "module_name": "", "traceback": ""})
 
 
+def unexpected(e: BaseException) -> dict[str, Any]:
+    """Of `compute.exception`. Where it came from, and not what was in it: that may be anything, and is in the log."""
+    frames = traceback.extract_tb(e.__traceback__)
+    last = frames[-1] if frames else None
+    data = {
+        "exception": type(e).__name__,
+        "exception_message": "An error that nobody expected; the log says more.",
+        "function_name": last.name if last else "",
+        "module_name": last.filename.rsplit("/", 1)[-1].removesuffix(".py") if last else "",
+        "traceback": "".join(f"{f.filename}:{f.lineno} {f.name}\n" for f in frames),
+    }
+    return wrapped("ExceptionPayload", "1.1", data)
+
+
 def task(server: str, state: str, fault: Fault) -> dict[str, Any]:
     """Of `compute_task.*.error`: what a conductor could not do."""
     data = {"instance_uuid": server, "reason": exception(fault), "request_spec": None, "state": state}
@@ -280,6 +310,50 @@ def _within(args: Any, *path: str) -> Any:
     for step in path:
         args = args.get(step) if isinstance(args, dict) else None
     return args
+
+
+def wanted(server: str, s: Server | None, ask: Any) -> dict[str, Any]:
+    """Of `scheduler.select_destinations`: what was asked for (`model.ask.Ask`)."""
+    data: dict[str, Any] = {
+        "availability_zone": ask.zone,
+        "flavor": flavor(s.flavor) if s else None,
+        "force_hosts": [ask.host] if ask.forced and ask.host else None,
+        "force_nodes": [ask.node] if ask.forced and ask.node else None,
+        "ignore_hosts": ask.avoid or None,
+        "image": None,
+        "image_meta": None,
+        "instance_group": None,
+        "instance_uuid": server,
+        "num_instances": 1,
+        "numa_topology": None,
+        "pci_requests": None,
+        "project_id": ask.project_id,
+        "requested_destination": None,
+        "retry": None,
+        "scheduler_hints": ask.hints,
+        "security_groups": sorted({g for p in s.plugs for g in p.security_groups}) if s else [],
+        "user_id": s.user_id if s else "",
+    }
+    if ask.host and not ask.forced:
+        there = {"aggregates": None, "cell": None, "host": ask.host, "node": ask.node}
+        data["requested_destination"] = wrapped("DestinationPayload", "1.0", there)
+    return wrapped("RequestSpecPayload", "1.1", data)
+
+
+def block_device(d: Device) -> dict[str, Any]:
+    data = {
+        "boot_index": d.boot_index,
+        "delete_on_termination": d.delete_on_termination,
+        "device_name": d.name,
+        "tag": d.tag,
+        "volume_id": d.volume_id,
+    }
+    return wrapped("BlockDevicePayload", "1.0", data)
+
+
+def share(s: Sharing, server: Server) -> dict[str, Any]:
+    data = {"share_id": s.share_id, "share_mapping_uuid": s.uuid, "status": status(s, server), "tag": s.tag}
+    return wrapped("SharePayload", "1.0", data)
 
 
 # ---- other things
@@ -328,6 +402,24 @@ def server_group(g: ServerGroup) -> dict[str, Any]:
         "hosts": None,
     }
     return wrapped("ServerGroupPayload", "1.1", data)
+
+
+def service(s: Any, zone: str) -> dict[str, Any]:
+    """`s` is a row of hosts' services."""
+    data = {
+        "uuid": s.uuid,
+        "host": s.host,
+        "binary": s.binary,
+        "topic": s.binary.removeprefix("nova-"),
+        "report_count": 0,
+        "disabled": s.disabled,
+        "disabled_reason": s.disabled_reason,
+        "availability_zone": zone,
+        "last_seen_up": iso(s.last_seen),
+        "forced_down": s.forced_down,
+        "version": 0,
+    }
+    return wrapped("ServiceStatusPayload", "1.1", data)
 
 
 # ---- the older ones: a flat dictionary

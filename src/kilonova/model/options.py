@@ -690,6 +690,12 @@ class Notifications(Struct, frozen=True):
         "versioned_notifications",
     )
     unversioned_topics: A[tuple[str, ...], Meta(description="Addresses of the older ones.")] = ("notifications",)
+    state_changes: A[
+        Literal["none", "vm_state", "vm_and_task_state"],
+        Meta(description="Of which changes of a server's state `instance.update` tells."),
+    ] = "none"
+    block_devices: A[bool, Meta(description="Payloads of servers name their volumes.")] = False
+    shares: A[bool, Meta(description="Payloads of servers name their shared file systems.")] = False
     keep_s: A[float, Meta(description="One that nobody takes is kept so long.", gt=0)] = 86_400.0
 
 

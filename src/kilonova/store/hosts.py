@@ -14,7 +14,9 @@ import sqlalchemy as sa
 from kilonova.contracts.conductor import Report
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, Invalid, NotFound
+from kilonova.kit.journal import Said, tell
 from kilonova.kit.ready import Shapes, ready
+from kilonova.model import notices as words
 from kilonova.model.host import HostFacts, Stock
 from kilonova.store import placement, servers
 
@@ -399,6 +401,12 @@ def _registered(
     row = {"uuid": uuid(), "host": host, "binary": binary, "disabled": False, "forced_down": False, "failures": 0}
     told = {"last_seen": now, "born": born, "version": version, "speaks": _text(list(speaks)), "created_at": now}
     tx.execute(sa.insert(SERVICES), row | told)
+    tell(tx, Said(event="service.create", binary=binary, at=now, host=host, of=lambda tx: _new(tx, host, binary)))
+
+
+def _new(tx: Tx, host: str, binary: str) -> dict[str, Any]:
+    (s,) = services(tx, host=host, binary=binary)
+    return words.service(s, zones(tx).get(host, ""))
 
 
 def _status_trait(tx: Tx, provider: str, disabled: bool, now: float) -> None:

@@ -13,12 +13,13 @@ import sqlalchemy as sa
 from kilonova.kit.clock import Ids
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Fault, NotFound
-from kilonova.kit.journal import Happened
+from kilonova.kit.journal import Happened, Moved, Said
+from kilonova.kit.log import named
 from kilonova.model import notices as words
 from kilonova.model import options
 from kilonova.model.notices import API, BY_API, BY_CONDUCTOR, COMPUTE, CONDUCTOR, TASKS, Notice, Who
 from kilonova.model.server import Server
-from kilonova.store import hosts, servers
+from kilonova.store import hosts, servers, shares
 
 T = sa.Table(
     "notices",
@@ -37,6 +38,32 @@ class Outbox:
         self.versioned = said.format in ("versioned", "both")
         self.flat = said.format in ("unversioned", "both")
         self.on = self.versioned or self.flat
+
+    @property
+    def closely(self) -> bool:
+        """Is each change of a server's state told?"""
+        return self.on and self.said.state_changes != "none"
+
+    def heard(self, tx: Tx, told: Happened | Said | Moved) -> None:
+        match told:
+            case Happened():
+                self.happened(tx, told)
+            case Said(event=event, binary=binary, at=at, host=host):
+                self.put(tx, event, binary, told.of(tx), at, host)
+            case Moved():
+                self.moved(tx, told.before, told.after, told.at)
+
+    def moved(self, tx: Tx, before: Server | None, after: Server, at: float) -> None:
+        """Its state is another; or, if that is wanted, what is being done to it."""
+        states = [(s.vm_state, s.task_state if self.said.state_changes == "vm_and_task_state" else None)
+                  for s in (before, after) if s is not None]  # fmt: skip
+        if len(states) == 2 and states[0] == states[1]:
+            return
+        about = named()
+        who = Who(
+            after.user_id, after.project_id, about.get("request_id", ""), hosts.zones(tx).get(after.host or "", "")
+        )
+        self.updated(tx, before, after, who, at, COMPUTE if after.host else API)
 
     def happened(self, tx: Tx, h: Happened) -> None:
         """A run about a server began or ended: what others call that. What no server is about is nobody's business."""
@@ -65,14 +92,23 @@ class Outbox:
         family, _, phase = event.partition(".")
         fault = fault if phase == "error" else None
         binary = API if family in BY_API else CONDUCTOR if family in BY_CONDUCTOR else COMPUTE
-        payload = words.action(family, s, who, fault, args)
+        payload = self._filled(tx, s, words.action(family, s, who, fault, args, at))
         where = s.host if binary == COMPUTE else None
         self.put(tx, f"instance.{event}", binary, payload, at, where, flat=lambda: words.legacy(s, who, fault))
 
-    def updated(self, tx: Tx, before: Server, server: Server, who: Who, at: float) -> None:
-        payload = words.update(server, who, before)
-        flat = lambda: words.legacy(server, who, None) | {"old_state": str(before.vm_state)}
-        self.put(tx, "instance.update", API, payload, at, flat=flat)
+    def updated(self, tx: Tx, before: Server | None, server: Server, who: Who, at: float, binary: str = API) -> None:
+        payload = self._filled(tx, server, words.update(server, who, before, at))
+        flat = lambda: words.legacy(server, who, None) | {"old_state": str(before.vm_state) if before else None}
+        self.put(tx, "instance.update", binary, payload, at, server.host if binary == COMPUTE else None, flat=flat)
+
+    def _filled(self, tx: Tx, s: Server, payload: dict[str, Any]) -> dict[str, Any]:
+        """With what only some want to hear of."""
+        data = payload["nova_object.data"]
+        if self.said.block_devices:
+            data["block_devices"] = [words.block_device(d) for d in s.devices if d.is_volume]
+        if self.said.shares:
+            data["shares"] = [words.share(x, s) for x in shares.of(tx, s.id)]
+        return payload
 
     def put(
         self,

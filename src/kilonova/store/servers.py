@@ -4,7 +4,8 @@ Columns that are only ever read whole are JSON texts; what is searched for has a
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NotFound
+from kilonova.kit.journal import Moved, closely, tell
 from kilonova.kit.ready import Shapes, each, ready
 from kilonova.model.devices import Device
 from kilonova.model.flavor import Flavor
@@ -97,7 +99,20 @@ def row(server: Server) -> dict[str, Any]:
 
 
 def create(tx: Tx, servers: Iterable[Server]) -> None:
-    tx.execute(INSERT, [row(s) for s in servers])
+    made = list(servers)
+    tx.execute(INSERT, [row(s) for s in made])
+    if closely(tx):
+        for s in made:
+            tell(tx, Moved(before=None, after=s, at=s.created_at))
+
+
+@contextmanager
+def _moved(tx: Tx, id: str, now: float) -> Iterator[None]:
+    """Around a statement that may change its state: told to who wants to hear of that; nothing else costs anything."""
+    before = get(tx, id) if closely(tx) else None
+    yield
+    if before is not None and (after := get(tx, id)) != before:
+        tell(tx, Moved(before=before, after=after, at=now))
 
 
 def get(tx: Tx, id: str) -> Server:
@@ -175,7 +190,9 @@ def begin(tx: Tx, id: str, verb: Verb, now: float) -> Server:
     A verb that shows no task only checks; that it is alone is its run's matter.
     """
     told = {"the_id": id, "now": now}
-    if tx.execute(BEGIN.of(verb, lambda: _begin(verb)), told).rowcount:
+    with _moved(tx, id, now):
+        taken = tx.execute(BEGIN.of(verb, lambda: _begin(verb)), told).rowcount
+    if taken:
         return get(tx, id)
     raise why_not(get(tx, id), verb)
 
@@ -234,7 +251,9 @@ def step(tx: Tx, server: Server, task: str | None, now: float, **facts: Any) -> 
     """Show how far the work is; not when a later verb took the server meanwhile. Facts are written in any case."""
     facts = {k: _text(v) if k in _JSON else v for k, v in facts.items()}
     values = facts | {"task_state": task, "updated_at": now}
-    if tx.execute(OURS, _told(server, values)).rowcount:
+    with _moved(tx, server.id, now):
+        ours = tx.execute(OURS, _told(server, values)).rowcount
+    if ours:
         return True
     if facts:
         tx.execute(ANYBODYS, facts | {"updated_at": now, "the_id": server.id})
@@ -244,7 +263,8 @@ def step(tx: Tx, server: Server, task: str | None, now: float, **facts: Any) -> 
 def settle(tx: Tx, server: Server, host: str, node: str, epoch: int, task: str, now: float) -> None:
     """From now on it belongs to this host, whoever owns it. `epoch` is higher than with any host before."""
     where = {"host": host, "node": node, "epoch": epoch, "updated_at": now}
-    tx.execute(SETTLE, where | {"the_id": server.id, "ours": server.generation, "task": task})
+    with _moved(tx, server.id, now):
+        tx.execute(SETTLE, where | {"the_id": server.id, "ours": server.generation, "task": task})
 
 
 def unsettle(tx: Tx, id: str, host: str, now: float, plugs: list[Plug] | None = None) -> None:
@@ -262,7 +282,9 @@ def finish(tx: Tx, server: Server, to: VM, now: float, **facts: Any) -> bool:
     fault = {"fault_run": facts.pop("fault_run")} if "fault_run" in facts else {}
     facts = {k: _text(v) if k in _JSON else v for k, v in facts.items()}
     values = facts | fault | {"vm_state": str(to), "task_state": None, "updated_at": now}
-    if tx.execute(OURS, _told(server, values)).rowcount:
+    with _moved(tx, server.id, now):
+        ours = tx.execute(OURS, _told(server, values)).rowcount
+    if ours:
         return True
     if facts:
         tx.execute(ANYBODYS, facts | {"updated_at": now, "the_id": server.id})
@@ -294,7 +316,9 @@ def change(tx: Tx, id: str, now: float | None, **facts: Any) -> None:
 def reset(tx: Tx, id: str, to: VM, now: float) -> None:
     """Declare the server idle in state `to`; the generation moves, so whoever was at it no longer owns it."""
     idle = {"vm_state": str(to), "task_state": None, "generation": T.c.generation + 1, "updated_at": now}
-    if not tx.execute(sa.update(T).where(T.c.id == id, T.c.deleted_at.is_(None)).values(idle)).rowcount:
+    with _moved(tx, id, now):
+        done = tx.execute(sa.update(T).where(T.c.id == id, T.c.deleted_at.is_(None)).values(idle)).rowcount
+    if not done:
         raise NotFound(f"Instance {id} could not be found.")
 
 
