@@ -139,10 +139,10 @@ MUTANTS = {
 
     # the store
     "where it runs is not told to a later verb": Mutant([
-        ("store/servers.py", '"task_state": None, "updated_at": now}\n    if tx.execute(OURS, _told(server, values)).rowcount:\n'
-                             "        return True\n    if facts:",
-                             '"task_state": None, "updated_at": now}\n    if tx.execute(OURS, _told(server, values)).rowcount:\n'
-                             "        return True\n    if False:")], [OWNERS, FLOWS], "delete overtakes build"),
+        ("store/servers.py", '"task_state": None, "updated_at": now}\n    with _moved(tx, server.id, now):\n        ours = tx.execute(OURS, _told(server, values)).rowcount\n'
+                             "    if ours:\n        return True\n    if facts:",
+                             '"task_state": None, "updated_at": now}\n    with _moved(tx, server.id, now):\n        ours = tx.execute(OURS, _told(server, values)).rowcount\n'
+                             "    if ours:\n        return True\n    if False:")], [OWNERS, FLOWS], "delete overtakes build"),
     "who no longer owns a server puts it down": Mutant([
         ("store/servers.py", 'sa.bindparam("the_id"), T.c.generation == sa.bindparam("ours")))', 'sa.bindparam("the_id")))')],
         [OWNERS, FLOWS], "delete overtakes stop"),

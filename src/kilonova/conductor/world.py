@@ -14,9 +14,9 @@ from kilonova.kit.bus import Send
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.errors import Unavailable
-from kilonova.model.ask import Ask, served
 from kilonova.kit.journal import Said, tell
 from kilonova.model import notices as words
+from kilonova.model.ask import Ask, served
 from kilonova.model.options import Config
 from kilonova.store import hosts, server_groups, servers
 from kilonova.store.trees import Trees

@@ -4,8 +4,6 @@ Pure: rows in, JSON-able dicts out.  Which event types follow from what happened
 those of the Compute service's notifications (its documentation, "Versioned notification samples").
 """
 
-import calendar
-import time
 import traceback
 from typing import Any
 
@@ -199,9 +197,9 @@ def action(
 
 def month(now: float) -> dict[str, Any]:
     """The period of audits as it is by default: what is gone of this month (UTC)."""
-    y, m, *_ = time.gmtime(now)
-    begun = {"audit_period_beginning": iso(calendar.timegm((y, m, 1, 0, 0, 0))), "audit_period_ending": iso(now)}
-    return wrapped("AuditPeriodPayload", "1.0", begun)
+    end = iso(now) or ""
+    period = {"audit_period_beginning": f"{end[:7]}-01T00:00:00Z", "audit_period_ending": end}
+    return wrapped("AuditPeriodPayload", "1.0", period)
 
 
 def update(s: Server, who: Who, before: Server | None, at: float = 0.0) -> dict[str, Any]:
