@@ -68,10 +68,14 @@ def test_a_server_lives(cloud: RealCloud) -> None:
     for verb, status in (
         ("pause", "PAUSED"),
         ("unpause", "ACTIVE"),
+        ("resize --flavor m1.micro", "VERIFY_RESIZE"),
+        ("resize revert", "ACTIVE"),
         ("suspend", "SUSPENDED"),
         ("resume", "ACTIVE"),
         ("reboot --hard --wait", "ACTIVE"),
         ("stop", "SHUTOFF"),
+        ("resize --flavor m1.micro", "VERIFY_RESIZE"),
+        ("resize confirm", "SHUTOFF"),
         ("start", "ACTIVE"),
         ("lock", "ACTIVE"),
         ("unlock", "ACTIVE"),
@@ -84,6 +88,8 @@ def test_a_server_lives(cloud: RealCloud) -> None:
     cloud.openstack(f"server set --name {SERVER} renamed")
     actions = {e["Action"] for e in cloud.json(f"server event list {server['id']}")}
     assert actions >= {"create", "pause", "unpause", "suspend", "resume", "reboot", "stop", "start", "lock", "unlock"}
+    assert actions >= {"resize", "revertResize", "confirmResize"}
+    assert "m1.micro" in str(cloud.json(f"server show {SERVER}")["flavor"])
     request = next(e["Request ID"] for e in cloud.json(f"server event list {server['id']}") if e["Action"] == "create")
     assert "compute__do_build_and_run_instance" in cloud.openstack(f"server event show {server['id']} {request}")
     cloud.openstack(f"server delete --wait {SERVER}")

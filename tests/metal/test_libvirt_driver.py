@@ -1,8 +1,4 @@
-"""The hypervisor that is real: guests that boot, disks that somebody lies about, and daemons that die.
-
-One private libvirtd for the whole file, in a network namespace of its own where we may make one, under a directory
-whose name is too long for a socket and has what shells stumble over.
-"""
+"""The hypervisor that is real: guests that boot, disks that somebody lies about, and daemons that die."""
 
 import contextlib
 import hashlib
@@ -17,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -27,162 +23,24 @@ import pytest
 from websockets.sync.client import connect
 
 import kilonova
-from kilonova.companions.guest import build
 from kilonova.console.proxy import Proxy
-from kilonova.kit.clock import Ids, WallClock
+from kilonova.kit.clock import WallClock
 from kilonova.kit.db import Db, meta
 from kilonova.kit.errors import NotFound, Refused, Unavailable, Unsupported
 from kilonova.kit.http import listen
 from kilonova.model.flavor import Flavor
-from kilonova.model.machine import BlankSource, Disk, Identity, ImageSource, Machine, Nic, VolumeSource
+from kilonova.model.machine import BlankSource, Disk, ImageSource, Machine, Nic, VolumeSource
 from kilonova.model.options import Compute, Console, Libvirt
 from kilonova.model.server import Server
 from kilonova.store import consoles, servers
-from kilonova.virt.driver import Attends, Captures, Consoles, Driver, Held, Hotplugs, Rebuilds, Rescues, can
+from kilonova.virt.driver import Attends, Captures, Consoles, Driver, Held, Hotplugs, Rebuilds, Rescues, Resizes, can
 from kilonova.virt.libvirt import host
 from kilonova.virt.libvirt.daemon import Private
 from kilonova.virt.libvirt.disks import ImageCache
-from kilonova.virt.libvirt.driver import LibvirtDriver
-from kilonova.virt.libvirt.keeper import started
+from tests.metal.lab import AS_ROOT, BOOT_S, MARKS, MIB, NUMBERS, Lab, ip, processes, until
 
 pytest.importorskip("libvirt", reason="libvirt's Python module is not installed")
-PATH = f"{os.environ.get('PATH')}:/usr/sbin:/sbin"
-ABSENT = [p for p in ("libvirtd", "qemu-system-x86_64", "qemu-img") if not shutil.which(p, path=PATH)]
-pytestmark = [pytest.mark.metal, pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")]
-
-AS_ROOT = os.geteuid() == 0
-BOOT_S = 120.0  # idle it is 5
-MIB = 1 << 20
-NUMBERS = iter(range(1, 1000))
-
-
-class Lab:
-    """A host with its images, and what a test wants to know of it."""
-
-    def __init__(
-        self, state_dir: Path, images: dict[str, bytes | Path], netns: str | None, options: Libvirt | None = None
-    ) -> None:
-        self.state_dir, self.images, self.netns = state_dir, images, netns
-        self.fetched: list[str] = []
-        self.drives: list[Machine] = []
-        self.driver = self.another(options)
-
-    def another(self, options: Libvirt | None = None, compute: Compute | None = None) -> LibvirtDriver:
-        """As a new life of Kilonova makes it."""
-        return LibvirtDriver(
-            self.state_dir,
-            options,
-            compute,
-            clock=WallClock(),
-            ids=Ids(),
-            fetch=self.fetch,
-            config_drive=self.drive,
-            netns=self.netns,
-            hostname="metal",
-        )
-
-    def fetch(self, image_id: str, write: Callable[[bytes], object]) -> None:
-        self.fetched.append(image_id)
-        image = self.images[image_id]
-        content = image.read_bytes() if isinstance(image, Path) else image
-        for at in range(0, len(content), 1 << 16):
-            write(content[at : at + (1 << 16)])
-
-    def drive(self, machine: Machine) -> bytes:
-        self.drives.append(machine)
-        return b"a config drive".ljust(4096, b"\0")
-
-    def source(self, image_id: str, disk_format: str, **said: Any) -> ImageSource:
-        image = self.images[image_id]
-        size = image.stat().st_size if isinstance(image, Path) else len(image)
-        return msgspec.convert(
-            {"image_id": image_id, "disk_format": disk_format, "size_bytes": size, "type": "image", **said}, ImageSource
-        )
-
-    def machine(self, **changes: Any) -> Machine:
-        number = next(NUMBERS)
-        id = f"0b1c2d3e-{os.getpid() % 65536:04x}-4000-8000-{number:012x}"
-        made = Machine(
-            id=id,
-            name=f"instance-{number:08x}",
-            vcpus=1,
-            memory_mb=128,
-            disks=[Disk("vda", self.source("guest", "raw"), size_bytes=256 * MIB, boot_index=0)],
-            nics=[],
-            identity=Identity(uuid=id, name="one <&\"'>", hostname="one", project_id="p"),
-            epoch=3,
-        )
-        return msgspec.structs.replace(made, **changes)
-
-    @contextlib.contextmanager
-    def spawned(self, **changes: Any) -> Iterator[Machine]:
-        machine = self.machine(**changes)
-        self.driver.spawn(machine, lambda said: None)
-        try:
-            yield machine
-        finally:
-            self.driver.destroy(machine.id)
-
-    def console(self, machine: Machine) -> str:
-        return self.driver.console_log(machine.id).decode(errors="replace")
-
-    def says(self, machine: Machine, text: str, after: int = 0) -> int:
-        """Waits until the guest says it; gives where it ends."""
-        until(lambda: text in self.console(machine)[after:], BOOT_S, lambda: self.console(machine)[-2000:])
-        return self.console(machine).index(text, after) + len(text)
-
-    def directory(self, machine: Machine) -> Path:
-        return self.state_dir / "instances" / machine.id
-
-
-def until(true: Callable[[], bool], timeout_s: float = 20.0, why: Callable[[], object] = lambda: "") -> None:
-    end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end, why()
-        time.sleep(0.02)
-
-
-def processes(word: str) -> list[int]:
-    """Those that live and were called with that word."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if word.encode() in path.read_bytes() and started(int(path.parent.name)):
-                found.append(int(path.parent.name))
-    return found
-
-
-def ip(*words: str) -> str:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=True, env={"PATH": PATH})
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def guest() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return build(Path(home) / "kilonova" / "guest", progress=print).disk
-
-
-@pytest.fixture(scope="module")
-def lab(guest: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    space = f"kilonova-metal-{os.getpid()}" if AS_ROOT else ""
-    if space:
-        ip("netns", "add", space)
-        ip("-n", space, "link", "add", "br-metal", "type", "bridge")
-        ip("-n", space, "link", "set", "br-metal", "up")
-    state = tmp_path_factory.mktemp("a host with a 'long' name & $HOME; ") / ("x" * 60)
-    state.mkdir()
-    try:
-        lab = Lab(state, {"guest": guest}, f"/run/netns/{space}" if space else None)
-        yield lab
-        for held in lab.driver.machines():
-            lab.driver.destroy(held.id)
-        lab.driver.close(stop_daemon=True)
-        until(lambda: not processes(str(state)), 20, lambda: processes(str(state)))
-    finally:
-        if space:
-            ip("netns", "delete", space)
-
+pytestmark = MARKS
 
 # ---- guests
 
@@ -255,7 +113,7 @@ def test_a_servers_life(lab: Lab) -> None:
 def test_a_guest_is_copied_rescued_and_made_anew(lab: Lab, tmp_path: Path) -> None:
     """Each guest counts its boots on its own disk: by that we know which disk it has."""
     driver = lab.driver
-    assert all(can(driver, kind) for kind in (Captures, Rebuilds, Rescues, Attends))
+    assert all(can(driver, kind) for kind in (Captures, Rebuilds, Rescues, Attends, Resizes))
     with lab.spawned() as machine:
         at = lab.says(machine, "login:", lab.says(machine, "boot 1 kernel up"))
         for disk_format in ("raw", "qcow2"):

@@ -44,7 +44,7 @@ def resize(call: Call, id: str) -> None:
         flavor = _new_flavor(call, tx, server, str(wish.flavor_ref))
         if not isinstance(wish.disk_config, UnsetType):
             servers.change(tx, id, call.world.clock.now(), disk_config=wish.disk_config)
-        same = call.world.config.compute.allow_resize_to_same_host
+        same = bool(call.world.config.compute.allow_resize_to_same_host)
         return _leave(call, tx, server, before, "resize", Kind.resize, flavor, same_host=same)
 
     call.world.wake(call.world.db.run(record))

@@ -9,6 +9,7 @@ import socket
 import urllib.parse
 from collections.abc import Callable, Container
 
+import msgspec
 import sqlalchemy as sa
 
 from kilonova import placement
@@ -101,6 +102,7 @@ class Cloud:
         consoles: socket.socket | None = None,
         roles: frozenset[str] = ALL,
     ) -> None:
+        config = alone(config) if roles >= ALL else config
         self.config, self.state, self.secrets, self.url, self.roles = config, state, secrets, url, roles
         self.process = p = Process(config, state)
         self.db = open_db(config, state)
@@ -404,6 +406,15 @@ class Cloud:
             for s in found
         )
         return "" if up else "No host has reported yet."
+
+
+def alone(config: options.Config) -> options.Config:
+    """Where there is one host, a resize that may not stay there would find none."""
+    c = config.compute
+    if c.allow_resize_to_same_host is not None:
+        return config
+    one = c.driver != "sim" or config.sim.hosts == 1
+    return msgspec.structs.replace(config, compute=msgspec.structs.replace(c, allow_resize_to_same_host=one))
 
 
 def _services(config: options.Config) -> dict[str, str]:

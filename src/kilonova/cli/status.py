@@ -10,7 +10,7 @@ import msgspec
 
 from kilonova.cli.client import line_to
 from kilonova.cli.state import StateDir, is_home
-from kilonova.virt.libvirt.driver import doors
+from kilonova.virt.libvirt.records import doors
 
 
 def main(parser: argparse.ArgumentParser, words: list[str]) -> int:

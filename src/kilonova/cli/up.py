@@ -222,7 +222,7 @@ def _demo(
     from kilonova.cli import demo
     from kilonova.cli.client import Client
     from kilonova.cli.cloud import Cloud
-    from kilonova.virt.libvirt.driver import doors
+    from kilonova.virt.libvirt.records import doors
 
     assert isinstance(cloud, Cloud)
     client = Client(url, secrets.admin_password, ca_file=cloud.config.tls.ca_file)

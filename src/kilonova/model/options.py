@@ -216,8 +216,13 @@ class Compute(Struct, frozen=True):
         ),
     ] = None
     allow_resize_to_same_host: A[
-        bool, Meta(description="A resize may leave a server where it is; a cold migration never does.")
-    ] = False
+        bool | None,
+        Meta(
+            description="A resize may leave a server where it is; a cold migration never does. Unset: only where the cloud is "
+            "one process with one host.",
+            examples=[True],
+        ),
+    ] = None
     resize_confirm_window_s: A[
         int, Meta(description="A resize that nobody confirms or reverts is confirmed after so long; 0 never.", ge=0)
     ] = 0

@@ -1,30 +1,24 @@
 """The hypervisor that is real: QEMU, with KVM where it is proved to work, through libvirt.
 
 A server is a directory, `instances/UUID`, and a domain of the same UUID.  The directory is made first and removed
-last, so whatever a crash leaves behind is listed by `machines()`:
+last, so whatever a crash leaves behind is listed by `machines()` (`records.py` reads them; of a server that has two
+machines, see `moves.py`):
 
     machine.json   what it is (0600, without the admin password)
     disks.json     where its disks lie                disk.vda …    the disks
     domain.xml     what libvirt was told              disk.config   the config drive
     console.log    what the guest said on its serial line, the newest `console_log_max_bytes`
     ssh.port       under QEMU's user networking: the port of the machine's loopback that leads to its ssh
-
-The console's file is written by QEMU alone, so a guest never waits for us and nothing is lost while we are away.  It is
-kept short by taking its head off from behind (FALLOC_FL_PUNCH_HOLE): no byte is copied, none is lost between a copy
-and a cut, and QEMU need not know.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import queue
-import re
 import shutil
 import socket
 import subprocess
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +26,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from kilonova.contracts.compute import Stats
+from kilonova.contracts.compute import Luggage, Stats
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable, Unsupported
 from kilonova.model.console import Kind, Where
@@ -53,24 +47,19 @@ from kilonova.model.options import Compute, Libvirt
 from kilonova.model.plan import connected_as
 from kilonova.model.rescue import rescued
 from kilonova.virt.driver import Held, Power, Progress
-from kilonova.virt.libvirt import care, disks, hotplug, volumes, xml
+from kilonova.virt.libvirt import care, console_log, disks, hotplug, moves, records, volumes, xml
 from kilonova.virt.libvirt import host as machine_host
 from kilonova.virt.libvirt.daemon import Link, Private, Running, library
+from kilonova.virt.libvirt.records import UUID, put
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-TAIL_BYTES = 100 * 1024  # of the console, that a caller is shown
 TRIM_EVERY_S = 5.0
 SAVE_BYTES_PER_S = 20 << 20  # what memory is written to disk with, at least
-FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
-BLOCK = 4096
 MOVE_S = 3600.0  # a volume from one place to another
 LOOKS = 4  # at a domain that changes while we look
 
-SSH_PORT = "ssh.port"
-
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Told = Literal["stopped", "rebooted", "unplugged", "changed"]
 
 
@@ -126,6 +115,7 @@ class LibvirtDriver:
         self.cells: list[Cell] = []
         self.version = 0
         self.closing = threading.Event()
+        moves.mended(self.instances)
         self._sweep()
 
         self.daemon: Running | Private
@@ -203,13 +193,15 @@ class LibvirtDriver:
     def machines(self) -> list[Held]:
         """Ours: domains that bear our mark or have a directory here, and directories without a domain."""
         self._sweep()
-        directories = self._directories()
+        names = self._names()
+        directories = {name for name in names if UUID.fullmatch(name)}
         domains = self.link.call(lambda conn: self._domains(conn, directories))
+        older = [Held(m.id, "shutdown", m.epoch) for m in moves.kept(names, self.instances)]
         held = [self._held(id, power) if id in directories else Held(id, power, epoch) for id, power, epoch in domains]
         here = {h.id for h in held}
         bare = sorted(id for id in directories - here if (self.instances / id).is_dir())  # still
         held += [self._held(id, "nostate") for id in bare]
-        return held
+        return older + held
 
     def _held(self, id: str, power: Power) -> Held:
         ports, volumes = self._devices(id)
@@ -286,7 +278,7 @@ class LibvirtDriver:
                     disk.device: self.workshop.lay(disk, number, directory, bases.get(disk.device))
                     for number, disk in enumerate(machine.disks)
                 }
-                _put(directory / "disks.json", msgspec.json.encode(laid), 0o600)
+                records.lay(directory, laid)
                 if machine.config_drive:
                     disks.config_drive(directory / xml.CONFIG_DRIVE, lambda: self.config_drive(machine), self.mode)
                 progress("starting")
@@ -311,14 +303,10 @@ class LibvirtDriver:
                         self._socket(id, kind).unlink()
                 if isinstance(self.daemon, Private):
                     (self.daemon.logs / "qemu" / Path(f"{machine.name}.log").name).unlink(missing_ok=True)
-            directory = self._directory(id)
-            if directory.is_dir():
-                gone = self.instances / f".{id}.{time.monotonic_ns()}"
-                directory.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+            moves.remove(moves.beside(self._directory(id)))
+            moves.remove(self._directory(id))
             self.known.pop(id, None)
-            self.epochs.pop(id, None)
-            self.devices.pop(id, None)
+            self._met(id)
 
     def remember(self, machine: Machine) -> None:
         """From its next start or hard reboot on it is this. Raises NotFound when it is not here."""
@@ -333,10 +321,10 @@ class LibvirtDriver:
         if age < 0:
             return []
         used: set[str] = set()
-        for id in self._directories():
-            if machine := self._machine(id):
+        for name in self._names():
+            if machine := records.machine_in(self.instances / name):
                 used |= {d.source.image_id for d in machine.disks if isinstance(d.source, ImageSource)}
-            if (other := care.rescued_with(self.instances / id)) and isinstance(other.disk.source, ImageSource):
+            if (other := care.rescued_with(self.instances / name)) and isinstance(other.disk.source, ImageSource):
                 used.add(other.disk.source.image_id)
         return self.cache.evict(used, age)
 
@@ -545,6 +533,26 @@ class LibvirtDriver:
                 self._hear(told, "unplugged", min(left, hotplug.RETRY_S))
         return True
 
+    # ---- cold moves
+
+    def prepare(self, machine: Machine) -> None:
+        moves.prepare(self, machine)
+
+    def depart(self, id: str, epoch: int, timeout_s: float) -> Luggage:
+        return moves.depart(self, id, epoch, timeout_s)
+
+    def arrive(self, machine: Machine, luggage: Luggage, start: bool, progress: Progress) -> None:
+        moves.arrive(self, machine, luggage, start, progress)
+
+    def come_back(self, machine: Machine, was: int, start: bool) -> None:
+        moves.come_back(self, machine, was, start)
+
+    def stay(self, id: str, power: Power) -> None:
+        moves.stay(self, id, power)
+
+    def drop(self, id: str, epoch: int) -> None:
+        moves.drop(self, id, epoch)
+
     # ---- made anew
 
     def rebuild(self, machine: Machine, progress: Progress) -> None:
@@ -589,7 +597,7 @@ class LibvirtDriver:
                 disks.config_drive(drive, lambda: self.config_drive(meanwhile), self.mode)
                 place = msgspec.structs.replace(place, config_drive=str(drive))
             self._define(meanwhile, place)
-            _put(apart / "rescue.json", msgspec.json.encode(other), 0o600)
+            put(apart / "rescue.json", msgspec.json.encode(other))
             self._run(meanwhile)
 
     def unrescue(self, id: str) -> None:
@@ -664,13 +672,7 @@ class LibvirtDriver:
         directory = self._directory(id)
         if not directory.is_dir():
             raise NotFound(f"Instance {id} could not be found.")
-        said = b""
-        # Another libvirtd's virtlogd turns files over: console.log.0 is the one before.
-        limit = min(TAIL_BYTES, self.compute.console_log_max_bytes)
-        for name in ("console.log", "console.log.0", "console.log.1", "console.log.2"):
-            if len(said) < limit:
-                said = _tail(directory / name, limit - len(said)) + said
-        return said
+        return console_log.said(directory, min(console_log.TAIL_BYTES, self.compute.console_log_max_bytes))
 
     def console(self, id: str, kind: Kind) -> Where:
         """As the running machine has it: it may have been made by an earlier release."""
@@ -733,7 +735,7 @@ class LibvirtDriver:
     def _define(self, machine: Machine, at: xml.Place | None = None) -> None:
         """Tells libvirt; the same again is no harm."""
         text = xml.domain_xml(machine, at or self._place(machine))
-        _put(self._directory(machine.id) / "domain.xml", text.encode(), 0o600)
+        put(self._directory(machine.id) / "domain.xml", text.encode())
         try:
             self.link.call(lambda conn: conn.defineXML(text))
         except self.lib.libvirtError as e:
@@ -833,22 +835,24 @@ class LibvirtDriver:
         return self.instances / id
 
     def _directories(self) -> set[str]:
-        return {path.name for path in self.instances.iterdir() if UUID.fullmatch(path.name)}
+        return {name for name in self._names() if UUID.fullmatch(name)}
+
+    def _names(self) -> set[str]:
+        """Of the servers' directories, and of those with the machines that are kept."""
+        return {p.name for p in self.instances.iterdir() if UUID.fullmatch(p.name.removesuffix(moves.BESIDE))}
 
     def _remember(self, machine: Machine) -> None:
-        kept = msgspec.structs.replace(machine, admin_password="")
-        _put(self._directory(machine.id) / "machine.json", msgspec.json.encode(kept), 0o600)
+        records.remember(self._directory(machine.id), machine)
         self.epochs[machine.id] = machine.epoch
         self.devices[machine.id] = _devices_of(machine)
 
+    def _met(self, id: str) -> None:
+        """Another machine may have this name by now."""
+        self.epochs.pop(id, None)
+        self.devices.pop(id, None)
+
     def _machine(self, id: str) -> Machine | None:
-        try:
-            return msgspec.json.decode((self._directory(id) / "machine.json").read_bytes(), type=Machine)
-        except FileNotFoundError:
-            return None
-        except msgspec.MsgspecError as e:
-            logger.error("the machine of %s cannot be read: %s", id, e)
-            return None
+        return records.machine_in(self._directory(id))
 
     def _known(self, id: str) -> Machine:
         if machine := self._machine(id):
@@ -898,14 +902,10 @@ class LibvirtDriver:
         )
 
     def _laid(self, id: str) -> dict[str, xml.Laid]:
-        """Where its disks lie, by the names that the guest has for them."""
-        try:
-            return msgspec.json.decode((self._directory(id) / "disks.json").read_bytes(), type=dict[str, xml.Laid])
-        except OSError:
-            raise Refused("The disks of the server are missing on this host.") from None
+        return records.laid_in(self._directory(id))
 
     def _lay(self, id: str, laid: dict[str, xml.Laid]) -> None:
-        _put(self._directory(id) / "disks.json", msgspec.json.encode(laid), 0o600)
+        records.lay(self._directory(id), laid)
 
     def _apart(self, machine: Machine) -> xml.Apart:
         if all(nic.vif_type != "user" for nic in machine.nics):
@@ -915,12 +915,12 @@ class LibvirtDriver:
 
     def _ssh_port(self, id: str) -> int:
         """A free port of the machine's loopback: the one it had, as long as nobody else took it."""
-        file, found = self._directory(id) / SSH_PORT, 0
-        for port in (ssh_port(file.parent), 0):
+        file, found = self._directory(id) / records.SSH_PORT, 0
+        for port in (records.ssh_port(file.parent), 0):
             with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as tried:
                 found = tried.getsockname()[1]
                 break
-        _put(file, str(found).encode(), 0o600)
+        put(file, str(found).encode())
         return found
 
     def _cpu_model(self) -> str:
@@ -939,7 +939,7 @@ class LibvirtDriver:
             return self.daemon.host_uuid
         kept = self.state_dir / "host_uuid"
         if not kept.exists():
-            _put(kept, ids.uuid().encode(), 0o600)
+            put(kept, ids.uuid().encode())
         return kept.read_text().strip()
 
     def _sweep(self) -> None:
@@ -1050,11 +1050,9 @@ class LibvirtDriver:
 
     def trim_console_logs(self) -> None:
         """Keeps each at most a quarter longer than the option says."""
-        most = self.compute.console_log_max_bytes
         for path in self.instances.glob("[!.]*/console.log"):
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_blocks * 512 > most + max(most // 4, 2 * BLOCK):
-                    _behead(path, most)
+                console_log.trim(path, self.compute.console_log_max_bytes)
 
 
 class _Own:
@@ -1082,20 +1080,6 @@ REASONS = {
 }
 
 
-def ssh_port(directory: Path) -> int:
-    """The port of the machine's loopback that leads to the ssh of a server with this directory; 0: none does."""
-    try:
-        return int((directory / SSH_PORT).read_text())
-    except (OSError, ValueError):
-        return 0
-
-
-def doors(state_dir: Path) -> dict[str, int]:
-    """Of a host: server → the port of the machine's loopback that leads to its ssh. Asks nobody, files tell."""
-    found = {path.parent.name: ssh_port(path.parent) for path in (state_dir / "instances").glob(f"[!.]*/{SSH_PORT}")}
-    return {id: port for id, port in sorted(found.items()) if port}
-
-
 def _devices_of(machine: Machine) -> tuple[list[str], list[str]]:
     return [nic.port_id for nic in machine.nics], volumes_of(machine)
 
@@ -1103,14 +1087,6 @@ def _devices_of(machine: Machine) -> tuple[list[str], list[str]]:
 def _disk_of(machine: Machine | None, volume_id: str) -> Disk | None:
     found = (d for d in machine.disks if isinstance(d.source, VolumeSource)) if machine else ()
     return next((d for d in found if d.source.volume_id == volume_id), None)  # type: ignore[union-attr]
-
-
-def _put(path: Path, content: bytes, mode: int) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as out:
-        out.write(content)
-    part.replace(path)
 
 
 def _is_link(name: str) -> bool:
@@ -1125,39 +1101,3 @@ def _ip(*words: str) -> None:
     done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=30, check=False)
     if done.returncode:
         raise Refused("A network of the server is missing on this host.", why=done.stderr.strip())
-
-
-# ---- files with their head off
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def _behead(path: Path, keep_bytes: int) -> None:
-    """Gives back the disk space of all but the end. Who writes to it notices nothing.
-
-    Where the file system cannot (it is old, or over a network), the end is copied aside and the file emptied; what
-    is written between the two is lost.
-    """
-    with path.open("rb+") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = (size - keep_bytes) // BLOCK * BLOCK
-        if head <= 0:
-            return
-        mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-        if _libc.fallocate(file.fileno(), mode, 0, head) == 0:
-            return
-        path.with_name(path.name + ".0").write_bytes(_tail(path, keep_bytes))
-        file.truncate(0)
-
-
-def _tail(path: Path, most: int) -> bytes:
-    """The end of it, from where there is something; b"" where it is not."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = os.lseek(file.fileno(), max(0, size - most), os.SEEK_DATA)
-            file.seek(start)
-            return file.read(most)
-    except OSError:  # not there, or nothing but a hole
-        return b""
