@@ -2,6 +2,7 @@
 
 import pytest
 
+from kilonova.cli.cloud import alone
 from kilonova.kit.bus import opened
 from kilonova.kit.journal import RUNS, STEPS
 from kilonova.model import options
@@ -155,6 +156,15 @@ def test_the_same_host_where_the_operator_allows_it(tmp_path):
             s.act(word, ok=202 if word == "revertResize" else 204)
             assert (s.status, cloud.states["h0"].kept) == ("ACTIVE", {})
             assert read(s) == ("before" if word == "revertResize" else "after")
+
+
+def test_a_cloud_of_one_host_is_one_where_it_is_allowed():
+    def allowed(said: bool | None, driver: str = "libvirt", hosts: int = 1) -> bool | None:
+        compute = options.Compute(allow_resize_to_same_host=said, driver=driver)
+        return alone(Config(compute=compute, sim=options.Sim(hosts=hosts))).compute.allow_resize_to_same_host
+
+    assert allowed(None) and allowed(None, "sim") and allowed(True, "sim", 2)
+    assert not (allowed(False) or allowed(None, "sim", 2))
 
 
 @pytest.mark.parametrize("at", ["prepare", "depart", "arrive", "start"])
