@@ -131,6 +131,18 @@ def test_who_has_a_share_stays_where_he_is(cloud):
     assert rules(cloud, id) == [] and locks(cloud, id) == []
 
 
+def test_who_is_being_deleted_is_not_kept_from_it(cloud):
+    """Whatever runs, a share may be asked for or given back; who is at work stays the owner."""
+    s, id, other = stopped(cloud), share(cloud), share(cloud)
+    attach(cloud, s, id)
+    s.delete(settle=False)
+    detach(cloud, s, id, settle=False)
+    attach(cloud, s, other, settle=False)
+    cloud.settle()
+    assert s.row.vm_state == "deleted" and s.row.task_state is None
+    assert [rules(cloud, x) for x in (id, other)] == [[], []]
+
+
 def test_two_servers_of_one_host_have_the_same_share(tmp_path):
     with telling(tmp_path, hosts=1) as cloud:
         one, two, id = stopped(cloud), stopped(cloud, "two"), share(cloud)

@@ -256,6 +256,7 @@ def delete(call: Call, server_id: str, id: str) -> None:
     def record(tx: Tx) -> str:
         server = the_server(call, tx, server_id)
         unlocked(call, server)
+        servers.check(server, VERBS["detach_interface"])
         plug = _plug(server, id)
         if plug is None:
             raise NotFound(f"Port id {id} could not be found.")

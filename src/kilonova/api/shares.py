@@ -84,7 +84,7 @@ def create(call: Call, server_id: str) -> dict[str, Any]:
 
     def record(tx: Tx) -> str:
         now = world.clock.now()
-        server = servers.begin(tx, server_id, VERBS["attach_share"], now)
+        server = _free(tx, server_id, "attach_share")
         shares.add(tx, share)
         why = cause(call, "attach_share")
         job = AttachJob(server, share)
@@ -92,6 +92,16 @@ def create(call: Call, server_id: str) -> dict[str, Any]:
 
     world.wake(world.db.run(record))
     return {"share": _whole(call, share, server)}
+
+
+def _free(tx: Tx, id: str, verb: str) -> Server:
+    """The server, if it is in a state for this, and nobody moves it meanwhile. Raises Conflict.
+
+    It is not claimed: whatever is being done to it goes on, and who does it is its owner.
+    """
+    server = servers.held(tx, id)
+    servers.check(server, VERBS[verb])
+    return server
 
 
 def _able(world: World, tx: Tx, server: Server) -> None:
@@ -141,11 +151,10 @@ def delete(call: Call, server_id: str, id: str) -> None:
 
     def record(tx: Tx) -> str:
         now = world.clock.now()
-        server = known_server(call, tx, server_id)
-        servers.check(server, VERBS["detach_share"])
+        known_server(call, tx, server_id)
+        server = _free(tx, server_id, "detach_share")
         share = _the_share(tx, server_id, id)
         reachable(world, server, DetachShare.__name__)
-        server = servers.begin(tx, server_id, VERBS["detach_share"], now)
         if not shares.change(tx, share.uuid, ["", "error"], busy="detaching"):
             raise Conflict(f"Share {share.share_id} is {status(share, server)}: it cannot be detached now.")
         job, why = DetachJob(server, share, was=share.busy), cause(call, "detach_share")
