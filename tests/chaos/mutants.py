@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS_S, SEEDS_S, CRASHES_S = 100, 150, 150
-SEEDS = 40
+SEEDS = int(os.environ.get("SEEDS", "40"))
 
 BUS, ENGINE, FLOWS = "tests/pure/test_bus.py", "tests/store/test_workflow.py", "tests/cloud/test_flows.py"
 LATE = "tests/store/test_workflow_faults.py::test_a_commit_that_is_carried_out_late_lets_nobody_in"
@@ -136,6 +136,64 @@ MUTANTS = {
         ("conductor/evacuate.py", "    if up:\n", "    if False:\n")], [f"{MOVES}::test_who_is_back_in_time_keeps_his_servers"], "evacuate"),
     "an epoch is given out twice": Mutant([
         ("store/migrations.py", "max(server.epoch, int(highest or 0)) + 1", "server.epoch + 1")], ["tests/store/test_migrations.py"]),
+
+    "an evacuation that is undone leaves its machine": Mutant([
+        ("conductor/evacuate.py", "return To(goal.place.host, Destroy(server=server.id, epoch=goal.epoch))",
+                                  "return To(goal.place.host, Destroy(server=server.id, epoch=-1))")],
+        [MOVES], "delete overtakes evacuate"),
+    "a shelved server keeps its place": Mutant([
+        ("conductor/shelve.py", "    placement.release(tx, server.id, now=now)\n    facts", "    facts")],
+        ["tests/cloud/test_shelve.py"], "shelve, unshelve"),
+    "the image of a shelved server stays": Mutant([
+        ("conductor/delete.py", "    if found.image is not None:\n        run(forget_image, found.image)\n    run(deleted,", "    run(deleted,")],
+        ["tests/cloud/test_shelve.py"], "delete overtakes shelve"),
+    "delete forgets volumes": Mutant([
+        ("conductor/delete.py", "    if found.volumes:\n", "    if False:\n")],
+        ["tests/cloud/test_attach.py"], "build with volume, delete"),
+    "an attachment that failed stays in the machine": Mutant([
+        ("conductor/attach.py", 'volume_id=device.volume_id or "", timeout_s=0, anyway=True)',
+                                'volume_id="", timeout_s=0, anyway=True)')],
+        ["tests/cloud/test_attach.py"], "delete overtakes attach volume"),
+    "a volume that could not be attached stays reserved": Mutant([
+        ("conductor/attach.py", "        world.neighbours.volume.release(a.id)\n\n\nclass Place", "        pass\n\n\nclass Place")],
+        ["tests/cloud/test_attach.py"], "attach, detach volume"),
+
+    # look first, take then: what READ COMMITTED lets others do in between
+    "a server is looked at and then taken": Mutant([
+        ("store/servers.py", "    if tx.execute(BEGIN.of(verb, lambda: _begin(verb)), told).rowcount:",
+                             "    check(get(tx, id), verb)\n    if tx.execute(BEGIN.of(verb, lambda: _begin(verb)), told).rowcount:"),
+        ("store/servers.py", "return sa.update(T).where(*where).values(taken)",
+                             "return sa.update(T).where(where[0]).values(taken)")], [OWNERS, FLOWS], "delete overtakes stop"),
+    "room is looked at and then taken": Mutant([
+        ("store/placement.py", "    _moved(tx, provider, now)\n    if wanted:\n        told = ",
+         "    for r in tx.execute(sa.select(INVENTORIES).where(_i.provider == provider)):\n"
+         "        if r.used + wanted.get(r.resource_class, 0) > (r.total - r.reserved) * r.allocation_ratio:\n"
+         "            raise NoCapacity('There is no room left.')\n"
+         "    _moved(tx, provider, now)\n    if wanted:\n        told = "),
+        ("store/placement.py", "        .where(_i.used + n <= (_i.total - _i.reserved) * _i.allocation_ratio)\n", "")], [PLACES]),
+    "a group is counted without being held": Mutant([
+        ("store/server_groups.py", 'if server.group_id is None or not tx.execute(HOLD_STRICT, {"the_id": server.group_id}).rowcount:',
+                                   "if server.group_id is None:"),
+        ("store/server_groups.py", 'group = tx.execute(ONE, {"the_id": server.group_id}).one()\n',
+         'group = tx.execute(ONE, {"the_id": server.group_id}).one()\n    if group.policy not in VIOLATED:\n        return\n')],
+        [GROUPS]),
+    "a quota is counted without being held": Mutant([
+        ("store/quotas.py", "    if one_writer(tx):\n", "    if True:\n")], [OWNERS]),
+    "who was alone last is not compared": Mutant([
+        ("kit/workflow.py", 'ALONE.c.run == _b("seen")', '_b("seen") != ""')], [ENGINE], "delete overtakes stop"),
+    "a volume is read without its lock": Mutant([
+        ("store/volumes.py", '.where(VOLUMES.c.id == sa.bindparam("the_id")).with_for_update())',
+                             '.where(VOLUMES.c.id == sa.bindparam("the_id")))')], ["tests/cloud/test_volume.py"]),
+    "what is given back is read without its lock": Mutant([
+        ("store/placement.py", "sa.select(ALLOCATIONS).where(*still).with_for_update()", "sa.select(ALLOCATIONS).where(*still)")],
+        [PLACES]),
+    "a run is looked at and then taken": Mutant([
+        ("kit/workflow.py", "        if not unit.opened().execute(TAKE, self._terms(id)).rowcount:",
+         '        now, r = self.clock.now(), unit.opened().execute(RUN, {"the_id": id}).first()\n'
+         '        if r is None or r.state != "running" or r.due > now or r.lease > now:\n            return None\n'
+         "        if not unit.opened().execute(TAKE, self._terms(id)).rowcount:"),
+        ("kit/workflow.py", 'TAKE = ready(sa.update(RUNS).where(_r.id == _b("the_id"), _free)',
+                            'TAKE = ready(sa.update(RUNS).where(_r.id == _b("the_id"), _b("now") > 0)')], [ENGINE]),
 
     # the store
     "where it runs is not told to a later verb": Mutant([

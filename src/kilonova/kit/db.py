@@ -149,6 +149,11 @@ def claim(tx: Tx, statement: sa.Update, parameters: dict[str, Any] | None = None
     return bool(tx.execute(statement, parameters or {}).rowcount)
 
 
+def one_writer(tx: Tx) -> bool:
+    """Does nobody else write before this transaction ends? So it is with SQLite, but for the simulator's."""
+    return tx.dialect.name == "sqlite" and tx.dialect.driver != "memory"
+
+
 def anywhere(text: str) -> str:
     """LIKE's pattern for this text at any place, for `LIKE … ESCAPE '/'`."""
     return "%" + re.sub(r"([%_/])", r"/\1", text) + "%"

@@ -15,9 +15,8 @@ at any time.  So every history told here is one that those databases can tell; t
 """
 
 import sqlite3
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -75,6 +74,11 @@ class Memory(Db):
         self.wire.execute("PRAGMA foreign_keys = ON")
         self.statements = self.commits = self.waits = self.refusals = self.interludes = 0
 
+    def connected(self) -> Any:
+        line = self.engine.connect()
+        line.begin()  # to SQLAlchemy each is in one transaction for ever
+        return line
+
     def abandon(self) -> None:
         """Nobody is in a transaction any longer: their cloud is over."""
         if self.inside is not None:
@@ -82,7 +86,7 @@ class Memory(Db):
         self.works.clear()
 
     def tx(self, open: bool = False) -> Any:
-        return self._work(open)
+        return _Work(self, open)
 
     read = tx
 
@@ -90,21 +94,6 @@ class Memory(Db):
         """Once, when all tables are there: who writes a row says so."""
         for table in meta.tables.values():
             self.wire.executescript(_triggers(table))
-
-    @contextmanager
-    def _work(self, open: bool) -> Iterator[Tx]:
-        line: Any = self.free.pop() if self.free else self.engine.connect()
-        if not line.in_transaction():
-            line.begin()
-        line.work = work = _Work(self, open)
-        self.works.append(work)
-        try:
-            yield line
-            work.commit()
-        finally:
-            line.work = None
-            work.end()
-            self.free.append(line)
 
     def _touched(self, table: str, which: int, *values: Any) -> None:
         if None not in values:  # NULLs are all different
@@ -119,7 +108,9 @@ class Memory(Db):
 
 
 class _Work:
-    """One transaction."""
+    """One transaction. Leaving the block commits; an exception rolls back."""
+
+    __slots__ = ("db", "line", "locks", "open", "rows", "waits_for", "wakes", "wrote")
 
     def __init__(self, db: Memory, open: bool) -> None:
         self.db, self.open = db, open
@@ -129,44 +120,64 @@ class _Work:
         self.waits_for: _Work | None = None
         self.wakes: list[Callable[[], None]] = []  # those who wait for its end
 
-    def send(self, do: Callable[[], Any]) -> Any:
+    def __enter__(self) -> Tx:
+        free = self.db.free
+        self.line = line = free.pop() if free else self.db.connected()
+        line.work = self
+        self.db.works.append(self)
+        return line
+
+    def __exit__(self, kind: Any, trouble: Any, trace: Any) -> None:
+        try:
+            if trouble is None and self.wrote:
+                self._come_in()
+                self._tell("COMMIT")
+                self.db.commits += 1
+        finally:
+            self._step_aside()  # however it ends, it holds nothing any longer
+            self.line.work = None
+            self.db.free.append(self.line)
+            if self in self.db.works:
+                self.db.works.remove(self)
+            for wake in self.wakes:
+                wake()
+
+    def send(self, do: Callable[..., Any], statement: Any, parameters: Any, options: Any) -> Any:
         """A statement; once it has what it must lock."""
         db = self.db
         if self.open:
             db.between()
         while True:
-            self._come_in()
+            if db.inside is not self:
+                self._come_in()
             db.sent.clear()
             db.touched.clear()
-            found = do()
-            wanted = set(db.touched)
-            for _, text, values in db.sent:
-                wanted.update(_locked(db.wire, text, values))
-            owner = None
-            if len(db.works) > 1 and wanted:
-                owner = next((w for w in db.works if w is not self and not w.locks.isdisjoint(wanted)), None)
-            if owner is None:
+            found = do(self.line, statement, parameters, execution_options=options)
+            wanted = self._wanted()
+            if not wanted or (owner := self._owner(wanted)) is None:
                 break
             self._step_aside()
             self._wait(owner)
-        self.locks |= wanted
-        self.rows |= db.touched
+        if wanted:
+            self.locks |= wanted
+            self.rows |= db.touched
         self.wrote += [(text, values, c.rowcount) for c, text, values in db.sent if not text.startswith("SELECT")]
         return found
 
-    def commit(self) -> None:
-        if self.wrote:
-            self._come_in()
-            self._tell("COMMIT")
-            self.db.commits += 1
+    def _wanted(self) -> set[Key]:
+        """What the statement that was just sent must lock."""
+        wanted = set(self.db.touched)
+        for _, text, values in self.db.sent:
+            if text.endswith("*/"):
+                wanted.update(_locked(self.db.wire, text, values))
+        return wanted
 
-    def end(self) -> None:
-        """However it ends, it holds nothing any longer."""
-        self._step_aside()
-        if self in self.db.works:
-            self.db.works.remove(self)
-        for wake in self.wakes:
-            wake()
+    def _owner(self, wanted: set[Key]) -> "_Work | None":
+        """Another who has locked some of it."""
+        works = self.db.works
+        if len(works) == 1:
+            return None
+        return next((w for w in works if w is not self and not w.locks.isdisjoint(wanted)), None)
 
     def _come_in(self) -> None:
         """Be inside, with all that it has written so far."""
@@ -228,39 +239,44 @@ class _Line(sa.Connection):
     work: _Work | None = None
 
     def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
-        how = super().execute
         if self.work is None:
-            return how(statement, parameters, execution_options=execution_options)
-        return self.work.send(lambda: how(statement, parameters, execution_options=execution_options))
+            return super().execute(statement, parameters, execution_options=execution_options)
+        return self.work.send(sa.Connection.execute, statement, parameters, execution_options)
 
     def scalars(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
         return self.execute(statement, parameters, execution_options=execution_options).scalars()
 
 
-class _Wire(sqlite3.Connection):
-    def cursor(self, factory: Any = None) -> Any:
-        return super().cursor(_Cursor)
-
-
 class _Cursor(sqlite3.Cursor):
     """All rows are there at once: who stands aside may have read but half of them."""
 
-    rows: deque[Any] = deque()
+    rows: Iterator[Any] = iter(())
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
-        super().execute(statement, parameters)
-        self.rows = deque(super().fetchall()) if self.description else deque()
+        _execute(self, statement, parameters)
+        if self.description:
+            self.rows = iter(_fetchall(self))
         return self
 
     def fetchone(self) -> Any:
-        return self.rows.popleft() if self.rows else None
+        return next(self.rows, None)
 
     def fetchall(self) -> list[Any]:
-        rows, self.rows = list(self.rows), deque()
-        return rows
+        return list(self.rows)
 
     def fetchmany(self, size: int | None = 1) -> list[Any]:
-        return [self.rows.popleft() for _ in range(min(size or 1, len(self.rows)))]
+        return list(islice(self.rows, size or 1))
+
+
+_execute, _fetchall = sqlite3.Cursor.execute, sqlite3.Cursor.fetchall
+
+
+class _Wire(sqlite3.Connection):
+    def cursor(self, factory: Any = _Cursor) -> Any:
+        return _cursor(self, factory)
+
+
+_cursor = sqlite3.Connection.cursor
 
 
 class _Compiler(SQLiteCompiler):

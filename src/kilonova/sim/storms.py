@@ -73,6 +73,7 @@ class User:
         status, body = self.api.ask("POST", "/servers", {"server": wish} | hints)
         if status == 202:
             self.known[name] = body["server"]["id"]
+            self.sim.within_quota()
 
     def group(self, policy: str) -> str:
         if policy not in self.groups:

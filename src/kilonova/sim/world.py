@@ -15,7 +15,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from kilonova.model.machine import Machine
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.database import Memory
 from kilonova.sim.invariants import wrong
-from kilonova.store import catalog
+from kilonova.store import catalog, quotas
 from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged, seated, shared, used
 
 BEGAN = 1_800_000_000.0
@@ -54,8 +54,13 @@ LARGE = Flavor("large", "large", 2, 1536, 10)
 PINNED = Flavor("pinned", "pinned", 1, 1024, 10, extra_specs={"hw:cpu_policy": "dedicated"})
 URL = "http://cloud.sim"
 PASSWORD = "of the simulator"
+MOST = 7  # servers of the only project
 QUIET = frozenset({"Report", "report", "turn"})  # these would drown the others
-CONFIG = options.Config(compute=options.Compute(max_concurrent_builds=0), workers=options.Workers(lease_s=30))
+CONFIG = options.Config(
+    compute=options.Compute(max_concurrent_builds=0),
+    workers=options.Workers(lease_s=30),
+    quota=options.Quota(instances=MOST),
+)
 
 
 class Crash(BaseException):
@@ -296,6 +301,13 @@ class Sim:
                     found += against(tx, h.name, told, self.now)
         return found
 
+    def within_quota(self) -> None:
+        """Never has a project more than it may have."""
+        with self.db.read() as tx:
+            n = quotas.usage(tx, self.user.project_id or "").instances
+        if n > MOST:
+            self.wrong.append(f"there were {n} servers of {MOST} at {self.now - BEGAN:.1f}")
+
     def twins(self, id: str) -> None:
         """Two hosts that are both well must not run the same server."""
         at = [
@@ -339,10 +351,9 @@ class SimDb:
             raise sa.exc.OperationalError("commit", {}, Exception("connection lost"))
         sim.boundary(self.process, "after a transaction")
 
-    @contextmanager
-    def read(self) -> Iterator[Tx]:
-        with self.sim.db.read(open=True) as tx:
-            yield tx
+    def read(self) -> AbstractContextManager[Tx]:
+        look: AbstractContextManager[Tx] = self.sim.db.read(open=True)
+        return look
 
     run: Any = Db.run
     look: Any = Db.look

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from kilonova.kit.db import Tx, meta
+from kilonova.kit.db import Tx, meta, one_writer
 from kilonova.kit.errors import OverQuota
 from kilonova.kit.ready import ready
 from kilonova.model import options
@@ -168,8 +168,8 @@ def _exceeded(over: list[str], wanted: dict[str, int], used: Usage, allowed: dic
 
 def lock(tx: Tx, project_id: str) -> None:
     """UPDATE quota_locks SET n = n + 1 WHERE project_id = … : whoever comes second waits for the first's end."""
-    if tx.dialect.name == "sqlite":
-        return  # one writer
+    if one_writer(tx):
+        return
     bump = sa.update(LOCKS).where(LOCKS.c.project_id == project_id).values(n=LOCKS.c.n + 1)
     if not tx.execute(bump).rowcount:
         try:
