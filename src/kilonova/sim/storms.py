@@ -23,7 +23,9 @@ VERBS: list[tuple[str, Any]] = [
     ("createBackup", {"name": "backup", "backup_type": "daily", "rotation": 1}),
     ("rebuild", lambda sim: {"imageRef": sim.image_id}),
     ("changePassword", {"adminPass": "of the guest"}),
+    ("trigger_crash_dump", None),
 ]
+CALAMITIES = ["", "", "broker", "database", "cut off", "stopped", "without disk"]
 # There and back again.
 ERRANDS: list[list[tuple[str, Any]]] = [
     [("shelve", None), ("unshelve", None)],
@@ -101,6 +103,14 @@ class User:
             status, body = self.api.ask("GET", path, token="admin")
             for m in body["migrations"] if status == 200 else ():
                 self.api.ask("DELETE", f"{path}/{m['id']}", token="admin")
+
+    def force(self, name: str) -> None:
+        """Its live migration shall come to an end."""
+        if name in self.known:
+            path = f"/servers/{self.known[name]}/migrations"
+            status, body = self.api.ask("GET", path, token="admin")
+            for m in body["migrations"] if status == 200 else ():
+                self.api.ask("POST", f"{path}/{m['id']}/action", {"force_complete": None}, token="admin")
 
     def evacuate(self) -> None:
         """All servers of hosts that are down, as an operator does who looks at the list."""
@@ -180,7 +190,9 @@ def storm(sim: Sim, round: int = 0) -> None:
         user.later(born, user.create, name, sim.dice.choice(GROUPS), sim.dice.choice(VOLUMES))
         for _ in range(sim.dice.randrange(4)):
             verb, said = sim.dice.choice(VERBS)
-            user.later(born + sim.dice.uniform(5, 200), user.act, name, verb, said)
+            user.later(at := born + sim.dice.uniform(5, 200), user.act, name, verb, said)
+            if sim.dice.random() < 0.3:  # twice at once, or nearly
+                user.later(at + sim.dice.uniform(0, 1), user.act, name, verb, said)
         for _ in range(sim.dice.randrange(4)):
             what = sim.dice.choice([user.attach, user.detach, user.attach_volume, user.detach_volume, user.swap_volume])
             user.later(born + sim.dice.uniform(5, 200), what, name)
@@ -197,6 +209,8 @@ def storm(sim: Sim, round: int = 0) -> None:
                 second_thoughts(sim, user, name, ends)
     for _ in range(4):
         user.later(sim.dice.uniform(60, 300), user.evacuate)
+    if calamity := sim.dice.choice(CALAMITIES):
+        sim.at(sim.dice.uniform(20, 250), sim.calamity, calamity, sim.dice.choice([sim.dice.uniform(2, 15), 40, 120]))
     sim.run(sim.now + 300)
 
 
@@ -207,7 +221,7 @@ def journey(sim: Sim, user: User, name: str, at: float) -> None:
     for _ in range(sim.dice.randrange(0, 3) if verb == "os-migrateLive" else 2):
         at += sim.dice.choice([sim.dice.uniform(0, 8), sim.dice.uniform(0, 60)])
         if verb == "os-migrateLive":
-            user.later(at, user.abort, name)
+            user.later(at, sim.dice.choice([user.abort, user.abort, user.force]), name)
         else:
             user.later(at, user.act, name, sim.dice.choice(["confirmResize", "revertResize"]), None)
 

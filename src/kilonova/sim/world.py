@@ -8,6 +8,7 @@ random, so a seed is a history.
 """
 
 import collections
+import errno
 import hashlib
 import heapq
 import itertools
@@ -81,7 +82,7 @@ class Faults(msgspec.Struct, frozen=True):
     unavailable: float = 0.1  # of neighbours, before they act or after
     for_good: float = 0.1  # of a host's crashes
     power_cut: float = 0.2  # of a host's crashes: its guests are off as well
-    between: float = 0.03  # of statements in a transaction, before which others have their turn
+    between: float = 0.06  # of statements in a transaction, before which others have their turn
 
 
 CALM = Faults(*[0.0] * 12)
@@ -115,6 +116,7 @@ class Sim:
         self.config = msgspec.structs.replace(
             CONFIG, compute=msgspec.structs.replace(CONFIG.compute, reclaim_interval_s=restorable_s)
         )
+        self.gone = {"broker": 0.0, "database": 0.0}  # until when
         self.wrong: list[str] = []
         self.where, self.crashes, self.history = "?", 0, hashlib.sha256()
         self.patience: dict[Any, float] = {}
@@ -166,6 +168,22 @@ class Sim:
         volume.resume(self.volumes)
         self.at(30, self._storage_goes_on)
 
+    # -- calamities: they last a while, and all are over when the storm is
+
+    def calamity(self, what: str, seconds: float) -> None:
+        """The broker or the database is gone; or one of those who take part is cut off, stopped, or has no disk left."""
+        until = self.now + seconds
+        if what in self.gone:
+            self.tell(f"the {what} is gone for {seconds:.0f} s")
+            self.gone[what] = until
+            return
+        whom: Process = self.dice.choice([*self.hosts.values(), *(self.conductors if what == "stopped" else ())])
+        self.tell(f"{whom.name} is {what} for {seconds:.0f} s")
+        whom.until[what] = until
+
+    def lacks(self, what: str) -> bool:
+        return self.gone[what] > self.now
+
     # -- time
 
     def at(self, delay: float, func: Callable[..., Any], *args: Any) -> None:
@@ -187,6 +205,9 @@ class Sim:
         process, life, where = me.process, me.life, self.where
         self.at(seconds, me.switch)
         self.hub.switch()
+        while process.until["stopped"] > self.now:
+            self.at(process.until["stopped"] - self.now, me.switch)
+            self.hub.switch()
         self.where = where
         if process.life != life:
             raise greenlet.GreenletExit
@@ -206,6 +227,8 @@ class Sim:
 
     def _between(self) -> None:
         """In the middle of a transaction: others may have their turn, and more than one."""
+        if self.lacks("database"):
+            raise sa.exc.OperationalError("", {}, Exception("connection refused"))
         if self.chance("between") and greenlet.getcurrent() is not self.hub:
             self.pause(self.dice.expovariate(2.0))
 
@@ -244,10 +267,21 @@ class Sim:
             delay = (self.dice.expovariate(5.0) if self.faults is not CALM else 0.05) + (
                 self.dice.uniform(0, 30) if self.chance("slow") else 0
             )
-            self.at(delay, self.deliver, to, raw)
+            self.at(delay, self._posted, process, process.life, to, raw)
         self.boundary(process, f"after a letter to {kind}")
 
+    def _posted(self, process: "Process", life: int, to: str, raw: bytes) -> None:
+        """It lies in its sender's box as long as that cannot reach the broker, and dies with it."""
+        until = max(self.gone["broker"], process.until["cut off"])
+        if until <= self.now:
+            self.deliver(to, raw)
+        elif process.life == life:
+            self.at(until - self.now + self.dice.random(), self._posted, process, life, to, raw)
+
     def deliver(self, to: str, raw: bytes) -> None:
+        if to in self.hosts and (until := max(self.gone["broker"], self.hosts[to].until["cut off"])) > self.now:
+            self.at(until - self.now + self.dice.random(), self.deliver, to, raw)
+            return
         homes: list[Any] = self.conductors if to == "conductor" else [self.hosts[to]]
         if up := [p for p in homes if p.up]:
             self.dice.choice(up).go(self._deliver, to, raw)
@@ -270,6 +304,9 @@ class Sim:
     def settle(self, limit_s: float = 20_000) -> None:
         """The storm is over: whoever can returns, and everything must come to rest."""
         faults, self.faults, self.crash_at = self.faults, CALM, 0
+        self.gone = dict.fromkeys(self.gone, 0.0)
+        for p in (*self.hosts.values(), *self.conductors):
+            p.until.clear()
         for _ in range(3):  # what nobody asked about is found by comparing, and that has its rhythm
             self.run(self.now + limit_s, self.at_rest)
             self.run(self.now + 150)
@@ -374,7 +411,7 @@ class SimCarrier:
         acts = method != "GET" and self.name != "identity"
         if acts:
             sim.boundary(self.process, f"before {what}")
-        if sim.chance("unavailable"):
+        if sim.chance("unavailable") or sim.lacks("database") or self.process.until["cut off"] > sim.now:
             raise Unavailable(f"The {self.name} service does not answer.")
         answer = self.inside.send(method, path, headers, body)
         if sim.chance("unavailable"):
@@ -407,6 +444,7 @@ class Process:
 
     def __init__(self, sim: Sim, name: str) -> None:
         self.sim, self.name, self.life, self.up, self.for_good = sim, name, 0, False, False
+        self.until: collections.defaultdict[str, float] = collections.defaultdict(float)  # when a calamity is over
         self.start()
 
     def start(self) -> None:
@@ -428,9 +466,16 @@ class Process:
 
     def go(self, func: Callable[..., Any], *args: Any) -> None:
         """A new thread of this process."""
+        if self.until["stopped"] > self.sim.now:
+            self.sim.at(self.until["stopped"] - self.sim.now, self._go_if_alive, self.life, func, *args)
+            return
         g: Any = greenlet.greenlet(self._body, parent=self.sim.hub)
         g.process, g.life = self, self.life
         g.switch(func, *args)
+
+    def _go_if_alive(self, life: int, func: Callable[..., Any], *args: Any) -> None:
+        if self.life == life:
+            self.go(func, *args)
 
     def _body(self, func: Callable[..., Any], *args: Any) -> None:
         me: Any = greenlet.getcurrent()
@@ -445,6 +490,8 @@ class Process:
             pass  # a worker logs it and takes the next letter
         except Unavailable:
             pass  # the next round will do
+        except OSError:
+            pass  # no space left: what was acted upon and not written down comes again
 
     def every(self, seconds: float, func: Callable[[], Any], name: str) -> None:
         """A thread that does this again and again, for as long as this life lasts."""
@@ -506,6 +553,19 @@ class ConductorProcess(Process):
         self.sim.where = f"{flow}.{step}"
 
 
+WRITES = {
+    "spawn",
+    "prepare",
+    "arrive",
+    "rebuild",
+    "rescue",
+    "capture",
+    "prepare a landing",
+    "branch_volume",
+    "fetch an image for",
+}
+
+
 class SimHypervisor(SimDriver):
     """With a boundary around each act, acts that take long, and hosts that decline."""
 
@@ -518,6 +578,8 @@ class SimHypervisor(SimDriver):
             sim.pause(sim.dice.uniform(0.5, 1) * {"spawn": 20}.get(what, 3))
         else:
             sim.pause(1)
+        if what in WRITES and self.process.until["without disk"] > sim.now:
+            raise Refused("No space left on device.")
         if may_fail and sim.chance("refused"):
             raise Refused(f"The hypervisor refused to {what} the machine.")
 
@@ -560,6 +622,8 @@ class Disk(dict[str, bytes]):
 
     def put(self, key: str, answer: bytes, at: float) -> None:
         self.process.sim.boundary(self.process, "before the ledger")
+        if self.process.until["without disk"] > self.process.sim.now:
+            raise OSError(errno.ENOSPC, "No space left on device")
         self.setdefault(key, answer)
         self.process.sim.boundary(self.process, "after the ledger")
 
