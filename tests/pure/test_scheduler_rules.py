@@ -646,6 +646,37 @@ def test_devices_are_near(policy, cells):
             house.tx(seats.claim, six, place, now=1.0)
 
 
+@pytest.mark.parametrize(
+    ("policy", "vcpus", "who"),
+    [
+        ("required", 2, {"near", "one socket"}),
+        ("required", 5, set()),  # the card's cell has four
+        ("socket", 5, {"one socket"}),
+        ("legacy", 2, {"near", "one socket", "nowhere"}),
+        ("preferred", 5, {"near", "one socket", "nowhere"}),
+        ("", 2, {"near", "one socket", "nowhere"}),
+    ],
+)
+def test_the_columns_know_how_near_devices_are(policy, vcpus, who):
+    """And the claim says the same, on each host."""
+    house, card = House(), HostDevice("0000:83:00.0", "CUSTOM_PCI_CARD")
+    for name, cell in (("near", 0), ("one socket", 0), ("nowhere", None)):
+        cells = [msgspec.structs.replace(c, socket=0) for c in CORES] if name == "one socket" else CORES
+        device = msgspec.structs.replace(card, cell=cell)
+        traits = ["COMPUTE_SOCKET_PCI_NUMA_AFFINITY"]
+        house.host(name, vcpus=12, memory_mb=16_384, cells=cells, compute=PINNED, devices=[device], traits=traits)
+    specs = DEDICATED | {"resources:CUSTOM_PCI_CARD": "1"} | ({"hw:pci_numa_affinity_policy": policy} if policy else {})
+    s = Server("s", "p", "u", "s", "s", Flavor("1", "f", vcpus, 64, 1, extra_specs=specs))
+    assert {p.host for p in house.scheduler.choose(Choose(server="s", ask=ask(s), most=9)).places} == who
+    for p in house.scheduler.hosts.places:
+        mine = msgspec.structs.replace(s, id=p.host)
+        if p.host in who:
+            assert house.tx(seats.claim, mine, p.provider, now=1.0).devices
+        else:
+            with pytest.raises(NoCapacity):
+                house.tx(seats.claim, mine, p.provider, now=1.0)
+
+
 # ---- tastes
 
 

@@ -42,6 +42,7 @@ class Ask(msgspec.Struct, frozen=True):
     in_place: bool = False  # it is there already: may it run this image?
     parts: list[Part] = []  # what one provider each must serve; counted in `amounts` too
     isolate: bool = False  # … each another one
+    nearness: str = ""  # of devices to the guest's cells: a policy of `model.seat.near`
     member_of: list[list[str]] = []  # of each list, in one of these aggregates (Placement API)
     company: Company | None = None
     among: list[str] | None = None  # providers; of these only, says another Placement service
@@ -65,6 +66,7 @@ def ask(server: Server, *, host: str | None = None, node: str | None = None, for
         forced=forced,
         parts=wants.parts(server.flavor),
         isolate=wants.isolated(specs),
+        nearness=wants.numa_policy(server.flavor, properties),
         project_id=server.project_id,
         flavor=server.flavor.name,
         extra_specs=specs,

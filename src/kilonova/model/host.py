@@ -13,6 +13,7 @@ class Cell(msgspec.Struct, frozen=True):
     pages: dict[int, int] = {}
     ids: list[int] = []
     siblings: list[list[int]] = []
+    socket: int | None = None  # None: it does not tell
 
 
 class HostDevice(msgspec.Struct, frozen=True):

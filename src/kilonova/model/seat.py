@@ -4,7 +4,7 @@ A `Seat` is chosen in the transaction that claims (`store/seats.py`), of what th
 guest is made just so (`Machine.seat`), and as long as it holds its claim nobody else is given the same.  Pure.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import permutations
 
 import msgspec
@@ -172,10 +172,21 @@ def functions(provider: str, device: HostDevice, n: int, others: Iterable[Seat])
     return [taken(a) for a in free[:n]] if len(free) >= n else None
 
 
-def near(seat: Seat, policy: str) -> bool:
-    """Do its devices lie on cells that it sits on, as far as the policy wants it?"""
-    if not seat.cells or policy == "preferred":
+def near(mine: Collection[int], devices: Iterable[int | None], policy: str, cells: Sequence[Cell]) -> bool:
+    """Do devices on these of the host's cells lie near a guest that sits on `mine`, as far as the policy wants it?
+
+    `required`: on its cells; `socket`: on a socket of theirs; `legacy`: on its cells, or nobody knows where; `preferred`:
+    anywhere.  A guest that sits nowhere is near to all.
+    """
+    if not mine or policy == "preferred":
         return True
-    mine = {c.host for c in seat.cells}
-    known = policy == "required"
-    return all(t.cell in mine if known or t.cell is not None else True for t in seat.devices)
+    if policy == "socket":
+        sockets = {_socket(cells, i) for i in mine}
+        return all(d is not None and _socket(cells, d) in sockets for d in devices)
+    return all(d in mine or (d is None and policy == "legacy") for d in devices)
+
+
+def _socket(cells: Sequence[Cell], i: int) -> tuple[str, int]:
+    """A host that does not tell of sockets has one for each cell."""
+    socket = cells[i].socket if i < len(cells) else None
+    return ("cell", i) if socket is None else ("socket", socket)

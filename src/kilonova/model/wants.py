@@ -94,10 +94,10 @@ def aliases(specs: Mapping[str, str]) -> dict[str, int]:
 
 
 def numa_policy(flavor: Flavor, properties: Mapping[str, str]) -> str:
-    """How near its devices must be: required, legacy, preferred; of several the strictest."""
+    """How near its devices must be: required, socket, legacy, preferred; of several the strictest."""
     said = {flavor.extra_specs.get("hw:pci_numa_affinity_policy") or properties.get("hw_pci_numa_affinity_policy", "")}
     said |= {a.numa_policy for a in flavor.aliases.values()} if said == {""} else set()
-    return next((p for p in ("required", "legacy", "preferred") if p in said), "legacy")
+    return next((p for p in ("required", "socket", "legacy", "preferred") if p in said), "legacy")
 
 
 def _said(specs: Mapping[str, str]) -> dict[str, dict[str, int]]:

@@ -4,7 +4,8 @@ Row i is host i, as in `scheduler/hosts.py`; column j is its cell j. What server
 have another generation than when it was read last.
 """
 
-from itertools import permutations
+from collections.abc import Callable, Iterator
+from itertools import islice, permutations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,7 +83,7 @@ class Cells:
         hosts, k = self.hosts, len(guest.cells)
         if not hosts.n or k > self.width:
             return np.zeros(hosts.n, bool)
-        extra = [1 if not i and guest.emulator == "isolate" else 0 for i in range(k)]
+        extra = _spare(guest)
         asked = [
             (len(c.pinned) + more, len(c.cpus) - len(c.pinned), c.memory_mb)
             for c, more in zip(guest.cells, extra, strict=True)
@@ -96,6 +97,17 @@ class Cells:
         return np.asarray(
             np.any([np.all([h[:, j] for h, j in zip(holds, way, strict=True)], axis=0) for way in ways], axis=0)
         )
+
+    def ways(self, guest: Guest) -> Callable[[int], Iterator[tuple[int, ...]]]:
+        """On which cells of a row's host it could lie: cell by cell, each way."""
+        holds = [self._holds(guest, c, more) for c, more in zip(guest.cells, _spare(guest), strict=True)]
+
+        def of(row: int) -> Iterator[tuple[int, ...]]:
+            for way in islice(permutations(range(self.width), len(holds)), MOST_WAYS):
+                if all(h[row, j] for h, j in zip(holds, way, strict=True)):
+                    yield way
+
+        return of
 
     def _holds(self, guest: Guest, cell: GuestCell, extra: int) -> Bools:
         """Cells of hosts that could hold this one."""
@@ -124,6 +136,11 @@ class Cells:
             if not memory_mb * 1024 % kb:
                 fit = fit | (n * kb >= memory_mb * 1024)
         return np.asarray(fit)
+
+
+def _spare(guest: Guest) -> list[int]:
+    """CPUs beside the guest's own that each of its cells needs."""
+    return [1 if not i and guest.emulator == "isolate" else 0 for i in range(len(guest.cells))]
 
 
 __all__ = ["Cells", "HostFacts", "Seat"]

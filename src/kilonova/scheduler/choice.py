@@ -28,6 +28,7 @@ ALWAYS = (
     "segments",
     "devices",
     "numa",
+    "near",
 )
 """What Placement and its pre-filters see to in Nova, whatever filters are enabled."""
 
@@ -44,7 +45,7 @@ FILTERS: dict[str, tuple[str, ...]] = {
     "AggregateMultiTenancyIsolation": ("tenants",),         "AggregateTypeAffinityFilter": ("aggregate_types",),
     "NumInstancesFilter": ("num_instances",),               "AggregateNumInstancesFilter": ("aggregate_num_instances",),
     "IoOpsFilter": ("io_ops_few",),                         "AggregateIoOpsFilter": ("aggregate_io_ops",),
-    "NUMATopologyFilter": ("numa",),                        "PciPassthroughFilter": ("devices",),
+    "NUMATopologyFilter": ("numa",),                        "PciPassthroughFilter": ("devices", "near"),
     # Gone from Nova, and still in many a nova.conf: `room` and `zone` see to it.
     "RetryFilter": (), "RamFilter": (), "CoreFilter": (), "DiskFilter": (), "AvailabilityZoneFilter": (),
     "AggregateRamFilter": (), "AggregateCoreFilter": (), "AggregateDiskFilter": (), "ExactRamFilter": (), "ExactCoreFilter": (), "ExactDiskFilter": (),

@@ -6,7 +6,7 @@ What was chosen and is not claimed yet is subtracted here, so that a burst does 
 """
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -85,6 +85,7 @@ class Hosts:
         self.waits: dict[int, deque[tuple[float, Floats]]] = {}
         self.children: dict[int, dict[str, Child]] = {}  # providers under a row's own
         self.marks: dict[str, set[str]] = {}  # their traits
+        self.names: dict[str, str] = {}
         self.below: dict[int, Floats] = {}  # of classes that some of them have: what is left there, together
         self.cells = Cells(self)
 
@@ -118,6 +119,14 @@ class Hosts:
         mine = frozenset(t for t, bit in bits.items() if int(self.traits[row, bit // 64]) >> bit % 64 & 1)
         root = Provider(p.provider, p.node, None, p.provider, 0, 0.0, 0.0, own, mine)
         return Forest({p.provider: root} | {c.uuid: c.provider(p.provider, self.marks) for c in self._under(row)})
+
+    def cell_of(self, row: int) -> Callable[[str], int | None]:
+        """On which cell a device of this host is, by its provider; None: nobody knows."""
+        at = {d.address: d.cell for d in self.kinds[self.kind[row]].devices}
+        return lambda provider: at.get(self.names.get(provider, "").rpartition("_")[2])
+
+    def is_device(self, provider: str) -> bool:
+        return provider in self.names and provider not in self.row
 
     def _under(self, row: int) -> Iterable["Child"]:
         return self.children.get(row, {}).values()
@@ -211,6 +220,7 @@ class Hosts:
         self._more(tx)
         self._grouped(tx)
         self.marks = placement.traits(tx)
+        self.names = placement.names_below(tx)
         self._traits(self.marks)
         self._stocked(stocks, now)
         self.watched = self.read_at = now

@@ -6,6 +6,7 @@ is scaled to 0…1 over the rows that are left, then weighed.
 """
 
 from collections.abc import Callable
+from itertools import islice
 from types import EllipsisType
 from typing import Any
 
@@ -15,9 +16,10 @@ import os_traits
 from kilonova.kit.errors import Invalid
 from kilonova.model import fit, wants
 from kilonova.model.ask import Ask, served
-from kilonova.model.candidates import candidates
+from kilonova.model.candidates import Query, candidates
 from kilonova.model.numa import guest as numa_guest
 from kilonova.model.options import Scheduler as Options
+from kilonova.model.seat import near as seated_near
 from kilonova.model.server_group import admits
 from kilonova.scheduler.hosts import Bools, Floats, Hosts
 
@@ -32,6 +34,7 @@ class View:
         self.now, self.down_after_s, self.options = now, down_after_s, options
 
 
+MOST_CANDIDATES = 64  # ways to serve it that are looked at on each host
 STANDARD_TRAITS = frozenset(os_traits.get_traits())
 RULES: dict[str, tuple[Rule, bool]] = {}
 TASTES: dict[str, tuple[Taste, float]] = {}
@@ -174,11 +177,14 @@ def devices(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     if not hosts.nested(ask):
         return ...
     query = served(ask)
-    traits = {t for g in query.groups.values() for t in (*g.forbidden, *(t for one_of in g.required for t in one_of))}
     fits, there = np.ones(hosts.n, bool), _room(hosts, ask)
     for row in np.flatnonzero(there).tolist():
-        fits[row] = next(candidates(hosts.tree(row, traits), query), None) is not None
+        fits[row] = next(candidates(hosts.tree(row, _traits_of(query)), query), None) is not None
     return fits
+
+
+def _traits_of(query: Query) -> set[str]:
+    return {t for g in query.groups.values() for t in (*g.forbidden, *(t for one_of in g.required for t in one_of))}
 
 
 @rule()
@@ -189,6 +195,27 @@ def numa(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     except Invalid:
         return np.zeros(hosts.n, bool)
     return ... if guest is None else hosts.cells.fit(guest)
+
+
+@rule()
+def near(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
+    """Hosts where devices that could serve this lie as near to cells that could hold the guest as its policy wants."""
+    if ask.nearness in ("", "preferred") or not hosts.nested(ask):
+        return ...
+    try:
+        guest = numa_guest(ask.extra_specs, ask.properties, ask.vcpus, ask.memory_mb)
+    except Invalid:
+        return np.zeros(hosts.n, bool)
+    if guest is None:
+        return ...
+    query, ways = served(ask), hosts.cells.ways(guest)
+    fits, there = np.zeros(hosts.n, bool), _room(hosts, ask) & hosts.cells.fit(guest)
+    for row in np.flatnonzero(there).tolist():
+        cell_of, cells = hosts.cell_of(row), hosts.kinds[hosts.kind[row]].cells
+        found = islice(candidates(hosts.tree(row, _traits_of(query)), query), MOST_CANDIDATES)
+        devices = {tuple(cell_of(p) for p in c.allocations if hosts.is_device(p)) for c in found}
+        fits[row] = any(seated_near(way, at, ask.nearness, cells) for way in ways(row) for at in devices)
+    return fits
 
 
 @rule()
@@ -232,7 +259,7 @@ def affinity(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
 
 
 FORCED = frozenset(
-    {"named", "elsewhere_too", "not_avoided", "room", "devices", "numa"}
+    {"named", "elsewhere_too", "not_avoided", "room", "devices", "numa", "near"}
 )  # all that is asked for a forced host
 IN_PLACE = frozenset(
     {"named", "image", "isolated", "aggregate_image"}

@@ -448,6 +448,11 @@ def traits(tx: Tx) -> dict[str, set[str]]:
     return found
 
 
+def names_below(tx: Tx) -> dict[str, str]:
+    """Of all providers that are under another."""
+    return {r.uuid: r.name for r in tx.execute(sa.select(_p.uuid, _p.name).where(_p.parent.is_not(None)))}
+
+
 # ---- the SQL, once
 
 

@@ -78,7 +78,7 @@ def _chosen(
     for candidate, devices in _served(tx, wanted, provider, facts, others):
         for seat in laid:
             whole = msgspec.structs.replace(seat, devices=devices)
-            if near(whole, policy):
+            if near({c.host for c in seat.cells}, [t.cell for t in devices], policy, facts.cells):
                 return candidate, whole
     raise NoCapacity("There is no room left.", why=f"nothing under {provider} serves {wanted.parts or wanted.amounts}")
 

@@ -64,6 +64,7 @@ TRAITS = [
     "COMPUTE_VOLUME_MULTI_ATTACH",
     "HW_ARCH_X86_64",
     "OWNER_NOVA",
+    "COMPUTE_SOCKET_PCI_NUMA_AFFINITY",
     *(f"COMPUTE_IMAGE_TYPE_{f}" for f in ("AKI", "AMI", "ARI", "ISO", "QCOW2", "RAW", "VDI", "VHD", "VHDX", "VMDK")),
 ]
 

@@ -229,7 +229,9 @@ def cells(capabilities: str, may: set[int]) -> list[Cell]:
         pages = {int(p.get("size", "0")): int(p.text or 0) for p in cell.iterfind("pages") if p.get("unit") == "KiB"}
         large = {kb: n for kb, n in pages.items() if kb > SMALL_KB}
         siblings = sorted(cores.values()) if any(len(core) > 1 for core in cores.values()) else []
-        found.append(Cell(len(ids), int(cell.findtext("memory", "0")) // 1024, large, ids, siblings))
+        sockets = {int(s) for cpu in cell.iterfind("cpus/cpu") if (s := cpu.get("socket_id", "")).isdecimal()}
+        socket = sockets.pop() if len(sockets) == 1 else None
+        found.append(Cell(len(ids), int(cell.findtext("memory", "0")) // 1024, large, ids, siblings, socket))
     return found
 
 
@@ -273,6 +275,7 @@ def _topology() -> dict[str, object]:
 # What this driver does for every machine.
 ALWAYS = {
     "OWNER_NOVA",
+    "COMPUTE_SOCKET_PCI_NUMA_AFFINITY",
     "COMPUTE_DEVICE_TAGGING",
     "COMPUTE_IMAGE_TYPE_RAW",
     "COMPUTE_IMAGE_TYPE_AMI",
