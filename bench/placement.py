@@ -334,6 +334,7 @@ def beside(n: int, venv: Path | None) -> None:
         if venv is not None:
             with another(n, venv) as reference:
                 theirs = candidates(n, reference)
+                mine.http.close()  # it was silent for too long
                 again = candidates(n, mine)  # before and after: others are at work on this machine
             ours = {what: Took(min(t.p50, again[what].p50), (t.cpu + again[what].cpu) / 2) for what, t in ours.items()}
     print(f"| {n:,} hosts, over HTTP | Kilonova: CPU ms | p50 ms | the reference: CPU ms | p50 ms | times: CPU | p50 |")

@@ -673,7 +673,9 @@ def test_what_kilonova_claims_is_seen_and_what_others_write_counts(tmp_path):
 
 @pytest.mark.clients
 def test_the_client_from_pypi(tmp_path, capsys, monkeypatch):
-    """`openstack resource …`, the plugin osc-placement, as it comes."""
+    """`openstack resource …`, the plugin osc-placement, as it comes: each of its commands."""
+    from importlib.metadata import entry_points
+
     from openstackclient import shell
 
     pytest.importorskip("osc_placement")
@@ -687,7 +689,12 @@ def test_the_client_from_pypi(tmp_path, capsys, monkeypatch):
             "--os-user-domain-name", "Default", "--os-project-domain-name", "Default", "--os-region-name", "RegionOne",
         ]  # fmt: skip
 
+        left = {e.name.replace("_", " ") for e in entry_points(group="openstack.placement.v1")}
+
         def openstack(line, json=True):
+            left.difference_update(
+                [max((c for c in left if line.startswith(f"{c} ") or line == c), key=len, default="")]
+            )
             capsys.readouterr()
             words = [*auth, *line.split(), *(["-f", "json"] if json else [])]
             status = shell.main(words)
@@ -720,7 +727,26 @@ def test_the_client_from_pypi(tmp_path, capsys, monkeypatch):
         assert openstack(f"resource usage show {project}")
         usage = {x["resource_class"]: x["usage"] for x in openstack(f"resource provider usage show {root}")}
         assert usage == {"VCPU": 10, "MEMORY_MB": 0}
+        openstack(f"resource provider allocation unset {C1} --provider {child}")
+        assert {x["resource_provider"] for x in openstack(f"resource provider allocation show {C1}")} == {root}
         openstack(f"resource provider allocation delete {C1}", json=False)
+        assert openstack(f"resource provider inventory show {root} VCPU")["total"] == 8
+        openstack(f"resource provider inventory class set {root} VCPU --total 9")
+        assert openstack(f"resource provider inventory show {root} VCPU")["total"] == 9
+        openstack(f"resource provider inventory delete {root} --resource-class VCPU", json=False)
+        assert [x["resource_class"] for x in openstack(f"resource provider inventory list {root}")] == ["MEMORY_MB"]
+        assert [x["uuid"] for x in openstack(f"resource provider aggregate list {root}")] == [A1]
+        assert openstack(f"resource provider set {root} --name other")["name"] == "other"
+        assert openstack(f"resource provider show {root}")["name"] == "other"
+        openstack(f"resource provider trait delete {child}", json=False)
+        assert openstack(f"resource provider trait list {child}") == []
+        assert {"name": "CUSTOM_BLUE"} in openstack("trait list") and openstack("trait show CUSTOM_BLUE")
+        openstack("trait delete CUSTOM_BLUE", json=False)
+        openstack("resource class set CUSTOM_SILVER", json=False)
+        assert openstack("resource class show CUSTOM_SILVER") == {"name": "CUSTOM_SILVER"}
+        openstack("resource class delete CUSTOM_SILVER", json=False)
+        assert {"name": "CUSTOM_GOLD"} in openstack("resource class list")
         openstack(f"resource provider delete {child}", json=False)
         openstack(f"resource provider delete {root}", json=False)
         assert openstack("resource provider list") == []
+        assert left == set()

@@ -223,8 +223,6 @@ def test_a_guest_is_made_where_it_sits() -> None:
     bare = made(machine(seat=Seat([SeatCell(0, [0, 1], 512, 0, {0: 4, 1: 6})])))
     assert [e.get("cpuset") for e in bare.iterfind("cputune/emulatorpin")] == ["4,6"]
     assert bare.find("memoryBacking") is None
-    with pytest.raises(Refused):
-        made(machine(seat=Seat(devices=[Taken("p", "0000:81:00.0", "VGPU", "mdev", "nvidia-1")])))
 
 
 def test_cells_of_a_host_as_libvirt_tells_them() -> None:
@@ -240,8 +238,8 @@ def test_cells_of_a_host_as_libvirt_tells_them() -> None:
     first, second = cell(0, cpu(0, "0,2"), cpu(2, "0,2")), cell(1, cpu(1, "1,3"), cpu(3, "1,3"))
     text = f"<capabilities><host><topology><cells num='2'>{first}{second}</cells></topology></host></capabilities>"
     assert host.cells(text, {0, 1, 2}) == [
-        Cell(2, 8192, {2048: 512}, [0, 2], [[0, 2]]),
-        Cell(1, 8192, {2048: 512}, [1], []),
+        Cell(2, 8192, {2048: 512}, [0, 2], [[0, 2]], 0),
+        Cell(1, 8192, {2048: 512}, [1], [], 0),
     ]
     assert host.cells("<capabilities><host/></capabilities>", {0}) == []
 

@@ -223,6 +223,8 @@ class Hosts:
             netns=self.ground.netns_path if self.ground else None,
             carry=lambda id: guestfwd.command(id, str(p.state.metadata)),
             outside=p.config.network.forward,
+            pci=p.config.pci,
+            made=p.config.devices,
         )
 
 

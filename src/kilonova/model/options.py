@@ -364,11 +364,35 @@ class Scheduler(Struct, frozen=True):
 class Pci(Struct, frozen=True):
     """Devices of hosts that are given to servers."""
 
+    device_spec: A[
+        tuple[dict[str, str], ...],
+        Meta(
+            description="Which PCI devices of a libvirt host servers may have: `vendor_id`, `product_id`, `address` (also "
+            '`0000:81:*`) name them; `resource_class` and `traits` say what they are: `[{vendor_id = "10de", '
+            'product_id = "1eb8"}]`. Virtual functions are given out one by one.'
+        ),
+    ] = ()
     aliases: A[
         dict[str, str],
         Meta(
             description="What names in `pci_passthrough:alias` mean: a resource class, then traits that the device must have, "
             'then how near it must be: `{gpu = "CUSTOM_PCI_10DE_1EB8,HW_GPU_API_VULKAN,required"}`.'
+        ),
+    ] = {}
+
+
+class Devices(Struct, frozen=True):
+    """Devices that a libvirt host makes for servers: virtual GPUs."""
+
+    enabled_mdev_types: A[
+        tuple[str, ...],
+        Meta(description="Kinds of mediated devices, as the card's driver names them.", examples=[["nvidia-35"]]),
+    ] = ()
+    device_addresses: A[
+        dict[str, tuple[str, ...]],
+        Meta(
+            description="Of which cards each kind is made; of those that are not named, the first kind that they know: "
+            '`{nvidia-35 = ["0000:84:00.0"]}`.'
         ),
     ] = {}
 
@@ -758,6 +782,7 @@ class Config(Struct, frozen=True):
     sim: Sim = Sim()
     scheduler: Scheduler = Scheduler()
     pci: Pci = Pci()
+    devices: Devices = Devices()
     workers: Workers = Workers()
     metadata: Metadata = Metadata()
     companions: Companions = Companions()

@@ -12,6 +12,7 @@ machines, see `moves.py`):
 """
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -23,6 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from xml.etree import ElementTree
 
 import msgspec
 
@@ -30,7 +32,7 @@ from kilonova.contracts.compute import Luggage, Stats
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.errors import NotFound, Refused, Trouble, Unavailable, Unsupported
 from kilonova.model.console import Kind, Where
-from kilonova.model.host import Cell, HostFacts
+from kilonova.model.host import Cell, HostDevice, HostFacts
 from kilonova.model.machine import (
     Disk,
     ImageSource,
@@ -43,11 +45,11 @@ from kilonova.model.machine import (
     without_nic,
     without_volume,
 )
-from kilonova.model.options import Compute, Libvirt
+from kilonova.model.options import Compute, Devices, Libvirt, Pci
 from kilonova.model.plan import connected_as
 from kilonova.model.rescue import rescued
 from kilonova.virt.driver import Held, Power, Progress
-from kilonova.virt.libvirt import care, console_log, disks, hotplug, moves, records, volumes, xml
+from kilonova.virt.libvirt import care, console_log, devices, disks, hotplug, moves, records, volumes, xml
 from kilonova.virt.libvirt import host as machine_host
 from kilonova.virt.libvirt.daemon import Link, Private, Running, library
 from kilonova.virt.libvirt.records import UUID, put
@@ -87,9 +89,12 @@ class LibvirtDriver:
         outside: bool = False,
         hostname: str = "",
         boots_max: int = 0,
+        pci: Pci | None = None,
+        made: Devices | None = None,
     ) -> None:
         """Returns at once; the first call waits until libvirt is there. Raises Unsupported where QEMU or it is missing."""
         self.options, self.compute = options or Libvirt(), compute or Compute()
+        self.pci, self.made = pci or Pci(), made or Devices()
         self.state_dir, self.clock, self.config_drive = state_dir.absolute(), clock, config_drive
         self.carry, self.outside = carry, outside
         self.hostname = hostname or self.compute.host or socket.gethostname()
@@ -113,6 +118,7 @@ class LibvirtDriver:
         self.news: queue.SimpleQueue[tuple[str, Power] | None] = queue.SimpleQueue()
         self.abilities: machine_host.Abilities | None = None
         self.cells: list[Cell] = []
+        self.given: list[HostDevice] = []  # devices of this host that servers may have
         self.version = 0
         self.closing = threading.Event()
         moves.mended(self.instances)
@@ -150,6 +156,7 @@ class LibvirtDriver:
             cpu_info=self.abilities.cpu_info,
             traits=self.abilities.traits,
             cells=self.cells,
+            devices=self.given,
             virt_type=self.virt_type,
             virt_why=self.proof.why,
         )
@@ -176,7 +183,47 @@ class LibvirtDriver:
             features = self._features(conn, text)
         self.version = machine_host.version(self.emulator)
         self.cells = machine_host.cells(conn.getCapabilities(), machine_host.own_cpus())
+        self.given = self._given(conn)
         self.abilities = machine_host.abilities(text, features)
+
+    def _given(self, conn: Any) -> list[HostDevice]:
+        """Nobody is asked where nothing is given away."""
+        if not (self.pci.device_spec or self.made.enabled_mdev_types):
+            return []
+        lib = self.lib
+        kinds = lib.VIR_CONNECT_LIST_NODE_DEVICES_CAP_PCI_DEV | lib.VIR_CONNECT_LIST_NODE_DEVICES_CAP_MDEV
+        documents = [d.XMLDesc() for d in conn.listAllDevices(kinds)]
+        found = devices.offered(documents, self.pci.device_spec, self.made)
+        logger.info("devices for servers: %s", ", ".join(f"{d.address} {d.resource_class}" for d in found) or "none")
+        return found
+
+    def _make_devices(self, machine: Machine) -> None:
+        """Its mediated devices, which do not outlive the host's boot."""
+        for id, document in devices.wanted(machine):
+            try:
+                self.link.call(functools.partial(self._make_device, id=id, document=document))
+            except self.lib.libvirtError as e:
+                raise self._trouble(machine.id, e) from None
+
+    def _make_device(self, conn: Any, id: str, document: str) -> None:
+        if self._made_device(conn, id) is None:
+            conn.nodeDeviceCreateXML(document)
+
+    def _made_device(self, conn: Any, id: str) -> Any:
+        for d in conn.listAllDevices(self.lib.VIR_CONNECT_LIST_NODE_DEVICES_CAP_MDEV):
+            one = devices.mediated(ElementTree.fromstring(d.XMLDesc()))  # noqa: S314  (libvirt's own output)
+            if one is not None and one.uuid == id:
+                return d
+        return None
+
+    def _remove_devices(self, machine: Machine) -> None:
+        for id, _ in devices.wanted(machine):
+            with contextlib.suppress(self.lib.libvirtError):
+                self.link.call(functools.partial(self._unmake_device, id=id))
+
+    def _unmake_device(self, conn: Any, id: str) -> None:
+        if (there := self._made_device(conn, id)) is not None:
+            there.destroy()
 
     def _features(self, conn: Any, capabilities: str) -> list[str]:
         """All that the CPU of a guest can do: what libvirt calls the host's model, written out."""
@@ -298,6 +345,7 @@ class LibvirtDriver:
                 self._on(id, self._undefined)
             if machine:
                 self._remove_taps(machine)
+                self._remove_devices(machine)
                 for kind in ("vnc", "tty"):
                     with contextlib.suppress(OSError):
                         self._socket(id, kind).unlink()
@@ -753,6 +801,7 @@ class LibvirtDriver:
                 domain.resume()
 
         self._make_taps(machine)
+        self._make_devices(machine)
         with self.boots:
             self._on(machine.id, act, timeout_s=self._long(machine))
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from kilonova.kit.errors import Refused
 from kilonova.model.machine import Machine
 from kilonova.model.numa import SMALL_KB
 from kilonova.model.seat import Seat, Taken
+from kilonova.virt.libvirt.devices import wanted
 from kilonova.virt.libvirt.elements import Element, element
 
 
@@ -28,8 +28,10 @@ def guest_cells(machine: Machine) -> list[Element]:
 
 
 def host_devices(machine: Machine) -> list[Element]:
-    """`<hostdev>` of each. Raises Refused for devices that would have to be made first."""
-    return [_device(t) for t in machine.seat.devices] if machine.seat else []
+    """`<hostdev>` of each; mediated ones have been made by then (`devices.wanted`)."""
+    taken = machine.seat.devices if machine.seat else []
+    made = [_made(id) for id, _ in wanted(machine)]
+    return [*(_device(t) for t in taken if t.kind == "pci"), *made]
 
 
 def _memory(seat: Seat) -> list[Element]:
@@ -66,9 +68,12 @@ def _nodes(seat: Seat) -> Element:
     return made
 
 
+def _made(id: str) -> Element:
+    source = element("source", None, element("address", uuid=id))
+    return element("hostdev", None, source, mode="subsystem", type="mdev", model="vfio-pci", managed="no")
+
+
 def _device(t: Taken) -> Element:
-    if t.kind != "pci":
-        raise Refused(f"This host cannot make a device of {t.address}.", why=f"{t.kind} {t.mdev_type}")
     domain, bus, rest = t.address.split(":")
     slot, function = rest.split(".")
     at = {"domain": domain, "bus": bus, "slot": slot, "function": function}
