@@ -163,8 +163,8 @@ MUTANTS = {
 
     # look first, take then: what READ COMMITTED lets others do in between
     "a server is looked at and then taken": Mutant([
-        ("store/servers.py", "    if tx.execute(BEGIN.of(verb, lambda: _begin(verb)), told).rowcount:",
-                             "    check(get(tx, id), verb)\n    if tx.execute(BEGIN.of(verb, lambda: _begin(verb)), told).rowcount:"),
+        ("store/servers.py", "        taken = tx.execute(BEGIN.of(verb",
+                             "        check(get(tx, id), verb)\n        taken = tx.execute(BEGIN.of(verb"),
         ("store/servers.py", "return sa.update(T).where(*where).values(taken)",
                              "return sa.update(T).where(where[0]).values(taken)")], [OWNERS, FLOWS], "delete overtakes stop"),
     "room is looked at and then taken": Mutant([

@@ -37,7 +37,7 @@ from kilonova.contracts.compute import TellHoldings
 from kilonova.kit.bus import Letter, Wake, letter
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx, meta
-from kilonova.kit.errors import Refused, Unavailable
+from kilonova.kit.errors import Refused, Trouble, Unavailable
 from kilonova.kit.journal import RUNS, over
 from kilonova.kit.routes import Context
 from kilonova.model import options
@@ -492,6 +492,9 @@ class Process:
             pass  # the next round will do
         except OSError:
             pass  # no space left: what was acted upon and not written down comes again
+        except Exception as e:
+            if not (isinstance(e, Trouble) and self.kind == "api"):  # a user is told, and goes his way
+                self.sim.wrong.append(f"{self.name}, {self.sim.where}: {type(e).__name__}: {e}")
 
     def every(self, seconds: float, func: Callable[[], Any], name: str) -> None:
         """A thread that does this again and again, for as long as this life lasts."""
