@@ -57,6 +57,9 @@ FEATURES = {  # of simulated hosts: all that the API can do, and no guest that a
     "metadata_service": False,
     "rebuild_swap": False,
     "barbican_integration_enabled": False,
+    "hostname_fqdn_sanitization": True,
+    "scheduler_enabled_filters": "all",
+    "nova_policy_roles": "admin,manager,member,reader",
 }
 
 
