@@ -151,7 +151,9 @@ def create(call: Call) -> View:
             store.add(tx, made)
     except sa.exc.IntegrityError as e:
         raise Conflict(f"Volume Type {frame.plain(wish.name)} already exists.", why=str(e)) from None
-    return {"volume_type": view(call, made)}
+    shown = view(call, made)
+    shown.pop("qos_specs_id", None)  # of a new one the API does not say it
+    return {"volume_type": shown}
 
 
 class TypeChange(msgspec.Struct, kw_only=True):
