@@ -312,7 +312,7 @@ def measured(fleet: Wide, database: Postgres | MariaDb, broker: Rabbit, chosen: 
         groups[kinds[name.partition("-")[0]]].append(process.pid)
     use = Use(groups | {"database": [database.process.pid], "broker": [broker.process.pid]})
     counts, db = Counts(fleet), Db(database.url, threads=2)
-    time.sleep(15)  # hosts that are new say more
+    time.sleep(60)  # hosts that are new say more
     idle(fleet, use, counts, chosen.idle)
     builds(fleet, db, use, counts, image, "none", 50, 0)
     for networks in ("none", [{"uuid": network}]):

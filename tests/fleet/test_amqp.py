@@ -1,5 +1,7 @@
 """Letters over a real broker: they come, come again when nobody acknowledged them, and outlast a broker that is away."""
 
+import os
+import resource
 import threading
 import time
 from collections import Counter
@@ -117,6 +119,27 @@ def test_letters_wait_for_a_broker_that_is_away_and_old_ones_are_dropped(broker,
     waited(lambda: len(got) >= 11, 60, "those that are still worth something came")
     time.sleep(0.2)
     assert old not in got and here.dropped == 1
+
+
+def test_a_process_with_many_files_still_hears(bus):
+    """A host of five hundred simulated ones was deaf: `select` knows no file above 1023."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("this machine lets no process have so many files")
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        here, got = bus(), list[bytes]()
+        here.serve("h4", got.append)
+        waited(lambda: here.up, 10, "connected")
+        time.sleep(0.3)
+        here.send("h4", letter(Ping(n=4)))
+        waited(lambda: got, 10, "it came")
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_nobody_lives_there(bus):

@@ -15,7 +15,6 @@ questions, go with who made them.
 
 import contextlib
 import logging
-import select
 import socket
 import threading
 from collections import deque
@@ -28,6 +27,7 @@ from kombu.exceptions import KombuError
 
 from kilonova.kit.bus import opened
 from kilonova.kit.clock import Clock
+from kilonova.kit.splice import readable
 
 log = logging.getLogger(__name__)
 
@@ -275,8 +275,13 @@ class _Service:
             except BROKEN as e:
                 self.bus.found(False)
                 log.warning("%s: the broker cannot be reached (%s)", next(iter(self.receivers)), type(e).__name__)
-                self.over.wait(wait_s)
-                wait_s = min(wait_s * 2, AGAIN_MOST_S)
+            except Exception:  # a process that is deaf, and says that it lives, would be worse than one that is slow
+                self.bus.found(False)
+                log.exception("%s: letters cannot be taken; it is tried again", next(iter(self.receivers)))
+            else:
+                continue
+            self.over.wait(wait_s)
+            wait_s = min(wait_s * 2, AGAIN_MOST_S)
 
     def _ask_for_all(self, consumer: kombu.Consumer) -> None:
         names = {}
@@ -305,7 +310,7 @@ class _Service:
 
     def _wait(self, line: kombu.Connection, most_s: float) -> None:
         """For the wire, or for one of the crew; then a look at both."""
-        ready, _, _ = select.select([line.connection.sock, self.ear], [], [], most_s)
+        ready = readable([line.connection.sock, self.ear], most_s)
         if self.ear in ready:
             self.ear.recv(4096)
         _look(line)

@@ -11,7 +11,6 @@ import hashlib
 import ipaddress
 import os
 import re
-import select
 import shutil
 import signal
 import socket
@@ -24,6 +23,7 @@ from kilonova.companions.wires.ground import Ground
 from kilonova.companions.wires.links import Link, Space
 from kilonova.companions.wires.routers import legs
 from kilonova.kit.errors import Unavailable
+from kilonova.kit.splice import readable
 from kilonova.model.wiring import NetworkWire, PortWire, SubnetWire, Wiring
 
 DEVICE = "dhcp0"
@@ -196,7 +196,7 @@ class Dnsmasq:
         return self.made == files and self.alive()
 
     def alive(self) -> bool:
-        return self.process is not None and not select.select([self.process], [], [], 0)[0]
+        return self.process is not None and not readable([self.process], 0)
 
     def make(self, files: Files) -> None:
         """Brings process and files to what is wanted."""
@@ -256,7 +256,7 @@ class Dnsmasq:
         for number, wait_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.process, number)
-            if select.select([self.process], [], [], wait_s)[0]:
+            if readable([self.process], wait_s):
                 break
         self.close()
 

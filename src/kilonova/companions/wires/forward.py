@@ -6,13 +6,12 @@ other side are made from `space`.
 
 import contextlib
 import logging
-import select
 import socket
 import threading
 
 from kilonova.companions.wires.ground import MACHINE, Ground
 from kilonova.kit.errors import Trouble
-from kilonova.kit.splice import splice
+from kilonova.kit.splice import readable, splice
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class Forward:
     def _accept(self) -> None:
         self.listener.setblocking(False)
         while not self.closing:
-            ready, _, _ = select.select([self.listener, self.bell[1]], [], [])
+            ready = readable([self.listener, self.bell[1]], None)
             if self.bell[1] in ready:
                 return
             with contextlib.suppress(OSError):
