@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--builds", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=0, help="so many a second are asked for, besides")
     parser.add_argument("--fill", type=int, default=10_000, help="servers that are listed; 0: none")
+    parser.add_argument("--settle", type=float, default=60, metavar="S", help="so long hosts that are new say more")
     parser.add_argument("--idle", type=float, default=60, metavar="S")
     parser.add_argument("--keep", type=Path, metavar="DIR")
     chosen = parser.parse_args()
@@ -312,7 +313,7 @@ def measured(fleet: Wide, database: Postgres | MariaDb, broker: Rabbit, chosen: 
         groups[kinds[name.partition("-")[0]]].append(process.pid)
     use = Use(groups | {"database": [database.process.pid], "broker": [broker.process.pid]})
     counts, db = Counts(fleet), Db(database.url, threads=2)
-    time.sleep(60)  # hosts that are new say more
+    time.sleep(chosen.settle)  # hosts that are new say more
     idle(fleet, use, counts, chosen.idle)
     builds(fleet, db, use, counts, image, "none", 50, 0)
     for networks in ("none", [{"uuid": network}]):

@@ -614,6 +614,46 @@ def test_a_server_of_a_dead_host_lives_on(cloud):
     assert (s.status, s.row.host) == ("ACTIVE", row.host)
 
 
+def test_by_policy_servers_of_a_dead_host_move_by_themselves(tmp_path):
+    """Only where it is set, only when few are silent, and not from a host that is being looked after."""
+    policy = Config(evacuation=options.Evacuation(after_s=300))
+    with telling(tmp_path, hosts=4, config=policy) as cloud:
+        one, two = cloud.boot(), cloud.boot()
+        while two.row.host == one.row.host:
+            two = cloud.boot()
+        source, kept = one.row.host, two.row.host
+        two.act("os-stop")
+        act = cloud.json("GET", f"/os-services?host={kept}&binary=nova-compute", token=cloud.admin)["services"][0]["id"]
+        cloud.dead.add(source)
+        cloud.pass_time(200)
+        cloud.settle()
+        assert one.row.host == source  # silent, but not for long enough
+        cloud.pass_time(200)
+        cloud.settle()
+        assert (one.row.host != source, one.status, last_move(cloud, one).type) == (True, "ACTIVE", "evacuation")
+        assert cloud.mend("deserted") == []
+        cloud.dead.clear()
+        cloud.pass_time(200)
+        assert one.id not in cloud.states[source].machines
+
+        cloud.json("PUT", f"/os-services/{act}", {"status": "disabled"}, token=cloud.admin)
+        cloud.dead.add(kept)
+        cloud.pass_time(600)
+        cloud.settle()
+        assert two.row.host == kept
+        cloud.dead.add(next(h for h in cloud.states if h != kept))
+        cloud.pass_time(120)
+        cloud.json("PUT", f"/os-services/{act}", {"status": "enabled"}, token=cloud.admin)
+        cloud.pass_time(600)
+        assert two.row.host == kept  # half of all hosts: that is more likely us
+        cloud.dead = {kept}
+        cloud.pass_time(600)
+        cloud.settle()
+        assert (two.row.host != kept, two.status) == (True, "SHUTOFF")
+        cloud.dead.clear()
+        cloud.pass_time(200)
+
+
 @pytest.mark.parametrize(("version", "was", "ends"), [("2.94", "active", "ACTIVE"), ("2.95", "active", "SHUTOFF"), ("2.14", "stopped", "SHUTOFF"), ("2.95", "error", "ACTIVE")])  # fmt: skip
 def test_how_it_ends_there(cloud, version, was, ends):
     s = cloud.boot()

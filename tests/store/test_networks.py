@@ -170,3 +170,23 @@ def test_the_first_networks_are_made_once(world: World) -> None:
         outside = held[str(router.gateway_port_id)][0].address
         assert ipam.holds("172.24.4.0/24", outside) and outside != "172.24.4.1"
         assert {a.address for several in held.values() for a in several} >= {"10.0.0.1", "10.0.0.2"}
+
+
+def test_a_share_whose_row_another_made_between_two_looks(world: World) -> None:
+    """READ COMMITTED shows it to the second look; "Quota exceeded" was said of the first thing of a project."""
+
+    class Between:
+        """A transaction that another's commit falls into."""
+
+        def __init__(self, tx: Tx) -> None:
+            self.tx, self.asked = tx, 0
+
+        def execute(self, *args: object) -> object:
+            self.asked += 1
+            if self.asked == 2:
+                self.tx.execute(sa.insert(store.quotas).values(project_id="p", resource="port", used=1))
+            return self.tx.execute(*args)  # type: ignore[call-overload]
+
+    with world.db.tx() as tx:
+        store.charge(Between(tx), "p", "port", 1, 3)  # type: ignore[arg-type]
+        assert store.shares(tx, "p")["port"].used == 2

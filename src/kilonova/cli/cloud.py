@@ -12,6 +12,7 @@ from collections.abc import Callable, Container
 import msgspec
 import sqlalchemy as sa
 
+import kilonova
 from kilonova import placement
 from kilonova.api import app as compute_api
 from kilonova.api import policies
@@ -80,6 +81,7 @@ ROLES = {
     "companions": "identity, images, networks, volumes and shares of our own; one process at a time",
 }
 ALL = frozenset(ROLES) - {"scheduler"}
+UNSUNG = frozenset({"api", "placement", "metadata", "console", "companions"})  # who is no service of the compute API
 ANSWER_S = 30.0  # so long a scheduler of its own may think
 
 
@@ -515,6 +517,17 @@ def _furnish(tx: Tx, now: float) -> None:
 # ---- upkeep
 
 
+@reconciler(every_s=10, at_once=True)
+def present(cloud: Cloud) -> list[str]:
+    """Roles that are no services of the compute API say that they live, for `kilonova db upgrade --finish`."""
+    if not cloud.whole:
+        now, born = cloud.clock.now(), cloud.process.born
+        with cloud.db.tx() as tx:
+            for role in sorted(cloud.roles & UNSUNG):
+                hosts.lives(tx, cloud.name, role, uuid=cloud.ids.uuid, now=now, born=born, version=kilonova.__version__)
+    return []
+
+
 @reconciler(every_s=15)
 def rewired(cloud: Cloud) -> list[str]:
     """The host's networks are what the tables say."""
@@ -563,4 +576,4 @@ def bases_evicted(cloud: Cloud) -> list[str]:
     return cloud.driver.evict_images() if isinstance(cloud.driver, LibvirtDriver) else []
 
 
-UPKEEP = [rewired, hosts_met, keys_rotated, policies_read, bases_evicted, volumes_resumed]
+UPKEEP = [present, rewired, hosts_met, keys_rotated, policies_read, bases_evicted, volumes_resumed]

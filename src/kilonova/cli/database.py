@@ -53,8 +53,8 @@ def at_work(db: Db, config: Config) -> list[str]:
         return []
     now, down_after_s = WallClock().now(), config.compute.host_down_after_s
     with db.read() as tx:
-        all = hosts.services(tx)
-    return [f"{s.binary} on {s.host} ({s.version})" for s in all if s.up(now, down_after_s)]
+        all = hosts.services(tx, processes=True)
+    return [f"{s.binary.partition('/')[0]} on {s.host} ({s.version})" for s in all if s.up(now, down_after_s)]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from kilonova.conductor import (
     capture_volumes,
     create,
     delete,
+    deserted,
     evacuate,
     examine,
     interfaces,
@@ -104,7 +105,14 @@ class Conductor:
         self.worker = Worker(self.engine, threads=config.workers.threads, sweep_s=config.workers.sweep_s)
         self.reconcilers = Reconcilers(
             self.world,
-            [*watch.RECONCILERS, *volumes.RECONCILERS, *shares.RECONCILERS, notices.notified, outside.owed],
+            [
+                *watch.RECONCILERS,
+                deserted.deserted,
+                *volumes.RECONCILERS,
+                *shares.RECONCILERS,
+                notices.notified,
+                outside.owed,
+            ],
             clock=clock,
             dice=dice,
         )

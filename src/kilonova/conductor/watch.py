@@ -4,6 +4,7 @@ A report may be old when it comes, so it is only a suspicion.  For each suspicio
 behind whatever is being done to that server, and judges in one transaction, on what is written then.
 """
 
+import hashlib
 import logging
 from dataclasses import replace
 from typing import Any, Literal
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 
 RUNNING, PAUSED = PowerState.running, PowerState.paused
 DOWN = PowerState.shutdown, PowerState.crashed
+RELEARN_S = 600.0  # then what a host says is written again, though it is the same: others write there, too
 STUCK_S = 60.0  # so long a server may be on its way with nobody at work: no commit takes longer
 KEEP_HIDDEN_S = 3600.0  # journals of what nobody asked for
 
@@ -70,17 +72,37 @@ def reported(world: World, r: Report) -> None:
     if r.host in world.forced_down:
         for server, epoch in world.db.look(_outlived, r):
             world.send(r.host, letter(Destroy(server=server, epoch=epoch), about=server))
-    if r.facts is not None or world.lives.get(r.host) != r.born:
+    facts = _facts(r)
+    if world.lives.get(r.host) != r.born or (facts and not _known(world, r.host, facts, now)):
         runs = world.db.run(_met, world, r, now)
         with world.guard:
             world.lives[r.host] = r.born
             world.well.pop(r.host, None)
+            if facts:
+                world.learned[r.host] = facts, now, world.db.look(hosts.written, r.host)
         world.started(runs)
         return
     with world.db.read() as tx:
         suspects = _suspects(tx, world, r)
     if suspects:
         world.started(world.db.run(_look_into, world, r.host, suspects, False))
+
+
+def _facts(r: Report) -> bytes:
+    """What it says of what lasts, as one value; nothing where it says nothing of that."""
+    if r.facts is None:
+        return b""
+    said = (msgspec.structs.replace(r.facts, uptime=""), r.stocks, sorted(r.speaks), r.version, r.host_ip)
+    return hashlib.blake2b(msgspec.msgpack.encode(said), digest_size=16).digest()
+
+
+def _known(world: World, host: str, facts: bytes, now: float) -> bool:
+    """It said the same a while ago, nobody has written other facts since, and nothing waits for its being back."""
+    said, at, written = world.learned.get(host, (b"", 0.0, None))
+    if said != facts or written is None or not 0 <= now - at < RELEARN_S:
+        return False
+    with world.db.read() as tx:
+        return hosts.written(tx, host) == written and not migrations.evacuated(tx, host)
 
 
 def power_changed(world: World, m: PowerChanged) -> None:

@@ -769,6 +769,27 @@ class Policy(Struct, frozen=True):
     ] = None
 
 
+class Evacuation(Struct, frozen=True):
+    """Servers of hosts that are gone, moved without being asked."""
+
+    after_s: A[
+        float,
+        Meta(
+            description="A host that was silent for so long loses its servers to others; 0: never by itself. Set it only where "
+            "something switches silent hosts off: one that merely cannot be heard goes on running its guests.",
+            ge=0,
+        ),
+    ] = 0.0
+    share_max: A[
+        float,
+        Meta(
+            description="When more hosts than this share are silent at once, nothing is moved (one always is).",
+            ge=0,
+            le=1,
+        ),
+    ] = 0.2
+
+
 class Config(Struct, frozen=True):
     """The whole tree."""
 
@@ -778,6 +799,7 @@ class Config(Struct, frozen=True):
     state: State = State()
     quota: Quota = Quota()
     compute: Compute = Compute()
+    evacuation: Evacuation = Evacuation()
     libvirt: Libvirt = Libvirt()
     sim: Sim = Sim()
     scheduler: Scheduler = Scheduler()

@@ -23,6 +23,7 @@ from kilonova.store import placement, servers
 COMPUTE, CONDUCTOR, SCHEDULER = "nova-compute", "nova-conductor", "nova-scheduler"
 ZONE = "availability_zone"  # the key of an aggregate's metadata that makes it one
 DISABLED = "COMPUTE_STATUS_DISABLED"
+DAY_S = 86_400.0
 
 _NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 SERVICES = sa.Table(
@@ -189,10 +190,11 @@ class Heard(msgspec.Struct, frozen=True):
 # ---- services
 
 
-def services(tx: Tx, *, host: str | None = None, binary: str | None = None) -> list[Service]:
-    """By their number."""
+def services(tx: Tx, *, host: str | None = None, binary: str | None = None, processes: bool = False) -> list[Service]:
+    """By their number; with `processes` also those that only say that they live (`lives`)."""
     shape = host is not None, binary is not None
-    return [_service(r) for r in tx.execute(PAGES.of(shape, lambda: _some(*shape)), {"host": host, "binary": binary})]
+    found = tx.execute(PAGES.of(shape, lambda: _some(*shape)), {"host": host, "binary": binary})
+    return [s for s in map(_service, found) if processes or "/" not in s.binary]
 
 
 def _some(host: bool, binary: bool) -> sa.Select[Any]:
@@ -272,6 +274,19 @@ def beat(tx: Tx, host: str, binary: str, *, uuid: Callable[[], str], now: float,
         _registered(tx, host, binary, uuid=uuid, now=now, born=born, version=version)
 
 
+def lives(tx: Tx, host: str, role: str, *, uuid: Callable[[], str], now: float, born: float, version: str) -> None:
+    """A role that nobody disables or evacuates says that it lives: an upgrade waits for it.
+
+    One row a release and machine: processes of two releases beside each other are both seen.  Those of a release that
+    is silent for a day go.
+    """
+    binary = f"kilonova-{role}/{version}"[:64]
+    beat(tx, host, binary, uuid=uuid, now=now, born=born, version=version)
+    tx.execute(
+        sa.delete(SERVICES).where(_s.host == host, _s.binary.like(f"kilonova-{role}/%"), _s.last_seen < now - DAY_S)
+    )
+
+
 def seen(tx: Tx, beats: Iterable[tuple[str, float]]) -> None:
     """These hosts were heard of, then."""
     told = [{"the_host": host, "at": at} for host, at in beats]
@@ -297,6 +312,12 @@ def speech(tx: Tx, host: str) -> tuple[list[str], str]:
     query = sa.select(_s.speaks, NODES.c.facts).select_from(joined).where(_s.host == host, _s.binary == COMPUTE)
     row = tx.execute(query.limit(1)).first()
     return ([], "") if row is None else (_NAMES.decode(row.speaks), _FACTS.decode(row.facts).hypervisor_type)
+
+
+def written(tx: Tx, host: str) -> float | None:
+    """When what lasts of a host was last written; None: nothing is."""
+    at: float | None = tx.execute(WRITTEN, {"the_host": host}).scalar()
+    return at
 
 
 def connector(tx: Tx, host: str) -> dict[str, Any]:
@@ -719,6 +740,11 @@ FACTS = ready(
 )
 PAGES = Shapes()
 HEARD = ready(sa.select(_s.last_seen, _s.forced_down, _s.born).where(_compute))
+WRITTEN = ready(
+    sa.select(sa.func.max(sa.func.coalesce(NODES.c.updated_at, NODES.c.created_at))).where(
+        NODES.c.host == _b("the_host")
+    )
+)
 SEEN = ready(sa.update(SERVICES).where(_compute).values(last_seen=_b("at")))
 SUCCEEDED = ready(sa.update(SERVICES).where(_compute, _s.failures > 0).values(failures=0))
 BEAT = ready(

@@ -209,6 +209,13 @@ def kept(tx: Tx, host: str) -> dict[str, int]:
     return {r.server: r.source_epoch for r in tx.execute(KEPT, {"the_host": host})}
 
 
+def evacuated_since(tx: Tx, source: str, at: float) -> set[str]:
+    """Servers whose evacuation from that host began since then, whatever came of it."""
+    t = T.c
+    query = sa.select(t.server).where(t.source == source, t.type == Kind.evacuation, t.created_at >= at)
+    return set(tx.execute(query).scalars())
+
+
 def evacuated(tx: Tx, host: str) -> list[Migration]:
     """Those that left this host when it was down, and of which it may not know yet."""
     return [of(r) for r in tx.execute(EVACUATED, {"the_host": host})]

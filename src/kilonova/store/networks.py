@@ -777,8 +777,8 @@ def charge(tx: Tx, project: str, resource: str, n: int, standard: int) -> None:
     here = quotas.c.project_id == project, quotas.c.resource == resource
     if tx.execute(sa.select(quotas.c.used).where(*here)).first() is None:
         tx.execute(sa.insert(quotas).values(project_id=project, resource=resource, used=0))
-        if tx.execute(_CHARGE, told).rowcount:
-            return
+    if tx.execute(_CHARGE, told).rowcount:  # also where somebody made the row between our two looks
+        return
     raise OverQuota(f"Quota exceeded for resources: ['{resource}'].", code="OverQuota")
 
 
