@@ -8,9 +8,12 @@ is left over.  A row of the table is a fault.
 """
 
 import argparse
+import contextlib
 import http.client
+import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -90,6 +93,52 @@ def no_database(seconds: float) -> Fault:
     return do
 
 
+def changed(names: list[str], strange: str, seconds: float) -> Fault:
+    """These processes are other ones for a while."""
+
+    def do(cloud: Cloud) -> None:
+        for name in names:
+            cloud.fleet.stop(name, 60)
+            cloud.fleet.start(name, strange=strange)
+        time.sleep(seconds)
+        for name in names:
+            cloud.fleet.stop(name, 60)
+            cloud.fleet.start(name)
+
+    return do
+
+
+def clock_off(seconds: float) -> str:
+    return f"import time; true = time.time; time.time = lambda: true() + {seconds}"
+
+
+# Every letter that such a process sends goes out twice.
+TWICE = """import kombu
+once = kombu.Producer.publish
+def twice(*args, **more):
+    once(*args, **more)
+    return once(*args, **more)
+kombu.Producer.publish = twice"""
+
+
+def full(host: str, seconds: float) -> Fault:
+    """Its disk (a file system of its own, `Cloud.small`) takes no byte more for a while."""
+
+    def do(cloud: Cloud) -> None:
+        filler = cloud.fleet.sim / host / "filler"
+        with filler.open("wb", 0) as f:
+            with contextlib.suppress(OSError):
+                while f.write(bytes(1 << 16)):
+                    pass
+            time.sleep(seconds)
+        filler.unlink()
+
+    return do
+
+
+SMALL = "host-1"  # whose disk can be full
+PULLED = "host-2"  # who can be cut off
+
 # fmt: off
 FAULTS: dict[str, Fault] = {
     "kill -9 of an API":                      killed("api-0"),
@@ -97,10 +146,18 @@ FAULTS: dict[str, Fault] = {
     "kill -9 of a scheduler":                 killed("scheduler-0"),
     "kill -9 of a host":                      killed("host-0"),
     "kill -9 of the companions":              killed("companions-0"),
-    "a host stands still for 12 s":           frozen("host-1", 12),
-    "a conductor stands still for 12 s":      frozen("conductor-1", 12),
+    "a host stands still for 30 s":           frozen("host-0", 30),
+    "a conductor stands still for 30 s":      frozen("conductor-1", 30),
+    "an API stands still for 30 s":           frozen("api-1", 30),
+    "a host is cut off for 30 s":             frozen("wire-0", 30),
     "no broker for 5 s":                      no_broker(5),
+    "no broker for 2 minutes":                no_broker(120),
     "the database starts anew after 3 s":     no_database(3),
+    "all letters come twice":                 changed(["conductor-0", "conductor-1", "host-0", "host-2"], TWICE, 8),
+    "a host's clock is 5 minutes ahead":      changed(["host-0"], clock_off(300), 8),
+    "a host's clock is 5 minutes behind":     changed(["host-0"], clock_off(-300), 8),
+    "a conductor's clock is 5 s ahead":       changed(["conductor-0"], clock_off(5), 8),
+    "a host's disk is full for 10 s":         full(SMALL, 10),
 }
 # fmt: on
 SHORT = ("kill -9 of a conductor", "kill -9 of a host", "no broker for 5 s", "the database starts anew after 3 s")
@@ -115,6 +172,11 @@ class Tally:
 
     fault: str
     servers: int = 0
+    before: int = 0  # accepted
+    during: int = 0
+    after: int = 0
+    became: Counter[str] = field(default_factory=Counter)  # those of this round
+    doubled: int = 0
     active: int = 0
     errors: int = 0
     gone: int = 0
@@ -125,7 +187,7 @@ class Tally:
     rest_s: float = 0.0
 
     def well(self) -> bool:
-        return not (self.stuck or self.leaked or self.answers)
+        return not (self.stuck or self.leaked or self.answers or self.doubled)
 
 
 class Storm:
@@ -139,17 +201,22 @@ class Storm:
         self.all: set[str] = set()
         self.strange: list[str] = []
         self.names = iter(range(1_000_000))
+        self.phase = "before"
+        self.accepted: dict[str, set[str]] = {}  # of this round
         self.image, self.network = cloud.fleet.client().furnish()
 
     def blow(self, fault: Fault, before_s: float = 2.0, after_s: float = 1.0) -> None:
         over = threading.Event()
         self.round += 1
+        self.phase, self.accepted = "before", {"before": set(), "during": set(), "after": set()}
         crew = [threading.Thread(target=self._one, args=(i, over)) for i in range(CLIENTS)]
         for t in crew:
             t.start()
         try:
             time.sleep(before_s)
+            self.phase = "during"
             fault(self.cloud)
+            self.phase = "after"
             time.sleep(after_s)
         finally:
             over.set()
@@ -184,6 +251,7 @@ class Storm:
             with self.guard:
                 self.here.add(id)
                 self.all.add(id)
+                self.accepted[self.phase].add(id)
         elif what == "delete":
             client.delete(f"/compute/v2.1/servers/{id}")
             with self.guard:
@@ -213,6 +281,11 @@ class Storm:
         self.here |= set(seen) - self.gone  # with builds whose answers were lost, and deletes that were never heard
         tally.servers, tally.errors = len(self.all), counts["ERROR"]
         tally.active, tally.gone = sum(counts.values()) - counts["ERROR"], len(self.all) - len(seen)
+        at = Counter(id for s in self.cloud.fleet.holds().values() for id in s.machines)
+        tally.doubled = sum(n > 1 for n in at.values())
+        for phase, ids in self.accepted.items():
+            setattr(tally, phase, len(ids))
+            tally.became += Counter(_end(seen.get(id)) for id in ids)
         tally.answers, self.strange = self.strange, []
         tally.why = Counter(s["fault"]["message"] for s in seen.values() if s["status"] == "ERROR")
 
@@ -236,6 +309,10 @@ class Storm:
         return tally.stuck + tally.leaked + held
 
 
+def _end(server: dict[str, Any] | None) -> str:
+    return "gone" if server is None else "error" if server["status"] == "ERROR" else "there"
+
+
 def rests(server: dict[str, Any]) -> bool:
     well = server["status"] in RESTING and server["OS-EXT-STS:task_state"] is None
     return well and (server["status"] != "ERROR" or bool(server.get("fault", {}).get("message")))
@@ -252,6 +329,20 @@ def cloud_of(home: Path, engine: Callable[[Path], Postgres | MariaDb], **more: A
         fleet(home / "fleet", database.url, broker, **more) as one,
     ):
         yield Cloud(one, database, broker)
+
+
+@contextmanager
+def small(directory: Path) -> Iterator[None]:
+    """A file system of a few megabytes there; only root can have one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if os.geteuid():
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(directory)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=False)
 
 
 def told(storm: Storm, db: Db, names: list[str]) -> list[Tally]:
@@ -271,11 +362,13 @@ def told(storm: Storm, db: Db, names: list[str]) -> list[Tally]:
 
 def table(tallies: list[Tally]) -> str:
     lines = [
-        "| fault, under load | servers built | active or stopped | in error, with a fault | stuck | leaked | at rest after |",
+        "| fault, under load | accepted before / during / after | of them active or stopped / error / deleted | stuck | leaked | doubled | at rest after |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for t in tallies:
-        cells = [t.fault, t.servers, t.active, t.errors, len(t.stuck), len(t.leaked), f"{t.rest_s:.1f} s"]
+        b = t.became
+        cells = [t.fault, f"{t.before} / {t.during} / {t.after}", f"{b['there']} / {b['error']} / {b['gone']}"]
+        cells += [str(n) for n in (len(t.stuck), len(t.leaked), t.doubled)] + [f"{t.rest_s:.1f} s"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -286,6 +379,8 @@ def summed(tallies: list[Tally]) -> list[Tally]:
     for t in tallies:
         r = rows.setdefault(t.fault, Tally(t.fault))
         r.servers, r.rest_s, r.active, r.errors = r.servers + t.servers, max(r.rest_s, t.rest_s), t.active, t.errors
+        r.before, r.during, r.after = r.before + t.before, r.during + t.during, r.after + t.after
+        r.became, r.doubled = r.became + t.became, r.doubled + t.doubled
         r.stuck += t.stuck
         r.leaked += t.leaked
         r.answers += t.answers
@@ -302,10 +397,14 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="WORD", help="faults in whose name it is")
     chosen = parser.parse_args()
     names = [n for n in FAULTS if not chosen.only or any(w in n for w in chosen.only)]
+    names = [n for n in names if os.geteuid() == 0 or "disk" not in n]
     engine = {"postgres": Postgres, "mariadb": MariaDb}[chosen.engine]
     home, tallies = chosen.keep or Path(tempfile.mkdtemp(prefix="kn-faults-")), list[Tally]()
     end = time.monotonic() + 60 * chosen.minutes
-    with cloud_of(home, engine, schedulers=2, failure_rate=chosen.failure_rate) as cloud:
+    with (
+        small(home / "fleet/sim" / SMALL),
+        cloud_of(home, engine, schedulers=2, failure_rate=chosen.failure_rate, pulled=PULLED) as cloud,
+    ):
         db, storm = Db(cloud.database.url, threads=2), Storm(cloud, chosen.seed)
         while not tallies or (time.monotonic() < end and tallies[-1].well()):
             for name in names:

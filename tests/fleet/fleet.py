@@ -100,7 +100,9 @@ class Fleet:
         latency_s: float = 0.02,
         failure_rate: float = 0.0,
         common: str = COMMON,
+        pulled: str = "",
     ) -> None:
+        """`pulled`: the host that has a wire of its own to the broker, the role `wire-0`."""
         self.directory, self.database = directory, database
         directory.mkdir(parents=True, exist_ok=True)
         self.ports = {what: free_port() for what in ("companions", "api", "metadata", "console")}
@@ -117,6 +119,13 @@ class Fleet:
         self.roles |= {f"conductor-{i}": "conductor" for i in range(2)}
         self.roles |= {f"scheduler-{i}": "scheduler" for i in range(schedulers)}
         self.roles |= {f"host-{i}": "compute" for i in range(hosts)}
+        self.wire: tuple[str, ...] = ()
+        self.pulled = pulled
+        if pulled:
+            there, here = urlsplit(broker).port or 0, free_port()
+            self.wire = str(here), str(there)
+            self.roles = {"wire-0": "relay"} | self.roles
+            (directory / f"{pulled}.toml").write_text(text.replace(f":{there}", f":{here}"))
         self.site: Site | None = None
         if metal:
             names = [f"metal-{i}" for i in range(metal)]
@@ -146,16 +155,24 @@ class Fleet:
         self.wait(lambda: len(self.hosts_up()) == n, timeout_s, "all hosts are there")
         return time.monotonic() - began
 
-    def start(self, name: str, *more: str) -> None:
+    def start(self, name: str, *more: str, strange: str = "") -> None:
+        """`strange`: what is done in that process before all else, as Python."""
         role, out = self.roles[name], self.directory / f"{name}.out"
         config = self.host if role == "compute" else self.controller
         machine = self.site.machines.get(name) if self.site is not None else None
+        if name == self.pulled:
+            config = self.directory / f"{name}.toml"
         if machine is not None:
             config = self.proxy if role == "console" else self.metal
         words = ["serve", *role.split(), "--config", str(config), "--state-dir", str(self.directory / name)]
         words += ["--name", name] if role in ("compute", "conductor", "scheduler") else []
         words += ["--port", str(self.ports[role])] if role in ("companions", "metadata") else []
         argv = [sys.executable, "-P", "-m", "kilonova.main", *words, *more]
+        if strange:
+            code = f"{strange}\nimport sys; from kilonova.main import main; sys.exit(main(sys.argv[1:]))"
+            argv = [sys.executable, "-P", "-c", code, *words, *more]
+        if role == "relay":
+            argv = [sys.executable, str(Path(__file__).with_name("relay.py")), *self.wire]
         with out.open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 argv if machine is None else machine.within(argv),
