@@ -51,13 +51,18 @@ def ended(process: "subprocess.Popen[bytes]", number: int = signal.SIGTERM) -> N
 class Rabbit:
     """A broker that can be stopped and started again, with what it kept on its disk."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, tls: tuple[Path, Path] | None = None) -> None:
+        """`tls`: its certificate and key; then it takes no other connections."""
+        self.directory, self.tls = directory, tls
         self.port, dist, self.epmd = free_port(), free_port(), free_port()
         for name in ("mnesia", "log"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         (directory / "enabled").write_text("[].\n")
-        (directory / "rabbitmq.conf").write_text("disk_free_limit.absolute = 50MB\nlog.console = false\n")
+        said = "disk_free_limit.absolute = 50MB\nlog.console = false\n"
+        if tls is not None:
+            said += f"listeners.tcp = none\nlisteners.ssl.1 = 127.0.0.1:{self.port}\nssl_options.verify = verify_none\n"
+            said += f"ssl_options.certfile = {tls[0]}\nssl_options.keyfile = {tls[1]}\n"
+        (directory / "rabbitmq.conf").write_text(said)
         self.env = {
             "PATH": os.environ["PATH"],
             "HOME": str(directory),
@@ -79,7 +84,7 @@ class Rabbit:
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        return f"{'amqp' if self.tls is None else 'amqps'}://guest:guest@127.0.0.1:{self.port}//"
 
     def start(self) -> None:
         with (self.directory / "out").open("ab") as out:
@@ -104,8 +109,8 @@ class Rabbit:
 
 
 @contextmanager
-def rabbit(directory: Path) -> Iterator[Rabbit]:
-    one = Rabbit(directory)
+def rabbit(directory: Path, tls: tuple[Path, Path] | None = None) -> Iterator[Rabbit]:
+    one = Rabbit(directory, tls)
     try:
         one.start()
         yield one

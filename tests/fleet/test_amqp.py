@@ -9,11 +9,15 @@ from collections import Counter
 import msgspec
 import pytest
 
-from kilonova.kit.amqp import AmqpBus
+from kilonova.cli.certificates import own
+from kilonova.cli.process import bus_of
+from kilonova.kit.amqp import BROKEN, AmqpBus
 from kilonova.kit.ask import Answerer, Asker, asked
 from kilonova.kit.bus import Agent, Call, Contract, Ledger, letter
 from kilonova.kit.clock import Ids, WallClock
+from kilonova.kit.config import Secret
 from kilonova.kit.errors import Unavailable
+from kilonova.model import options
 from tests.engines import rabbit, waited
 
 pings = Contract("pings")
@@ -155,3 +159,23 @@ def test_the_box_has_a_size(monkeypatch, bus):
         away.send("x", msgspec.msgpack.encode(n))
     assert away.dropped == 4 and len(away.box) == 5
     away.over.set()
+
+
+def test_brokers_are_held_to_their_certificates(tmp_path):
+    """amqps, as a configuration says it: letters pass; a broker of another authority is none."""
+    identity, ca = own(tmp_path / "tls", ["127.0.0.1"], time.time())
+    _, other = own(tmp_path / "other", ["127.0.0.1"], time.time())
+    with rabbit(tmp_path / "mq", (identity.cert_file, identity.key_file)) as broker:
+        said = options.Bus(url=Secret(broker.url), ca_file=ca)
+        here, got = bus_of(said, WallClock()), list[bytes]()
+        try:
+            here.serve("h5", got.append)
+            waited(lambda: here.up, 10, "connected")
+            time.sleep(0.3)
+            here.send("h5", letter(Ping(n=5)))
+            waited(lambda: got, 10, "it came")
+        finally:
+            here.close()
+        wrong = options.Bus(url=Secret(broker.url), ca_file=other)
+        with pytest.raises(BROKEN, match=r"(?i)certificate"):
+            bus_of(wrong, WallClock()).connection().connect()

@@ -29,7 +29,7 @@ class Process:
         self.config, self.state = config, state
         self.clock, self.ids, self.metrics = WallClock(), Ids(), Metrics()
         self.name = config.compute.host or socket.gethostname()
-        self.bus = _bus(config.bus, self.clock)
+        self.bus = bus_of(config.bus, self.clock)
         self.born = self.clock.now()
 
     @property
@@ -42,7 +42,7 @@ class Process:
         return "" if getattr(self.bus, "up", True) else "The broker cannot be reached."
 
 
-def _bus(config: options.Bus, clock: Clock) -> WholeBus:
+def bus_of(config: options.Bus, clock: Clock) -> WholeBus:
     """A broker's, where one is configured; else this process's own."""
     urls = [part.strip() for part in config.url.reveal().split(";") if part.strip()]
     if not urls:
