@@ -193,8 +193,8 @@ class Tally:
 class Storm:
     """Clients that do what users do, as fast as they are answered; and what they were promised."""
 
-    def __init__(self, cloud: Cloud, seed: int) -> None:
-        self.cloud, self.seed, self.round = cloud, seed, 0
+    def __init__(self, cloud: Cloud, seed: int, rest_s: float = REST_S) -> None:
+        self.cloud, self.seed, self.round, self.rest_s = cloud, seed, 0, rest_s
         self.guard = threading.Lock()
         self.here: set[str] = set()  # accepted, and nobody has asked to delete it
         self.gone: set[str] = set()  # its delete was accepted
@@ -273,7 +273,7 @@ class Storm:
             except Exception as e:  # what it asks is not there yet; a file was removed under its eyes
                 tally.stuck = [f"{type(e).__name__}: {e}"]
             tally.rest_s = time.monotonic() - began
-            if (not tally.stuck and not tally.leaked) or tally.rest_s > REST_S:
+            if (not tally.stuck and not tally.leaked) or tally.rest_s > self.rest_s:
                 break
             time.sleep(0.2)
         counts = Counter(s["status"] for s in seen.values())
@@ -393,6 +393,9 @@ def main() -> int:
     parser.add_argument("--engine", choices=["postgres", "mariadb"], default="postgres")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--failure-rate", type=float, default=0.05, help="so many acts of hosts fail anyhow")
+    parser.add_argument(
+        "--rest", type=float, default=330, help="seconds until all must be at rest; some reconcilers take five minutes"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave everything there, for who looks why")
     parser.add_argument("--only", action="append", metavar="WORD", help="faults in whose name it is")
     chosen = parser.parse_args()
@@ -405,7 +408,7 @@ def main() -> int:
         small(home / "fleet/sim" / SMALL),
         cloud_of(home, engine, schedulers=2, failure_rate=chosen.failure_rate, pulled=PULLED) as cloud,
     ):
-        db, storm = Db(cloud.database.url, threads=2), Storm(cloud, chosen.seed)
+        db, storm = Db(cloud.database.url, threads=2), Storm(cloud, chosen.seed, chosen.rest)
         while not tallies or (time.monotonic() < end and tallies[-1].well()):
             for name in names:
                 tallies += told(storm, db, [name])

@@ -1,7 +1,6 @@
 """How a question travels to a neighbour: `Inside` this process, as WSGI, or `Outside`, by real HTTP."""
 
 import io
-import os
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -103,10 +102,9 @@ class Outside:
         line = requests.Session()
         for scheme in ("http://", "https://"):
             line.mount(scheme, session.TCPKeepAliveAdapter())
-        line.trust_env = False
-        line.proxies = requests.utils.get_environ_proxies(self.url)
-        verify = (os.environ.get("REQUESTS_CA_BUNDLE") or True) if verify is True else verify
-        self.http = session.Session(session=line, verify=verify, timeout=timeout_s, user_agent="kilonova")
+        around = line.merge_environment_settings(self.url, {}, False, verify, None)
+        line.trust_env, line.proxies = False, dict(around["proxies"])
+        self.http = session.Session(session=line, verify=around["verify"], timeout=timeout_s, user_agent="kilonova")
 
     def send(self, method: str, path: str, headers: Mapping[str, str], body: Body) -> Answer:
         from keystoneauth1.exceptions import ClientException
