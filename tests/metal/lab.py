@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from kilonova.kit.clock import Ids, WallClock
+from kilonova.kit.errors import NotFound
 from kilonova.model.machine import Disk, Identity, ImageSource, Machine
 from kilonova.model.options import Compute, Libvirt
 from kilonova.virt.libvirt.driver import LibvirtDriver
@@ -57,6 +58,8 @@ class Lab:
 
     def fetch(self, image_id: str, write: Callable[[bytes], object]) -> None:
         self.fetched.append(image_id)
+        if image_id not in self.images:
+            raise NotFound(f"Image {image_id} could not be found.")
         image = self.images[image_id]
         content = image.read_bytes() if isinstance(image, Path) else image
         for at in range(0, len(content), 1 << 16):

@@ -1,6 +1,9 @@
 """Cold moves of real machines: two of one server on a host, and a power cut between any two steps."""
 
 import contextlib
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,14 @@ import msgspec
 import pytest
 
 from kilonova.contracts.compute import Luggage
-from kilonova.kit.errors import NotFound, Refused, Unsupported
+from kilonova.kit.errors import NotFound, Refused, Unavailable, Unsupported
 from kilonova.model.machine import BlankSource, Disk, Machine
 from kilonova.virt.driver import Held
-from kilonova.virt.libvirt import disks, moves, records
+from kilonova.virt.libvirt import copies, disks, moves, records
+from kilonova.virt.libvirt import luggage as luggages
 from kilonova.virt.libvirt.driver import LibvirtDriver
-from tests.metal.lab import BOOT_S, MARKS, MIB, Lab, processes
+from kilonova.virt.libvirt.luggage import served_again
+from tests.metal.lab import BOOT_S, MARKS, MIB, Lab, made, processes, until
 
 pytestmark = MARKS
 
@@ -128,7 +133,7 @@ def test_what_cannot_move_is_refused_and_nothing_is_left(lab: Lab) -> None:
     names = sorted(driver.instances.iterdir())
     with pytest.raises(Unsupported):
         driver.prepare(lab.machine())
-    with pytest.raises(Unsupported):
+    with pytest.raises(Refused):
         driver.arrive(larger(machine, 5), Luggage(more={"owner": "another"}), False, quiet)
     luggage = driver.depart(machine.id, 3, 0)
     small = msgspec.structs.replace(
@@ -168,11 +173,106 @@ def test_a_copy_has_the_bytes_and_the_holes(tmp_path: Path) -> None:
         assert two.stat().st_blocks <= one.stat().st_blocks + 16
 
 
+# ---- from one host to another
+
+
+@pytest.fixture
+def there(lab: Lab, guest: Path, tmp_path: Path) -> Iterator[Lab]:
+    """Another host, with another libvirtd and another directory; each says how it is reached."""
+    before = lab.driver.options
+    with made(guest, tmp_path, "there") as other:
+        for one in (lab, other):
+            one.driver.options = msgspec.structs.replace(before, migration_address="127.0.0.1", migration_port=0)
+        yield other
+    lab.driver.options = before
+
+
+def mark(path: Path, *, look: bool = False) -> None:
+    """A block of the disk, behind all that the image has on it."""
+    word = f"{'read' if look else 'write'} -P 0x4b 200M 64k"
+    done = subprocess.run(["qemu-io", "-f", "qcow2", "-c", word, str(path)], check=False, capture_output=True)
+    assert not done.returncode and b"failed" not in done.stdout, f"{done.stdout!r} {done.stderr!r}"
+
+
+def test_a_machine_goes_to_another_host(lab: Lab, there: Lab) -> None:
+    """With what its guest wrote, whether or not the image is still to be had; and back again."""
+    driver, other, machine = lab.driver, there.driver, off(lab)
+    mark(lab.directory(machine) / "disk.vda")
+    (lab.directory(machine) / "disk.config").write_bytes(b"secret".ljust(2048, b"\0"))
+    machine = msgspec.structs.replace(machine, config_drive=True)
+    driver._remember(machine)
+    new = larger(machine, 5)
+    other.prepare(new)
+    luggage = driver.depart(machine.id, 3, 0)
+    assert driver.depart(machine.id, 3, 0) == luggage and luggage.more["key"] not in repr(luggage)
+    (server,) = processes("qemu-storage-daemon")
+    assert luggage.more["key"].encode() not in Path(f"/proc/{server}/cmdline").read_bytes()
+    assert Path(f"/proc/{server}/cmdline").read_bytes().count(b"--export") == 4
+
+    key = luggage.more | {"key": "00" * 32}
+    with pytest.raises(Refused):
+        other.arrive(new, msgspec.structs.replace(luggage, more=key), False, quiet)
+    assert here(other, machine.id) == [] and not list(other.instances.glob(f"*{machine.id}*"))
+
+    os.kill(server, signal.SIGKILL)  # the machine under it was off
+    until(lambda: not processes("qemu-storage-daemon"))
+    with pytest.raises(Unavailable):
+        other.arrive(new, luggage, False, quiet)
+    again_served(driver)
+    for at in range(0, 100, 3):  # power cuts, now and then
+        with power_until(other, at) as power, contextlib.suppress(Cut):
+            other.arrive(new, luggage, False, quiet)
+        moves.mended(other.instances)
+        other._sweep()
+        other._met(machine.id)
+        assert here(other, machine.id) in ([], [(5, "nostate")], [(5, "shutdown")])
+        assert here(other, machine.id) or not list(other.instances.glob(f"*{machine.id}*"))
+        if power.left >= 0:
+            break
+    mark(there.directory(machine) / "disk.vda", look=True)
+    other.arrive(new, luggage, True, quiet)
+    assert here(other, machine.id) == [(5, "running")] and here(driver, machine.id) == [(3, "shutdown")]
+    there.says(machine, "kernel up")
+    other.stop(machine.id, 0)
+    assert virtual_size(there.directory(machine) / "disk.vda") == 320 * MIB
+    assert content(there, machine) == b"old"
+    assert (there.directory(machine) / "disk.config").read_bytes().startswith(b"secret")
+
+    other.depart(machine.id, 5, 0)
+    driver.come_back(msgspec.structs.replace(machine, epoch=7), 3, False)
+    other.drop(machine.id, 5)
+    assert (here(driver, machine.id), here(other, machine.id)) == ([(7, "shutdown")], [])
+    assert not processes("qemu-storage-daemon")
+
+    luggage = driver.depart(machine.id, 7, 0)
+    other.cache.evict((), -1)
+    there.images = {}
+    other.arrive(larger(machine, 9), luggage, False, quiet)
+    driver.drop(machine.id, 7)
+    assert (here(driver, machine.id), here(other, machine.id)) == ([], [(9, "shutdown")])
+    mark(there.directory(machine) / "disk.vda", look=True)
+    assert not processes("qemu-storage-daemon") and not list(driver.instances.glob(f"*{machine.id}*"))
+    luggage = other.depart(machine.id, 9, 0)  # what came along from there is part of it
+    other.arrive(larger(machine, 11), luggage, False, quiet)
+    other.drop(machine.id, 9)
+    mark(there.directory(machine) / "disk.vda", look=True)
+    other.destroy(machine.id)
+    assert not processes("qemu-storage-daemon")
+
+
+def again_served(driver: LibvirtDriver) -> None:
+    """As at the begin of a life."""
+    served_again(driver.instances, driver._names())
+
+
 # ---- a power cut between any two steps
 
 
 class Cut(BaseException):
     """The host is without power."""
+
+
+TOUCHES = {moves: "exchange remove copy lay remember", copies: "copy grow", luggages: "grow ended _fetched"}
 
 
 class Power:
@@ -199,8 +299,9 @@ def power_until(driver: LibvirtDriver, at: int) -> Iterator[Power]:
         return touched
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("exchange", "remove", "copy", "grow", "lay", "remember"):
-            patch.setattr(moves, name, through(getattr(moves, name)))
+        for module, names in TOUCHES.items():
+            for name in names.split():
+                patch.setattr(module, name, through(getattr(module, name)))
         patch.setattr(records, "put", through(records.put))
         patch.setattr(Path, "rename", through(Path.rename))
         for name in ("_define", "_on"):

@@ -347,6 +347,9 @@ class Luggage(msgspec.Struct, frozen=True):
     uri: str = ""
     more: dict[str, str] = {}
 
+    def __repr__(self) -> str:
+        return f"Luggage({self.uri!r})"  # a key may be among it
+
 
 @compute
 class Prepare(Call[Done], frozen=True):
@@ -402,6 +405,9 @@ class Landing(msgspec.Struct, frozen=True):
 
     uri: str = ""
     more: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"Luggage({self.uri!r})"  # a key may be among it
 
 
 @compute

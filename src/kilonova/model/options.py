@@ -263,6 +263,17 @@ class Libvirt(Struct, frozen=True):
     ] = "writeback"
     hotplug_slots: A[int, Meta(description="PCIe slots kept for what is attached later.", ge=0, le=28)] = 8
     tcg_cache_mb: A[int, Meta(description="Memory for translated code of an emulated guest.", ge=16)] = 64
+    migration_address: A[
+        str | None,
+        Meta(
+            description="The address (of the network between hosts) at which others fetch the disks of servers that are moved "
+            "to them; unset, servers neither leave this host nor come to it.",
+            examples=["192.0.2.11"],
+        ),
+    ] = None
+    migration_port: A[
+        int, Meta(description="The first of the 64 ports that are used there; 0: any that is free.", ge=0, le=65472)
+    ] = 49152
     call_timeout_s: A[float, Meta(description="A call to libvirt that takes longer counts as lost.", gt=0)] = 60.0
 
 

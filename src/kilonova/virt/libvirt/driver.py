@@ -49,7 +49,7 @@ from kilonova.model.options import Compute, Devices, Libvirt, Pci
 from kilonova.model.plan import connected_as
 from kilonova.model.rescue import rescued
 from kilonova.virt.driver import Held, Power, Progress
-from kilonova.virt.libvirt import care, console_log, devices, disks, hotplug, moves, records, volumes, xml
+from kilonova.virt.libvirt import care, console_log, devices, disks, hotplug, luggage, moves, records, volumes, xml
 from kilonova.virt.libvirt import host as machine_host
 from kilonova.virt.libvirt.daemon import Link, Private, Running, library
 from kilonova.virt.libvirt.records import UUID, put
@@ -122,6 +122,7 @@ class LibvirtDriver:
         self.version = 0
         self.closing = threading.Event()
         moves.mended(self.instances)
+        luggage.served_again(self.instances, self._names())
         self._sweep()
 
         self.daemon: Running | Private
