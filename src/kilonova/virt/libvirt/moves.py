@@ -60,6 +60,7 @@ def depart(driver: "LibvirtDriver", id: str, epoch: int, timeout_s: float) -> Lu
         driver.stop(id, timeout_s)
     with driver._alone(id):
         driver._remember(msgspec.structs.replace(driver._known(id), epoch=epoch))
+        driver._remove_devices(driver._known(id))  # another machine may have others under the same names
         in_order(directory)
         driver._met(id)
     options = driver.options
@@ -138,6 +139,7 @@ def drop(driver: "LibvirtDriver", id: str, epoch: int) -> None:
         with contextlib.suppress(NotFound):
             driver._on(id, driver._turned_off)
             driver._on(id, driver._forget_saved)
+        driver._remove_devices(driver._known(id))
         luggage.ended(directory)
         gone = hidden(directory)
         directory.rename(gone)
