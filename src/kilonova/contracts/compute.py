@@ -407,7 +407,7 @@ class Landing(msgspec.Struct, frozen=True):
     more: dict[str, str] = {}
 
     def __repr__(self) -> str:
-        return f"Luggage({self.uri!r})"  # a key may be among it
+        return f"Landing({self.uri!r})"
 
 
 @compute
