@@ -205,7 +205,7 @@ def test_a_machine_goes_to_another_host(lab: Lab, there: Lab) -> None:
     other.prepare(new)
     luggage = driver.depart(machine.id, 3, 0)
     assert driver.depart(machine.id, 3, 0) == luggage and luggage.more["key"] not in repr(luggage)
-    (server,) = processes("qemu-storage-daemon")
+    (server,) = processes(f"{machine.id}/serving")
     assert luggage.more["key"].encode() not in Path(f"/proc/{server}/cmdline").read_bytes()
     assert Path(f"/proc/{server}/cmdline").read_bytes().count(b"--export") == 4
 
@@ -215,7 +215,7 @@ def test_a_machine_goes_to_another_host(lab: Lab, there: Lab) -> None:
     assert here(other, machine.id) == [] and not list(other.instances.glob(f"*{machine.id}*"))
 
     os.kill(server, signal.SIGKILL)  # the machine under it was off
-    until(lambda: not processes("qemu-storage-daemon"))
+    until(lambda: not processes(f"{machine.id}/serving"))
     with pytest.raises(Unavailable):
         other.arrive(new, luggage, False, quiet)
     again_served(driver)
@@ -242,7 +242,7 @@ def test_a_machine_goes_to_another_host(lab: Lab, there: Lab) -> None:
     driver.come_back(msgspec.structs.replace(machine, epoch=7), 3, False)
     other.drop(machine.id, 5)
     assert (here(driver, machine.id), here(other, machine.id)) == ([(7, "shutdown")], [])
-    assert not processes("qemu-storage-daemon")
+    assert not processes(f"{machine.id}/serving")
 
     luggage = driver.depart(machine.id, 7, 0)
     other.cache.evict((), -1)
@@ -251,13 +251,13 @@ def test_a_machine_goes_to_another_host(lab: Lab, there: Lab) -> None:
     driver.drop(machine.id, 7)
     assert (here(driver, machine.id), here(other, machine.id)) == ([], [(9, "shutdown")])
     mark(there.directory(machine) / "disk.vda", look=True)
-    assert not processes("qemu-storage-daemon") and not list(driver.instances.glob(f"*{machine.id}*"))
+    assert not processes(f"{machine.id}/serving") and not list(driver.instances.glob(f"*{machine.id}*"))
     luggage = other.depart(machine.id, 9, 0)  # what came along from there is part of it
     other.arrive(larger(machine, 11), luggage, False, quiet)
     other.drop(machine.id, 9)
     mark(there.directory(machine) / "disk.vda", look=True)
     other.destroy(machine.id)
-    assert not processes("qemu-storage-daemon")
+    assert not processes(f"{machine.id}/serving")
 
 
 def again_served(driver: LibvirtDriver) -> None:
