@@ -1,6 +1,6 @@
-"""What a cloud on simulated hosts does, through its public API, in one table. One process, SQLite, loopback.
+"""What a cloud on simulated hosts does, through its public API, in one table. One process, loopback; SQLite, or another.
 
-    python bench/figures.py [--servers 1000] [--seconds 5] [--pin]
+    python bench/figures.py [--servers 1000] [--seconds 5] [--pin] [--db postgres|mariadb]
 
 `--pin` keeps the cloud on one core and this program on another.  A busy machine gives worse figures; compare only
 what was measured in one sitting.  Counts (statements, bytes) do not depend on the machine.
@@ -13,6 +13,7 @@ import selectors
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.parse
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Cloud:
     """`kilonova up` on simulated hosts, in a directory that goes away."""
 
-    def __init__(self, hosts: int, pin: bool) -> None:
+    def __init__(self, hosts: int, pin: bool, database: str = "") -> None:
         self.directory = tempfile.TemporaryDirectory(prefix="kilonova-bench-")
         state = Path(self.directory.name) / "state"
         argv = [
@@ -48,6 +49,7 @@ class Cloud:
             "KILONOVA_SIM__CPUS": "1000",
             "KILONOVA_SIM__MEMORY_MB": "100000000",
         }
+        env |= {"KILONOVA_DATABASE__URL": database} if database else {}
         began = time.perf_counter()
         self.process = subprocess.Popen(
             [*(["taskset", "-c", "0"] if pin else []), *argv], stdout=subprocess.DEVNULL, env=env
@@ -134,10 +136,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--builds", type=int, default=400)
     parser.add_argument("--pin", action="store_true")
+    parser.add_argument("--db", choices=["sqlite", "postgres", "mariadb"], default="sqlite")
     chosen = parser.parse_args()
+    if chosen.db == "sqlite":
+        return measured(chosen, "")
+    sys.path[:0] = [str(ROOT)]
+    from tests.engines import MariaDb, Postgres, served
+
+    engine = {"postgres": Postgres, "mariadb": MariaDb}[chosen.db]
+    with tempfile.TemporaryDirectory(prefix="kilonova-bench-db-") as home, served(engine, Path(home)) as database:
+        return measured(chosen, database.url)
+
+
+def measured(chosen: argparse.Namespace, database: str) -> None:
     if chosen.pin:
         os.sched_setaffinity(0, {1})
-    cloud = Cloud(10, chosen.pin)
+    cloud = Cloud(10, chosen.pin, database)
     c = cloud.client
     print("| what | figure | aim |\n|---|--:|--:|")
     row("`up` to ready", f"{cloud.ready_s:.1f} s", "≤ 2 s")
