@@ -75,11 +75,12 @@ def reported(world: World, r: Report) -> None:
     facts = _facts(r)
     if world.lives.get(r.host) != r.born or (facts and not _known(world, r.host, facts, now)):
         runs = world.db.run(_met, world, r, now)
+        written = world.db.look(hosts.written, r.host) if facts else None
         with world.guard:
             world.lives[r.host] = r.born
             world.well.pop(r.host, None)
             if facts:
-                world.learned[r.host] = facts, now, world.db.look(hosts.written, r.host)
+                world.learned[r.host] = facts, now, written
         world.started(runs)
         return
     with world.db.read() as tx:
