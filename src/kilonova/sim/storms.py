@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from kilonova.conductor import create, evacuate, live_migrate, resize
+from kilonova.kit.errors import NotFound
 from kilonova.kit.workflow import Step
 from kilonova.sim.world import CALM, FLAVOR, LARGE, PINNED, Api, Faults, Sim
 from kilonova.store import servers
@@ -43,6 +45,7 @@ LONG: list[Step[Any, Any]] = [
 ]  # fmt: skip
 OPERATORS = {"migrate", "os-migrateLive"}  # acts that users may not ask for
 NOBODY = "00000000-0000-0000-0000-000000000000"
+GIVES_UP_S = 40
 RESTORABLE_S = 100  # in a cloud where deleted servers can be restored
 GROUPS = (None, None, None, "anti-affinity", "affinity", "soft-anti-affinity")
 VOLUMES = ("", "", "", "", "", "", "beside", "root")
@@ -59,6 +62,7 @@ class User:
     def __init__(self, sim: Sim) -> None:
         self.sim, self.api, self.known = sim, Api(sim, "api"), dict[str, str]()
         self.groups = dict[str, str]()
+        self.migrating = set[str]()  # volumes, as their service sees it
 
     def create(self, name: str, group: str | None = None, volume: str = "") -> None:
         """`group`: a policy; the servers that name the same are in one group. `volume`: one is made with it, and goes
@@ -167,10 +171,26 @@ class User:
         status, body = self.api.ask("GET", path)
         if status == 200 and body["volumeAttachments"]:
             old, new = body["volumeAttachments"][-1]["volumeId"], volumes.create(2).id
-            volumes.session.tell(
-                "POST", f"/v3/volumes/{old}/action", body={"os-reset_status": {"migration_status": "migrating"}}
-            )
+            self.migrating.add(old)
+            self.sim.at(GIVES_UP_S, self.give_up, old)
+            self._migrates(old, "migrating")
             self.api.ask("PUT", f"{path}/{old}", {"volumeAttachment": {"volumeId": new}}, token="admin")
+
+    def _migrates(self, volume: str, status: str) -> None:
+        body = {"os-reset_status": {"migration_status": status}}
+        self.api.neighbours.volume.session.tell("POST", f"/v3/volumes/{volume}/action", body=body)
+
+    def give_up(self, volume: str) -> None:
+        """The volume service ends a migration that no server swaps for, sooner or later."""
+        if volume in self.migrating:
+            self.sim.at(GIVES_UP_S, self.give_up, volume)
+            if self.api.up and not self.sim.swapping():
+                self.api.go(self._given_up, volume)
+
+    def _given_up(self, volume: str) -> None:
+        with suppress(NotFound):
+            self._migrates(volume, "none")
+        self.migrating.discard(volume)
 
     def later(self, delay: float, what: Callable[..., None], *args: Any) -> None:
         self.sim.at(delay, self._go, what, *args)

@@ -317,6 +317,12 @@ class Sim:
         with self.db.read() as tx:
             return tx.execute(sa.select(RUNS.c.id).where(RUNS.c.state == "running").limit(1)).first() is None
 
+    def swapping(self) -> bool:
+        """Does any server exchange a volume for another?"""
+        of = RUNS.c.state == "running", RUNS.c.workflow == "swap_volume"
+        with self.db.read() as tx:
+            return tx.execute(sa.select(RUNS.c.id).where(*of).limit(1)).first() is not None
+
     def check(self) -> list[str]:
         """What must be true of any cloud at rest."""
         holds = {h.name: copy(h.state) for h in self.hosts.values() if not h.for_good}
