@@ -103,8 +103,14 @@ def test_it_does_not_count_until_it_is_restored(cloud):
     s.act("restore", ok=403)
     assert (s.status, s.row.task_state) == ("SOFT_DELETED", None)
     three.delete()
-    s.act("restore")
-    assert s.status == "ACTIVE"
+    s.act("restore", settle=False)
+    assert quota_used(cloud) == 2  # from when it was promised, though it is not there yet
+    cloud.settle()
+    assert s.status == "ACTIVE" and quota_used(cloud) == 2
+
+
+def quota_used(cloud):
+    return cloud.json("GET", "/limits")["limits"]["absolute"]["totalInstancesUsed"]
 
 
 def test_locked_ones_stay(cloud):

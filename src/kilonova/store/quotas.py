@@ -13,7 +13,7 @@ from kilonova.kit.db import Tx, meta, one_writer
 from kilonova.kit.errors import OverQuota
 from kilonova.kit.ready import ready
 from kilonova.model import options
-from kilonova.model.states import VM
+from kilonova.model.states import VM, Task
 from kilonova.store import servers
 
 LIMITS = sa.Table(
@@ -35,7 +35,9 @@ DEFAULT_CLASS = "class:default"
 _t, _b = servers.T.c, sa.bindparam
 USED = ready(
     sa.select(sa.func.count(), sa.func.sum(_t.vcpus), sa.func.sum(_t.memory_mb)).where(
-        _t.project_id == _b("the_project"), _t.deleted_at.is_(None), _t.vm_state != str(VM.soft_deleted)
+        _t.project_id == _b("the_project"),
+        _t.deleted_at.is_(None),
+        (_t.vm_state != str(VM.soft_deleted)) | (_t.task_state == str(Task.restoring)),  # there was room for it
     )
 )
 USED_BY = ready(USED.where(_t.user_id == _b("the_user")))
