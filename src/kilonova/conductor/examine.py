@@ -273,21 +273,18 @@ def _parts(tx: Tx, host: str, mine: list[HeldHere]) -> list[Finding]:
         nics = {h.server: set(h.ports) for h in some if h.ports is not None}
         disks = {h.server: set(h.volumes) for h in some if h.volumes is not None}
         trees = {h.server: set(h.shares) for h in some if h.shares is not None}
-        for what, has, ask in (
-            ("port", nics, compare.plugs), ("volume", disks, compare.volumes), ("share", trees, compare.shares),
-        ):  # fmt: skip
+        for what, has, ask, lack, mend in (
+            ("port", nics, compare.plugs, ": a hard reboot brings it", ""),
+            ("volume", disks, compare.volumes, "", "look, then plug"),
+            ("share", trees, compare.shares, ": a hard reboot brings it", ""),
+        ):
             known = ask(tx, has) if has else {}
             for id, parts in has.items():
                 over, lacks = parts - known.get(id, parts), known.get(id, parts) - parts
                 said = [
                     (f"has {what} {part} on {host}, which is not its own", "look, then unplug") for part in sorted(over)
                 ]
-                if what == "volume":
-                    said += [(f"lacks its volume {part} on {host}", "look, then plug") for part in sorted(lacks)]
-                else:
-                    said += [
-                        (f"lacks its port {part} on {host}: a hard reboot brings it", "") for part in sorted(lacks)
-                    ]
+                said += [(f"lacks its {what} {part} on {host}{lack}", mend) for part in sorted(lacks)]
                 found += [Finding("machine", id, words, mends) for words, mends in said]
     return found
 
