@@ -22,9 +22,10 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import UNSET, Meta, UnsetType
 
+from kilonova.companions.trust import trusted
 from kilonova.kit.clock import Clock, Ids, iso_us
 from kilonova.kit.db import Db, Tx
-from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuota, Unknown
+from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuota
 from kilonova.kit.http import Dialect, Service, Versioned, compute_fault
 from kilonova.kit.policy import Policy, Rule
 from kilonova.kit.routes import Call, Context, Routes
@@ -265,7 +266,7 @@ def _got(call: Call, tx: Tx, id: str) -> FileSystem:
 def _page(call: Call) -> list[FileSystem]:
     said, c = _asked(call), SHARES.c
     where: list[Any] = []
-    if not (_true(said.get("all_tenants") or said.get("all_projects")) and _trusted(call)):
+    if not (_true(said.get("all_tenants") or said.get("all_projects")) and trusted(call)):
         mine = c.project_id == (call.context.project_id or "-")
         where.append(mine | c.is_public if _true(said.get("is_public")) else mine)
     wanted = {"name": c.name, "status": c.status, "share_proto": c.proto, "project_id": c.project_id}
@@ -471,7 +472,7 @@ def lock(call: Call) -> View:
 @R.get("/v2/resource-locks", versions="2.81-", policy="resource_lock:get_all")
 def locks(call: Call) -> View:
     said, c = _asked(call), LOCKS.c
-    everybodys = _true(said.get("all_projects")) and _trusted(call)
+    everybodys = _true(said.get("all_projects")) and trusted(call)
     where: list[Any] = [] if everybodys else [c.project_id == (call.context.project_id or "-")]
     wanted = {"resource_id": c.resource, "resource_type": c.kind, "resource_action": c.action, "lock_reason": c.reason}
     wanted |= {"lock_context": c.context, "user_id": c.user_id}
@@ -506,7 +507,7 @@ def _lock(call: Call, resource: str, kind: str, action: str, reason: str | None)
         resource=resource,
         kind=kind,
         action=action,
-        context="service" if _serves(call.context) else "admin" if call.context.is_admin else "user",
+        context="service" if "service" in call.context.roles else "admin" if call.context.is_admin else "user",
         reason=reason,
     )
 
@@ -523,7 +524,7 @@ def _got_lock(call: Call, tx: Tx, id: str) -> Lock:
 
 def _his(call: Call, lock: Lock) -> bool:
     """May he see, or do, what this forbids to others? What a service locked is the services' matter, and the operator's."""
-    return lock.user_id == call.context.user_id or _trusted(call)
+    return lock.user_id == call.context.user_id or trusted(call)
 
 
 def _lock_view(x: Lock) -> View:
@@ -543,23 +544,6 @@ def _lock_view(x: Lock) -> View:
 
 
 # ---- what handlers share
-
-
-def _serves(context: Context) -> bool:
-    return "service" in context.roles
-
-
-def _trusted(call: Call) -> bool:
-    """Does an operator ask, or a service of the cloud, in its own name or beside a user's?"""
-    if call.context.is_admin or _serves(call.context):
-        return True
-    token = call.headers("X-Service-Token")
-    if not token:
-        return False
-    try:
-        return bool({"service", "admin"} & call.world.authenticate(token).roles)
-    except Unknown:
-        return False
 
 
 def _asked(call: Call) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Meta
 
+from kilonova.companions.trust import trusted
 from kilonova.companions.volume import attachments, frame, quotas, types
 from kilonova.companions.volume.attachments import ATTACHMENTS, settle
 from kilonova.companions.volume.frame import Flag, Metadata, Name, R, View, invalid_volume
@@ -586,7 +587,7 @@ def _detached(call: Call, id: str, rule: str) -> Reply:
                 raise ATTACHMENTS.missing(wanted)
         if len(there) > 1:
             raise invalid_volume(f"Detach volume {id}: it is attached more than once, name the attachment.")
-        if there and there[0].server_id and there[0].info is not None and not frame.trusted(call):
+        if there and there[0].server_id and there[0].info is not None and not trusted(call):
             raise Invalid(f"Invalid volume: detach it from server {there[0].server_id} by the Compute API.")
         for a in there:
             attachments.drop(tx, call.world, v, a)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from kilonova.companions.trust import trusted
 from kilonova.companions.volume import frame
 from kilonova.companions.volume.frame import Collection, R, View, invalid_volume
 from kilonova.companions.volume.volumes import got_to_change
@@ -249,7 +250,7 @@ def delete(call: Call, id: str) -> View:
     """What is left is shown. A user cannot take from under a server what it uses: its compute service must ask."""
     with call.world.db.tx() as tx:
         a, v = _mine(call, tx, id, "volume:attachment_delete")
-        if a.server_id and a.info is not None and not frame.trusted(call):
+        if a.server_id and a.info is not None and not trusted(call):
             raise Conflict(f"Detach volume from instance {a.server_id} using the Compute API")
         left = drop(tx, call.world, v, a)
     return {"attachments": [view(o) for o in left]}

@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta
 from kilonova.companions.volume.world import World
 from kilonova.kit.clock import iso_us, parsed
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Invalid, NotFound, OverQuota, Unknown
+from kilonova.kit.errors import Invalid, NotFound, OverQuota
 from kilonova.kit.http import Dialect, Versioned, compute_fault
 from kilonova.kit.routes import Call, Routes
 from kilonova.store import volumes as store
@@ -66,19 +66,6 @@ def plain(text: str) -> str:
 
 
 # ---- who may
-
-
-def trusted(call: Call) -> bool:
-    """Does a service of the cloud ask, in its own name or beside a user's?"""
-    if call.context.is_admin or "service" in call.context.roles:
-        return True
-    token = call.headers("X-Service-Token")
-    if not token:
-        return False
-    try:
-        return bool({"service", "admin"} & call.world.authenticate(token).roles)
-    except Unknown:
-        return False
 
 
 def seen(call: Call, thing: Any, missing: NotFound, read: str, rule: str | None = None) -> None:
