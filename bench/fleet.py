@@ -61,18 +61,6 @@ class Wide(Fleet):
     def start(self, name: str, *more: str) -> None:
         super().start(name, *more, *(["--port", str(self.doors[name])] if name in self.doors else []))
 
-    def up(self, timeout_s: float = 300) -> float:
-        """Until all hosts are known; the seconds from the first process on."""
-        began = time.monotonic()
-        self.start("companions-0")
-        self.wait(lambda: self.answers("companions"), timeout_s, "companions answer")
-        for name in self.roles:
-            if name != "companions-0":
-                self.start(name)
-        self.wait(lambda: self.answers("api"), timeout_s, "the API answers")
-        self.wait(lambda: len(self.hosts_up()) == self.many, timeout_s, "all hosts are there")
-        return time.monotonic() - began
-
 
 # ---- what processes use
 
@@ -302,7 +290,7 @@ def measured(fleet: Wide, database: Postgres | MariaDb, broker: Rabbit, chosen: 
     print(
         f"{chosen.engine}, load of the machine before: {os.getloadavg()[0]:.1f}\n\n| what | figure | aim |\n|---|--:|--:|"
     )
-    row(f"{chosen.hosts} hosts are there after", f"{fleet.up():.0f} s")
+    row(f"{chosen.hosts} hosts are there after", f"{fleet.up(timeout_s=300):.0f} s")
     client = fleet.client()
     client.put(f"/network/v2.0/quotas/{client.project_id}", {"quota": {"port": -1}})
     image, network = client.furnish()

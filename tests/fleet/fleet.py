@@ -137,6 +137,7 @@ class Fleet:
             self.metal, self.proxy = directory / "metal.toml", directory / "proxy.toml"
             self.metal.write_text(text)
             self.proxy.write_text(text + CONTROLLER.format(database=database.replace("127.0.0.1", HERE)))
+        self.many = sum(role == "compute" for role in self.roles.values())  # hosts
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": ""}
 
@@ -151,8 +152,7 @@ class Fleet:
             if name != "companions-0":
                 self.start(name)
         self.wait(lambda: self.answers("api"), timeout_s, "the API answers")
-        n = sum(role == "compute" for role in self.roles.values())
-        self.wait(lambda: len(self.hosts_up()) == n, timeout_s, "all hosts are there")
+        self.wait(lambda: len(self.hosts_up()) == self.many, timeout_s, "all hosts are there")
         return time.monotonic() - began
 
     def start(self, name: str, *more: str, strange: str = "") -> None:

@@ -7,7 +7,7 @@ on the credentials and the target, so it is remembered; editing the file empties
 import functools
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,11 +106,8 @@ def _learned(rules: tuple[Rule, ...], file: Path | None) -> _Judge:
     with _no_plugins():
         for r in rules:
             enforcer.register_default(oslo.RuleDefault(r.name, r.check, r.description))
-    if file:
+    with _no_plugins() if file is None else nullcontext():
         enforcer.load_rules()
-    else:
-        with _no_plugins():
-            enforcer.load_rules()
     return _Judge(enforcer, threading.Lock())
 
 
