@@ -1,5 +1,6 @@
 """Roles as processes, on both databases: stories of the public API over a real broker, and hosts that come, go and come back."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from kilonova.cli.status import asked
 from kilonova.kit.db import Db
 from kilonova.kit.errors import Forbidden, Trouble
-from tests.engines import MariaDb, Postgres
+from tests.engines import MariaDb, Postgres, free_port
 from tests.fleet.faults import Cloud, Storm, cloud_of, table, told
 from tests.fleet.fleet import ROOT, Fleet, FleetClient
 
@@ -153,6 +155,30 @@ def test_a_host_joins_with_one_file_and_keeps_its_name(cloud: Fleet, client: Fle
     del cloud.processes["host-new"], cloud.roles["host-new"]
     client.delete(f"/compute/v2.1/os-services/{services['host-new']['id']}")
     assert "host-new" not in {s["host"] for s in client.get("/compute/v2.1/os-services")["services"]}
+
+
+@pytest.mark.parametrize("how", ["another machine", "a copy of it"])
+def test_two_machines_are_not_one_host(cloud: Fleet, client: FleetClient, how: str) -> None:
+    """The second of a name gets no letters, says why, and the first notices nothing."""
+    image, network = client.furnish()
+    cloud.roles["twin"], port = "compute", free_port()
+    if how == "a copy of it":
+        (cloud.directory / "twin").mkdir(mode=0o700, exist_ok=True)
+        for name in ("kilonova.lock", "host.json"):
+            shutil.copy(cloud.directory / "host-0" / name, cloud.directory / "twin" / name)
+    cloud.start("twin", "--name", "host-0", "--port", str(port))
+    why = "another process has this address" if how == "a copy of it" else "Another machine is known as host-0"
+    try:
+        cloud.wait(lambda: why in cloud.tail("twin"), 30, "it says why")
+        ids = [client.boot(f"twin-{i}", image, network, availability_zone="nova:host-0") for i in range(4)]
+        for id in ids:
+            client.until(id, "ACTIVE")
+        assert asked(f"http://127.0.0.1:{port}")["hosts"] not in ("", "ok")
+    finally:
+        assert cloud.stop("twin") == 0
+        del cloud.processes["twin"], cloud.roles["twin"]
+        shutil.rmtree(cloud.directory / "twin")
+    _gone(client, ids)
 
 
 def test_disabled_and_forced_down_hold_in_every_process(cloud: Fleet, client: FleetClient) -> None:

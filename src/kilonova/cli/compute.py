@@ -21,10 +21,11 @@ from kilonova.companions.wires.agent import WiresAgent
 from kilonova.companions.wires.ground import Ground
 from kilonova.companions.wires.metadata_proxy import forward_to
 from kilonova.compute.agent import ComputeHost, Images
+from kilonova.compute.known import Known
 from kilonova.compute.relay import Relay
 from kilonova.compute.sims import SimHosts
 from kilonova.kit.clock import Ids
-from kilonova.kit.errors import Refused
+from kilonova.kit.errors import Refused, Trouble
 from kilonova.kit.health import Health
 from kilonova.kit.http import Mount, Server, Wsgi
 from kilonova.kit.structs import learn
@@ -102,6 +103,8 @@ class Hosts:
         self.host: ComputeHost | SimHosts | None = None
         self.driver: Driver | None = None
         self.failed = ""  # what keeps it from coming up, in a sentence
+        self.identity = identity_of_host(process.state.path) if alone and process.on_wire else ""
+        self.known: Known | None = None  # where another machine could have our name
         self.closing = threading.Event()
         self.opening = threading.Thread(target=self._open, name="hosts", daemon=True)
 
@@ -112,35 +115,62 @@ class Hosts:
 
     def close(self) -> None:
         self.closing.set()
+        if self.known is not None:
+            self.known.close()
         if self.opening.ident is not None:
             self.opening.join(30)
-        if self.host is not None:
-            self.host.close()
-        if self.driver is not None:
-            self.driver.close()
+        self._shut()
         if self.wires is not None:
             self.wires.close()
 
     def _open(self) -> None:
+        if self.identity:
+            p = self.process
+            self.known = Known(self.names, self.identity, p.bus, clock=p.clock, life=p.ids.hex())
         while not self.closing.is_set():
-            if self._opened():
+            if not self._opened():
+                self.closing.wait(REOPEN_S)
+            elif self.known is None:
                 return
-            self.closing.wait(REOPEN_S)
+            elif why := self.known.turned_away():
+                self.failed = why
+                log.error("this host takes no more commands: %s", why)
+                self._shut()
+                if self.wires is not None:
+                    self.wires.be_deaf()
+
+    def _shut(self) -> None:
+        """Machines go on."""
+        host, self.host = self.host, None
+        if host is not None:
+            host.close()
+        driver, self.driver = self.driver, None
+        if driver is not None:
+            driver.close()
 
     def _opened(self) -> bool:
         try:
+            if self.known is not None:
+                self.known.meet()
+            if self.wires is not None:
+                self.wires.listen()
             self.before()
             self.host = self._simulated() if self.process.config.compute.driver == "sim" else self._real()
             self.host.start()
         except Exception as e:
             self.failed = str(e) or type(e).__name__
-            log.exception("no host came up; it is tried again")
+            log.error("no host came up; it is tried again: %s", self.failed, exc_info=not isinstance(e, Trouble))
             if self.driver is not None:
                 self.driver.close()
                 self.driver = None
             return False
         self.failed = ""
         return True
+
+    @property
+    def names(self) -> list[str]:
+        p = self.process
+        return sim_names(p.name, p.config.sim.hosts) if p.config.compute.driver == "sim" else [p.name]
 
     def _simulated(self) -> SimHosts:
         p, sim = self.process, self.process.config.sim
@@ -152,8 +182,9 @@ class Hosts:
             threads=p.config.workers.host_threads if self.alone else 4,
             directory=self.directory,
             images=self.images,
-            names=sim_names(p.name, sim.hosts) if self.alone else None,
+            names=self.names if self.alone else None,
             host_ip=self.address,
+            identity=self.identity,
         )
 
     def _real(self) -> ComputeHost:
@@ -171,6 +202,7 @@ class Hosts:
             images=self.images,
             also_speaks=self.wires.speaks if self.wires is not None else (),
             relay=self._relay() if self.alone else None,
+            identity=self.identity,
         )
 
     def _relay(self) -> Relay:
@@ -252,6 +284,14 @@ def same_host(state: Path, name: str, ids: Ids) -> None:
             f"{known}; to make another host of this machine, delete its servers and its compute service, and give it an "
             "empty state directory."
         )
+
+
+def identity_of_host(state: Path) -> str:
+    """Which machine this is, for ever; "" where `same_host` was not called."""
+    try:
+        return str(json.loads((state / "host.json").read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def wires_of(p: Process, ground: Ground | None, secrets: Secrets, metadata: Wsgi | None = None) -> WiresAgent | None:

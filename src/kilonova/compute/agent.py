@@ -56,7 +56,9 @@ class ComputeHost:
         images: "Images | None" = None,
         also_speaks: Iterable[str] = (),
         relay: Relay | None = None,
+        identity: str = "",
     ) -> None:
+        self.identity = identity  # of this machine, in its state directory
         self.relay = relay  # None: proxies are on this machine
         self.also_speaks = tuple(also_speaks)  # messages that another part of this process knows
         self.name, self.driver, self.bus, self.clock, self.images = name, driver, bus, clock, images
@@ -147,6 +149,7 @@ class ComputeHost:
             options=self.options,
             version=kilonova.__version__,
             host_ip=self.host_ip,
+            identity=self.identity,
         )
 
     def report_now(self) -> None:

@@ -50,6 +50,7 @@ def report(
     options: Compute,
     version: str,
     host_ip: str,
+    identity: str = "",
 ) -> Report:
     return Report(
         host=host,
@@ -62,6 +63,7 @@ def report(
         stocks=[] if facts is None else stocks(facts, options),
         version=version,
         host_ip=host_ip,
+        identity=identity,
     )
 
 

@@ -53,6 +53,7 @@ class SimHosts:
         images: Images | None = None,
         names: Sequence[str] | None = None,
         host_ip: str = "127.0.0.1",
+        identity: str = "",
     ) -> None:
         self.bus, self.clock, self.threads = bus, clock, threads
         options, self.compute = options or Sim(), compute or Compute()
@@ -77,6 +78,7 @@ class SimHosts:
                 ledger=ledger,
                 host_ip=host_ip,
                 images=images,
+                identity=identity,
             )
         self.ends: list[Callable[[], None]] = []
         self.over = threading.Event()

@@ -19,6 +19,7 @@ from kilonova.conductor import (
     examine,
     interfaces,
     live_migrate,
+    meet,
     notices,
     outside,
     precache,
@@ -33,7 +34,7 @@ from kilonova.conductor import (
     watch,
 )
 from kilonova.conductor.world import World
-from kilonova.contracts.conductor import PowerChanged, Report, Sending
+from kilonova.contracts.conductor import Greeting, PowerChanged, Report, Sending
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.ask import Bus
 from kilonova.kit.clock import Clock, Ids
@@ -99,6 +100,7 @@ class Conductor:
             watch=watch_steps,
             turns=_turns(db, config),
         )
+        self.engine.door.on(Greeting, lambda m: meet.greeted(self.world, m))
         self.engine.door.on(Report, lambda m: watch.reported(self.world, m))
         self.engine.door.on(Sending, lambda m: watch.sending(self.world, m))
         self.engine.door.on(PowerChanged, lambda m: watch.power_changed(self.world, m))

@@ -13,7 +13,7 @@ import msgspec
 
 import kilonova
 from kilonova.clients import Port
-from kilonova.conductor import attach, ports, resize
+from kilonova.conductor import attach, meet, ports, resize
 from kilonova.conductor.capture import unfinished
 from kilonova.conductor.delete import reclaimed
 from kilonova.conductor.shelve import lying
@@ -66,6 +66,8 @@ REVIVE = Verb("revive", frozenset({VM.active}), Task.powering_on, VM.active, "st
 
 def reported(world: World, r: Report) -> None:
     """A host lives, and holds this. What does not fit is looked into."""
+    if meet.another(world, r):
+        return
     now = world.clock.now()
     with world.guard:
         world.beats[r.host] = max(now, world.beats.get(r.host, 0.0))
@@ -74,7 +76,11 @@ def reported(world: World, r: Report) -> None:
             world.send(r.host, letter(Destroy(server=server, epoch=epoch), about=server))
     facts = _facts(r)
     if world.lives.get(r.host) != r.born or (facts and not _known(world, r.host, facts, now)):
-        runs = world.db.run(_met, world, r, now)
+        try:
+            runs = world.db.run(_met, world, r, now)
+        except Conflict:
+            meet.turn_away(world, r)
+            return
         written = world.db.look(hosts.written, r.host) if facts else None
         with world.guard:
             world.lives[r.host] = r.born
@@ -93,7 +99,7 @@ def _facts(r: Report) -> bytes:
     """What it says of what lasts, as one value; nothing where it says nothing of that."""
     if r.facts is None:
         return b""
-    said = (msgspec.structs.replace(r.facts, uptime=""), r.stocks, sorted(r.speaks), r.version, r.host_ip)
+    said = (msgspec.structs.replace(r.facts, uptime=""), r.stocks, sorted(r.speaks), r.version, r.host_ip, r.identity)
     return hashlib.blake2b(msgspec.msgpack.encode(said), digest_size=16).digest()
 
 

@@ -49,13 +49,14 @@ class World:
         self.bus = bus  # as `conductor/notices.py` sees it
         self.breaks = bus if isinstance(bus, Breaks) else None
         self.born = clock.now()
-        self.guard = threading.Lock()  # of the next four
+        self.guard = threading.Lock()  # of the next five
         self.beats: dict[str, float] = {}  # when each host was last heard of, and it is not written down yet
         self.lives: dict[str, float] = {}  # which life of each host we have met
         self.learned: dict[
             str, tuple[bytes, float, float | None]
         ] = {}  # facts of each, when we wrote them, their moment
         self.well: dict[str, float] = {}  # when we last made sure that a host is not gone
+        self.identities: dict[str, str] = {}  # which machine each host is
         self.forced_down: frozenset[str] = frozenset()  # hosts, as a reconciler saw them last
         self.trees, self.met = Trees(), dict[str, Offer]()  # what another Placement service was told of providers
         self.networks = Kept[NetworkInfo](self)

@@ -338,6 +338,24 @@ class ConsoleLog(Call[Text], frozen=True):
     lines: int | None = None
 
 
+# ---- who it is (told, not asked)
+
+
+@compute
+class Met(msgspec.Struct, frozen=True):
+    """An answer to `Greeting`, or what is said to who is another. `why` it gets no commands; "": it is known."""
+
+    life: str
+    why: str = ""
+
+
+@compute
+class Echo(msgspec.Struct, frozen=True):
+    """A process writes it to itself: who hears it is the only one with that address."""
+
+    life: str
+
+
 # ---- moves
 
 

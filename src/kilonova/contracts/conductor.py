@@ -42,6 +42,21 @@ class Report(msgspec.Struct, frozen=True):
     stocks: list[Stock] = []  # with the facts: what of them may be given out
     version: str = ""
     host_ip: str = ""
+    identity: str = ""  # of the machine, as its state directory has it; "": of a release that has none
+
+
+@conductor
+class Greeting(msgspec.Struct, frozen=True):
+    """A host that begins: is it known under its name? `Met` comes to `alone(identity)`, and bears the `life` again."""
+
+    hosts: list[str]
+    identity: str
+    life: str
+
+
+def alone(identity: str) -> str:
+    """Where a machine is told who it is: only one process at a time can have that address."""
+    return f"{identity}.alone"
 
 
 @conductor

@@ -10,7 +10,7 @@ delay them: it makes us slow, never wrong.  Hence:
 - Confirms are off: what the broker lost, the run that waits for the answer sends again.
 
 Addresses that last (hosts, conductors) have quorum queues, which survive the loss of a broker; those of askers, and of
-questions, go with who made them.
+questions, go with who made them.  An address that ends with `.alone` is one process's: who comes second waits for it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import kombu
-from amqp.exceptions import AMQPError
+from amqp.exceptions import AMQPError, ResourceLocked
 from kombu.exceptions import KombuError
 
 from kilonova.kit.bus import opened
@@ -136,6 +136,8 @@ class AmqpBus:
     def queue(self, address: str) -> kombu.Queue:
         """Who serves it says what it is; all who serve it say the same."""
         name = f"{self.prefix}.{address}"
+        if address.endswith(".alone"):
+            return kombu.Queue(name, durable=False, exclusive=True)
         if address.startswith("asker-") or address.endswith(".asked"):
             return kombu.Queue(name, durable=False, auto_delete=False, queue_arguments={"x-expires": 60_000})
         kind = {"x-queue-type": "quorum", "x-expires": int(FORGOTTEN_S * 1000)}
@@ -272,6 +274,8 @@ class _Service:
                         self.bus.found(True)
                         wait_s = AGAIN_S
                         self._drain(line)
+            except ResourceLocked:
+                log.error("%s: another process has this address", next(iter(self.receivers)))
             except BROKEN as e:
                 self.bus.found(False)
                 log.warning("%s: the broker cannot be reached (%s)", next(iter(self.receivers)), type(e).__name__)

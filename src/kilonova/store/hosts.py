@@ -41,6 +41,7 @@ SERVICES = sa.Table(
     sa.Column("version", sa.String(64), nullable=False),
     sa.Column("speaks", sa.Text, nullable=False),  # JSON: names of messages
     sa.Column("failures", sa.Integer, nullable=False),  # builds that failed there, one after another
+    sa.Column("identity", sa.String(36), nullable=False, server_default=""),  # of the machine; "": not known
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("updated_at", sa.Double),
     sa.UniqueConstraint("host", "binary"),
@@ -299,6 +300,12 @@ def heard(tx: Tx, host: str) -> Any:
     return tx.execute(HEARD, {"the_host": host}).first()
 
 
+def identities(tx: Tx, names: list[str]) -> dict[str, str]:
+    """Which machines these compute hosts are, as far as there are such."""
+    query = sa.select(_s.host, _s.identity).where(_s.binary == COMPUTE, _s.host.in_(names))
+    return {row.host: row.identity for row in tx.execute(query)}
+
+
 def speakers(tx: Tx, message: str) -> list[Heard]:
     """Compute hosts that know this message; those that were there first at the head."""
     knows = _s.speaks.contains(f'"{message}"', autoescape=True)
@@ -350,14 +357,27 @@ def learn(tx: Tx, r: Report, *, uuid: Callable[[], str], now: float) -> bool:
     """Write down what a host says of itself: service, node, provider. True: something is new.
 
     A report without facts of a host that nobody knows teaches nothing; they come with one of the next.
+    Raises Conflict when another machine is known by that name.
     """
     row = tx.execute(SERVICE_OF, {"the_host": r.host, "the_binary": COMPUTE}).first()
     if row is None and r.facts is None:
         return False
     if row is None:
-        _registered(tx, r.host, COMPUTE, uuid=uuid, now=now, born=r.born, version=r.version, speaks=r.speaks)
+        _registered(
+            tx,
+            r.host,
+            COMPUTE,
+            uuid=uuid,
+            now=now,
+            born=r.born,
+            version=r.version,
+            speaks=r.speaks,
+            identity=r.identity,
+        )
     else:
         told = {"born": r.born, "version": r.version, "speaks": _text(r.speaks), "last_seen": now}
+        if r.identity and not tx.execute(NAMED, {"the_id": row.id, "ours": r.identity}).rowcount:
+            raise Conflict(f"Another machine is known as {r.host}.")
         tx.execute(TOLD, told | {"the_id": row.id})
     new = row is None
     if r.facts is not None:
@@ -418,8 +438,10 @@ def _registered(
     born: float,
     version: str,
     speaks: Iterable[str] = (),
+    identity: str = "",
 ) -> None:
     row = {"uuid": uuid(), "host": host, "binary": binary, "disabled": False, "forced_down": False, "failures": 0}
+    row |= {"identity": identity}
     told = {"last_seen": now, "born": born, "version": version, "speaks": _text(list(speaks)), "created_at": now}
     tx.execute(sa.insert(SERVICES), row | told)
     tell(tx, Said(event="service.create", binary=binary, at=now, host=host, of=lambda tx: _new(tx, host, binary)))
@@ -727,6 +749,12 @@ TOLD = ready(
     sa.update(SERVICES)
     .where(_s.id == _b("the_id"))
     .values({name: _b(name) for name in ("born", "version", "speaks", "last_seen")})
+)
+# One identity a name: who comes first is the one.
+NAMED = ready(
+    sa.update(SERVICES)
+    .where(_s.id == _b("the_id"), sa.or_(_s.identity == "", _s.identity == _b("ours")))
+    .values(identity=_b("ours"))
 )
 _p = placement.PROVIDERS.c
 DEVICES_OF = ready(

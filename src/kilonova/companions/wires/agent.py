@@ -37,15 +37,23 @@ class WiresAgent:
         self.thread = threading.Thread(target=self._keep, name="wires", daemon=True)
 
     def start(self) -> None:
+        """The last wiring is there again; `listen` lets others change it."""
         self._remember()
-        self.ends.append(self.bus.serve(asked(at(self.host)), self.answerer.receive, 1))
         self.thread.start()
+
+    def listen(self) -> None:
+        if not self.ends:
+            self.ends.append(self.bus.serve(asked(at(self.host)), self.answerer.receive, 1))
+
+    def be_deaf(self) -> None:
+        for end in self.ends:
+            end()
+        self.ends.clear()
 
     def close(self) -> None:
         """Guests keep their network."""
         self.over.set()
-        for end in self.ends:
-            end()
+        self.be_deaf()
         if self.thread.ident is not None:
             self.thread.join(10)
         self.wires.close()
