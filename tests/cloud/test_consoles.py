@@ -3,16 +3,22 @@
 import contextlib
 import http.client
 import socket
+import ssl
 import struct
+import threading
+import time
 import urllib.parse
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from kilonova.cli.certificates import own
+from kilonova.compute.relay import Relay
 from kilonova.console.proxy import Proxy, token_of
 from kilonova.kit.http import listen
 from kilonova.model import options
+from kilonova.model.console import Where
 from kilonova.model.options import Config
 from kilonova.store import consoles, servers
 from kilonova.virt.sim_console import HEIGHT, WIDTH
@@ -29,9 +35,10 @@ def cloud(tmp_path):
 
 
 @contextlib.contextmanager
-def proxied(cloud, **how):
+def proxied(cloud, hosts_ca_file=None, **how):
     listener = listen("127.0.0.1", 0)
-    proxy = Proxy(cloud.db, listener, clock=cloud.clock, options=options.Console(**how))
+    said = options.Console(**how)
+    proxy = Proxy(cloud.db, listener, clock=cloud.clock, options=said, hosts_ca_file=hosts_ca_file)
     proxy.start()
     try:
         yield f"ws://127.0.0.1:{listener.getsockname()[1]}"
@@ -250,6 +257,68 @@ def test_a_console_that_does_not_answer(cloud):
     with proxied(cloud) as url, connect(f"{url}/?token={key}") as ws, pytest.raises(ConnectionClosed) as told:
         ws.recv(timeout=20)
     assert told.value.rcvd.code == 1014
+
+
+@pytest.fixture
+def door(cloud, tmp_path):
+    """A host's door to a console that says again what it hears, behind TLS; and whom proxies must trust."""
+    identity, ca = own(tmp_path / "tls", ["127.0.0.1"], time.time())
+    inner = socket.socket(socket.AF_UNIX)
+    inner.bind(str(tmp_path / "console"))
+    inner.listen()
+
+    def again():
+        with contextlib.suppress(OSError):
+            while True:
+                came, _ = inner.accept()
+                with came:
+                    while piece := came.recv(100):
+                        came.sendall(piece)
+
+    threading.Thread(target=again, daemon=True).start()
+    relay = Relay("127.0.0.1", clock=cloud.clock, ids=cloud.ids, lasts_s=600, tls=identity.context())
+    yield relay, Where(path=str(tmp_path / "console")), ca
+    relay.close()
+    inner.shutdown(socket.SHUT_RDWR)
+    inner.close()
+
+
+def test_the_door_of_a_host_is_behind_tls(cloud, door, tmp_path):
+    relay, console, ca = door
+    _, other = own(tmp_path / "other", ["127.0.0.1"], time.time())
+    s, at = cloud.boot("one"), relay.door(console)
+    assert (at.tls, at.path, at.port) == (True, "", relay.port)
+    with cloud.db.tx() as tx:
+        consoles.grant(tx, "a-token", s.row, "serial", at, now=cloud.clock.now(), lasts_s=600)
+    with proxied(cloud, ca) as url, connect(f"{url}/?token=a-token") as ws:
+        ws.send(b"hello")
+        assert read_until(ws, b"hello") == b"hello"
+    with proxied(cloud, other) as url, connect(f"{url}/?token=a-token") as ws, pytest.raises(ConnectionClosed) as told:
+        ws.recv(timeout=20)
+    assert told.value.rcvd.code == 1014, "a host of another authority is none"
+    with socket.create_connection((at.host, at.port), 10) as plain:
+        plain.sendall(at.key.encode() + b"\nhello")
+        with contextlib.suppress(ConnectionResetError):
+            assert b"hello" not in plain.recv(100)
+    trusting = ssl.create_default_context(cafile=str(ca))
+    for key in (b"x" * 64, b"\xff" * 4000):
+        raw = socket.create_connection((at.host, at.port), 10)
+        with trusting.wrap_socket(raw, server_hostname="127.0.0.1") as wrong, contextlib.suppress(OSError):
+            wrong.sendall(key + b"\nhello")
+            assert wrong.recv(100) == b""
+
+
+def test_who_looks_on_is_told_that_the_proxy_ends_and_comes_again(cloud):
+    key = token(cloud, cloud.boot("one"))
+    with proxied(cloud) as url:
+        ws = connect(f"{url}/?token={key}", legacy=True)
+        read_until(ws, b"login: ")
+    with pytest.raises(ConnectionClosed) as told:
+        while True:
+            ws.recv(timeout=10)
+    assert told.value.rcvd.code == 1001, "it goes away; the console does not"
+    with proxied(cloud) as url, connect(f"{url}/?token={key}") as ws:
+        read_until(ws, b"login: ")
 
 
 def test_rubbish_does_not_end_the_proxy(cloud, caplog):

@@ -102,7 +102,7 @@ def changed(names: list[str], strange: str, seconds: float) -> Fault:
             cloud.fleet.start(name, strange=strange)
         time.sleep(seconds)
         for name in names:
-            cloud.fleet.stop(name, 60)
+            assert cloud.fleet.stop(name, 60) == 0, f"{name} was not there: {cloud.fleet.tail(name)}"
             cloud.fleet.start(name)
 
     return do

@@ -78,6 +78,10 @@ shared_secret = "{password}"
 
 [console]
 port = {console}
+
+[log]
+format = "json"
+access = {access}
 """
 CONTROLLER = """
 [database]
@@ -101,6 +105,7 @@ class Fleet:
         failure_rate: float = 0.0,
         common: str = COMMON,
         pulled: str = "",
+        access: bool = False,
     ) -> None:
         """`pulled`: the host that has a wire of its own to the broker, the role `wire-0`."""
         self.directory, self.database = directory, database
@@ -110,6 +115,7 @@ class Fleet:
         said = {
             "broker": broker, "password": PASSWORD, "sim": self.sim, "latency_s": latency_s,
             "failure_rate": failure_rate, "apart": "true" if schedulers else "false", "at": "127.0.0.1", "driver": "sim",
+            "access": "true" if access else "false",
         }  # fmt: skip
         text = common.format(**said, **self.ports)
         self.controller, self.host = directory / "controller.toml", directory / "host.toml"
@@ -169,7 +175,7 @@ class Fleet:
         words += ["--port", str(self.ports[role])] if role in ("companions", "metadata") else []
         argv = [sys.executable, "-P", "-m", "kilonova.main", *words, *more]
         if strange:
-            code = f"{strange}\nimport sys; from kilonova.main import main; sys.exit(main(sys.argv[1:]))"
+            code = f"{strange}\nimport sys; from kilonova.main import main; sys.exit(main())"
             argv = [sys.executable, "-P", "-c", code, *words, *more]
         if role == "relay":
             argv = [sys.executable, str(Path(__file__).with_name("relay.py")), *self.wire]
@@ -278,12 +284,12 @@ class FleetClient(Client):
 
     def __init__(self, fleet: Fleet) -> None:
         super().__init__(fleet.url("api"), PASSWORD, timeout_s=30)
-        self.fleet = fleet
+        self.fleet, self.more = fleet, dict[str, str]()  # headers
 
     def _send(self, method: str, path: str, body: Any, more: dict[str, str]) -> tuple[Any, dict[str, str]]:
         ours = path.split("/")[1] in ("identity", "image", "network", "volume")
         self.url = self.fleet.url("companions" if ours else "api")
-        return super()._send(method, path, body, more)
+        return super()._send(method, path, body, self.more | more)
 
     # -- the words of stories
 

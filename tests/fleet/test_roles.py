@@ -1,7 +1,9 @@
 """Roles as processes, on both databases: stories of the public API over a real broker, and hosts that come, go and come back."""
 
+import http.client
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,11 +12,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
+import kilonova
+from kilonova.cli.database import at_work
 from kilonova.cli.status import asked
 from kilonova.kit.db import Db
 from kilonova.kit.errors import Forbidden, Trouble
+from kilonova.model.options import Config
 from tests.engines import MariaDb, Postgres, free_port
 from tests.fleet.faults import Cloud, Storm, cloud_of, table, told
 from tests.fleet.fleet import ROOT, Fleet, FleetClient
@@ -26,7 +32,7 @@ pytestmark = pytest.mark.slow
 def whole(request, tmp_path_factory):
     """Two APIs, two conductors, three hosts, and what they stand on; on PostgreSQL also two schedulers of their own."""
     with cloud_of(
-        tmp_path_factory.mktemp("fleet"), request.param, schedulers=2 if request.param is Postgres else 0
+        tmp_path_factory.mktemp("fleet"), request.param, schedulers=2 if request.param is Postgres else 0, access=True
     ) as one:
         yield one
 
@@ -120,16 +126,85 @@ def test_many_at_once_share_the_hosts(cloud: Fleet, client: FleetClient) -> None
 def test_who_is_told_to_end_ends_well_and_loses_nothing(cloud: Fleet, client: FleetClient) -> None:
     """SIGTERM of each role in turn, with builds under way."""
     image, network = client.furnish()
-    for name in ("conductor-0", "host-0", *(n for n in cloud.roles if n == "scheduler-0"), "api-0"):
+    for name in ("conductor-0", "host-0", *(n for n in cloud.roles if n == "scheduler-0"), "api-0", "companions-0"):
         ids = [client.boot(f"{name}-{i}", image, network) for i in range(4)]
         assert cloud.stop(name) == 0, cloud.tail(name)
         cloud.start(name)
+        cloud.wait(lambda: cloud.answers("companions"), 30, "they answer again")
         for id in ids:
             client.until(id, "ACTIVE", 60)
             client.delete(f"/compute/v2.1/servers/{id}")
         for id in ids:
             client.until(id, "", 60)
     cloud.wait(lambda: len(cloud.hosts_up()) == 3, 30, "all hosts are back")
+
+
+def test_roles_that_only_answer_end_well_too(cloud: Fleet) -> None:
+    """Metadata, Placement, consoles: whoever is connected is no reason to stay."""
+    ports = {"metadata-0": cloud.ports["metadata"], "placement-0": free_port(), "console-0": cloud.ports["console"]}
+    open = []
+    for name, port in ports.items():
+        cloud.roles[name] = name.partition("-")[0]
+        cloud.start(name, *(["--port", str(port)] if name != "console-0" else []))
+    try:
+        for name, port in ports.items():
+            cloud.wait(lambda port=port: _listens(port), 30, f"{name} listens")
+            open.append(http.client.HTTPConnection("127.0.0.1", port, timeout=20))
+            open[-1].request("GET", "/")
+            open[-1].getresponse().read()
+    finally:
+        ends = {name: cloud.stop(name) for name in ports}
+        for name in ports:
+            del cloud.processes[name], cloud.roles[name]
+    assert ends == dict.fromkeys(ports, 0)
+    for line in open:
+        line.close()
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_one_request_is_found_in_every_process(cloud: Fleet, client: FleetClient) -> None:
+    """By the id that its client gave it: in the API, a conductor, the host, the network service."""
+    image, network = client.furnish()
+    mine = "req-12345678-1234-4321-8765-1234567890ab"
+    client.more["X-OpenStack-Request-ID"] = mine
+    id = client.boot("followed", image, network)
+    del client.more["X-OpenStack-Request-ID"]
+    host = client.until(id, "ACTIVE")["OS-EXT-SRV-ATTR:host"]
+
+    def told() -> set[str]:
+        said = {n: (cloud.directory / f"{n}.out").read_text(errors="replace") for n in cloud.processes}
+        lines = {n: [msgspec.json.decode(x) for x in t.splitlines() if mine in x] for n, t in said.items()}
+        return {n for n, all in lines.items() if any(x.get("global_request_id") == mine for x in all)}
+
+    cloud.wait(
+        lambda: {n.partition("-")[0] for n in told()} >= {"api", "conductor", "host", "companions"}, 10, "all say so"
+    )
+    assert host in told() and not {n for n in told() if n.startswith("host")} - {host}
+    _gone(client, [id])
+
+
+def test_every_role_says_that_it_lives_and_who_is_of_another_release_is_named(cloud: Fleet, whole: Cloud) -> None:
+    """So `kilonova db upgrade --finish` waits for it."""
+    cloud.roles["metadata-0"] = "metadata"
+    cloud.start("metadata-0", strange="import kilonova; kilonova.__version__ = '0.0.1'")
+    db = Db(whole.database.url, threads=2)
+    ours = {"api", "placement", "companions", "metadata"}
+    expected = {f"kilonova-{role}" for role in ours} | {"nova-compute", "nova-conductor", "nova-scheduler"}
+    try:
+        cloud.wait(lambda: {who.partition(" ")[0] for who in at_work(db, Config())} == expected, 30, "all say so")
+        old = [who for who in at_work(db, Config()) if not who.endswith(f"({kilonova.__version__})")]
+        assert [who.partition(" ")[0] for who in old] == ["kilonova-metadata"] and old[0].endswith("(0.0.1)")
+    finally:
+        db.close()
+        assert cloud.stop("metadata-0") == 0
+        del cloud.processes["metadata-0"], cloud.roles["metadata-0"]
 
 
 def test_a_host_joins_with_one_file_and_keeps_its_name(cloud: Fleet, client: FleetClient) -> None:

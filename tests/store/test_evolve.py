@@ -6,6 +6,7 @@ tests/fleet/test_databases.py tells the same on PostgreSQL and MariaDB.
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+import kilonova
+from kilonova.cli.database import at_work
+from kilonova.cli.db import undisturbed
 from kilonova.kit.db import Db, meta
-from kilonova.kit.errors import Refused
+from kilonova.kit.errors import Conflict, Refused
+from kilonova.model.options import Config
 from kilonova.store import evolve, hosts
 from kilonova.store.evolve import STEPS, Standing, Step
 from kilonova.store.evolve.draft import draft
@@ -166,6 +171,29 @@ def test_old_code_works_on_while_the_new_one_comes(tmp_path: Path, made: Callabl
         "column disabled_reason of services is missing",
         "index services_colour of services is too many",
     ]
+
+
+def test_nobody_finishes_while_a_process_of_another_release_works(tmp_path: Path, made: Callable[[], Db]) -> None:
+    db, folder, now, config = made(), next_release(tmp_path / "steps"), time.time(), Config()
+    evolve.ready(db)
+    ids = iter(str(n) for n in range(99))
+
+    def say(role: str, version: str, at: float) -> None:
+        db.run(hosts.lives, "c1", role, uuid=lambda: next(ids), now=at, born=at, version=version)
+
+    say("api", kilonova.__version__, now)
+    say("api", "0.0.1", now - 30)  # it lives beside the new one, and has not been silent for long
+    say("console", "0.0.1", now - 3600)  # it is no more
+    assert len(at_work(db, config)) == 2
+    with pytest.raises(Conflict, match=r"kilonova-api on c1 \(0.0.1\)\."):
+        undisturbed(db, config, folder)
+    undisturbed(db, config)  # of this release nothing is pending that anybody would mind
+    say("api", "0.0.1", now - config.compute.host_down_after_s - 1)  # it was stopped
+    undisturbed(db, config, folder)
+    say("api", "0.0.2", now + 2 * hosts.DAY_S)
+    with db.read() as tx:
+        there = [s.binary for s in hosts.services(tx, processes=True)]
+    assert there == ["kilonova-console/0.0.1", "kilonova-api/0.0.2"], "who is silent for a day is forgotten"
 
 
 def test_a_newer_release_does_not_begin_before_its_steps(tmp_path: Path, made: Callable[[], Db]) -> None:

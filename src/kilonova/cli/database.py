@@ -13,6 +13,8 @@ from kilonova.kit.errors import Conflict, Invalid, NotFound, Unavailable
 from kilonova.model.options import Config
 from kilonova.store import evolve, hosts
 
+SILENT_S = 35.0  # roles say that they live every ten seconds: two of those may be lost
+
 
 def opened(config: Config, directory: Path, threads: int = 2) -> Db:
     """What is configured, or SQLite in the state directory. Raises NotFound where no cloud was."""
@@ -51,7 +53,7 @@ def at_work(db: Db, config: Config) -> list[str]:
     """Processes that work with it, as far as they say so in the database."""
     if evolve.standing(db).empty:
         return []
-    now, down_after_s = WallClock().now(), config.compute.host_down_after_s
+    now, down_after_s = WallClock().now(), max(config.compute.host_down_after_s, SILENT_S)
     with db.read() as tx:
         all = hosts.services(tx, processes=True)
     return [f"{s.binary.partition('/')[0]} on {s.host} ({s.version})" for s in all if s.up(now, down_after_s)]

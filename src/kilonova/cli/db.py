@@ -78,10 +78,8 @@ def _upgrade(db: Db, config: Config, chosen: argparse.Namespace) -> int:
             else "Stamped: it has what this release needs."
         )
         return 0
-    if chosen.finish and any(s.line == "after" for s in now.pending) and (old := _others(db, config)):
-        raise Conflict(
-            f"Processes of another release work: {', '.join(old[:3])}. Without --finish they are not disturbed."
-        )
+    if chosen.finish:
+        undisturbed(db, config)
     if db.sqlite:
         with database.alone(db, config):
             done = upgrade(db, finish=True, say=print)
@@ -97,11 +95,16 @@ def _upgrade(db: Db, config: Config, chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _others(db: Db, config: Config) -> list[str]:
-    """Those that work, and are not of this release."""
+def undisturbed(db: Db, config: Config, folder: Path = evolve.STEPS) -> None:
+    """Before the steps are taken that no process of another release bears: raises Conflict while one works."""
     import kilonova
 
-    return [who for who in database.at_work(db, config) if not who.endswith(f"({kilonova.__version__})")]
+    if any(s.line == "after" for s in evolve.standing(db, folder).pending):
+        old = [who for who in database.at_work(db, config) if not who.endswith(f"({kilonova.__version__})")]
+        if old:
+            raise Conflict(
+                f"Processes of another release work: {', '.join(old[:3])}. Without --finish they are not disturbed."
+            )
 
 
 def _check(db: Db, config: Config, chosen: argparse.Namespace) -> int:
