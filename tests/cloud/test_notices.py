@@ -377,9 +377,35 @@ def test_nothing_is_lost_while_nobody_listens(cloud):
         f"instance.{e}" for e in ("create.start", "create.end", "power_off.start", "power_off.end")
     ]
     cloud.clock.sleep(cloud.config.notifications.keep_s + 1)
-    cloud.conductor.reconcilers.run_once("notified")
+    cloud.conductor.reconcilers.run_once("unwanted")
     with cloud.db.read() as tx:
         assert notices.oldest(tx) == []  # nobody wanted the older ones
+
+
+def test_one_of_several_conductors_tells_unless_it_is_late(cloud):
+    """Else they would come in any order, and twice."""
+    listener, first = Listener(cloud), "a"
+    with cloud.db.tx() as tx:
+        now = cloud.clock.now()
+        for name in (first, cloud.conductor.world.me):
+            hosts.beat(tx, name, "nova-conductor", uuid=cloud.ids.uuid, now=now, born=1.0, version="1")
+    cloud.boot("one")
+    assert listener.types() == []
+    cloud.clock.sleep(20)
+    assert "instance.create.end" in listener.types(), "somebody tells"
+    cloud.clock.sleep(60)  # the first is no more
+    with cloud.db.tx() as tx:
+        hosts.beat(
+            tx,
+            cloud.conductor.world.me,
+            "nova-conductor",
+            uuid=cloud.ids.uuid,
+            now=cloud.clock.now(),
+            born=1,
+            version="1",
+        )
+    cloud.boot("two")
+    assert listener.types()[:1] == ["instance.create.start"]
 
 
 def test_what_is_refused_is_not_told(cloud):

@@ -22,7 +22,7 @@ from kilonova.cli import measures
 from kilonova.cli.companions import Companions, Everybody
 from kilonova.cli.compute import Hosts, ground_of, wires_of
 from kilonova.cli.doors import Doors
-from kilonova.cli.process import Process, carriers_of, identity_of, login_of, placement_of, verify_of
+from kilonova.cli.process import Process, carriers_of, identity_of, login_of, placement_of, topics_of, verify_of
 from kilonova.cli.state import Secrets, StateDir
 from kilonova.clients import Carrier, Compute, Inside, Outside, RemoteIdentity, Session, neighbours
 from kilonova.companions import identity, network, volume
@@ -257,6 +257,7 @@ class Cloud:
             ids=p.ids,
             dice=random.Random(),
             config=config,
+            listened=topics_of(config),
         )
 
     @property

@@ -6,6 +6,9 @@ No database: not every process has one (`doors.py`).
 import socket
 import ssl
 import urllib.parse
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from kilonova.cli.state import StateDir
 from kilonova.clients import SERVICE_USER, Carrier, Login, Outside
@@ -17,6 +20,9 @@ from kilonova.kit.errors import Invalid, Refused
 from kilonova.kit.health import Metrics
 from kilonova.kit.tls import Identity
 from kilonova.model import options
+
+if TYPE_CHECKING:
+    from kilonova.kit.topics import Topics
 
 OURS = ("identity", "image", "network", "volume", "share")  # what our own companions are, and where they are mounted
 SPARED = ("volume", "share")  # a cloud may be without them
@@ -61,6 +67,19 @@ def bus_of(config: options.Bus, clock: Clock) -> WholeBus:
         tls = {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": None}
         tls |= {name: str(file) for name, file in files.items() if file is not None}
     return AmqpBus(urls, clock=clock, ssl=tls, heartbeat_s=config.heartbeat_s, prefix=config.prefix)
+
+
+def topics_of(config: options.Config) -> "Topics | None":
+    """Where notifications are read: at a broker, if there is one."""
+    said = config.notifications
+    if said.format == "none" or not (url := said.url or config.bus.url):
+        return None
+    from kilonova.kit.amqp import AmqpBus
+    from kilonova.kit.topics import Topics
+
+    bus = bus_of(msgspec.structs.replace(config.bus, url=url), WallClock())
+    assert isinstance(bus, AmqpBus)
+    return Topics(bus.connection, said.exchange)
 
 
 # ---- neighbours

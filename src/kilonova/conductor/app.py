@@ -81,11 +81,23 @@ class Conductor:
         config: Config | None = None,
         address: str = "conductor",
         watch_steps: Callable[[str, str], object] | None = None,
+        listened: notices.Listened | None = None,
     ) -> None:
+        """`listened`: where notifications go; None: to the bus."""
         self.bus, self.address = bus, address
         config = config or Config()
         self.world = World(
-            db, bus.send, neighbours, choose, clock=clock, ids=ids, config=config, me=me, wake=self.wake, bus=bus
+            db,
+            bus.send,
+            neighbours,
+            choose,
+            clock=clock,
+            ids=ids,
+            config=config,
+            me=me,
+            wake=self.wake,
+            bus=bus,
+            listened=listened if listened is not None else notices.OnBus(bus),
         )
         self.engine = Engine(
             me,
@@ -113,6 +125,7 @@ class Conductor:
                 *volumes.RECONCILERS,
                 *shares.RECONCILERS,
                 notices.notified,
+                notices.unwanted,
                 outside.owed,
             ],
             clock=clock,
@@ -144,6 +157,7 @@ class Conductor:
         for end in self.ends:
             end()
         self.worker.close()
+        self.world.listened.close()
 
 
 def _turns(db: Db, config: Config) -> AbstractContextManager[Any] | None:

@@ -1,6 +1,6 @@
-"""Notifications leave the outbox for the bus, in order, when somebody listens there. At least once."""
+"""Notifications leave the outbox for whoever listens, in order. At least once."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -8,36 +8,70 @@ from kilonova.conductor.world import World
 from kilonova.kit.db import Tx
 from kilonova.kit.reconcile import reconciler
 from kilonova.model.notices import Notice
-from kilonova.store import notices
+from kilonova.store import hosts, notices
 
 PIECE = 100
+LATE_S = 15.0  # who waits for so long is told by whoever comes by
 
 
 class Listened(Protocol):
-    """A bus, as far as it can say who listens."""
+    """Where listeners are: `kit.topics.Topics`, a broker."""
 
-    def serves(self, address: str) -> bool: ...
+    def put(self, topic: str, raw: bytes) -> bool:
+        """Has somebody taken it? Raises Unavailable."""
+        ...
 
-    def send(self, to: str, raw: bytes) -> None: ...
+    def close(self) -> None: ...
+
+
+class OnBus:
+    """The bus of this process, where there is no broker: a topic is an address."""
+
+    def __init__(self, bus: Any) -> None:
+        self.bus = bus
+
+    def put(self, topic: str, raw: bytes) -> bool:
+        address = topic.rpartition(".")[0]
+        if taken := bool(self.bus.serves(address)):
+            self.bus.send(address, raw)
+        return taken
+
+    def close(self) -> None: ...
 
 
 @reconciler(every_s=1)
 def notified(world: World) -> list[str]:
-    """What happened is told; what nobody wanted to hear for long is forgotten."""
-    said, bus = world.config.notifications, world.bus
-    if said.format == "none" or bus is None:
+    """What happened is told, each topic by itself: one that nobody reads is in no other's way."""
+    said, listened = world.config.notifications, world.listened
+    if said.format == "none" or listened is None:
         return []
-    n = 0
-    while found := world.db.look(notices.oldest, PIECE):
-        heard = [(id, m) for id, m in found if bus.serves(m.topic)]
-        for _, m in heard:
-            bus.send(m.topic, wire(m))
-        world.db.run(notices.sent, [id for id, _ in heard]) if heard else None
-        n += len(heard)
-        if len(heard) < PIECE:
+    for topic in notices.topics(said):
+        while found := world.db.look(notices.oldest, topic, PIECE):
+            if found[0][1].at > world.clock.now() - LATE_S and not world.db.look(_mine, world):
+                break
+            taken = _offered(listened, found)
+            if taken:
+                world.db.run(notices.sent, taken)
+            if len(taken) < PIECE:
+                break
+    return []  # nothing was wrong
+
+
+def _mine(tx: Tx, world: World) -> bool:
+    """One tells, so that what is told is in order: the first of the conductors that work."""
+    now, patience_s = world.clock.now(), world.config.compute.host_down_after_s
+    up = [s.host for s in hosts.services(tx, binary=hosts.CONDUCTOR) if s.up(now, patience_s)]
+    return world.me not in up or up[0] == world.me
+
+
+def _offered(listened: Listened, found: list[tuple[int, Notice]]) -> list[int]:
+    """Those that somebody took: the first that nobody takes is the last."""
+    taken = []
+    for id, m in found:
+        if not listened.put(m.routed, wire(m)):
             break
-    world.db.run(_forget, world.clock.now() - said.keep_s)
-    return [f"{n} notifications sent"] if n else []
+        taken.append(id)
+    return taken
 
 
 def wire(m: Notice) -> bytes:
@@ -46,5 +80,10 @@ def wire(m: Notice) -> bytes:
     return msgspec.json.encode({"oslo.version": "2.0", "oslo.message": inner})
 
 
-def _forget(tx: Tx, before: float) -> None:
-    notices.forget(tx, before)
+@reconciler(every_s=60)
+def unwanted(world: World) -> list[str]:
+    """What nobody wanted to hear for long is forgotten."""
+    if world.config.notifications.format == "none":
+        return []
+    n = world.db.run(notices.forget, world.clock.now() - world.config.notifications.keep_s)
+    return [f"{n} notifications that nobody took were forgotten"] if n else []

@@ -43,10 +43,11 @@ class World:
         me: str,
         wake: Callable[[str], None] = lambda run: None,
         bus: Any = None,
+        listened: Any = None,
     ) -> None:
         self.db, self.send, self.neighbours, self.ask_scheduler = db, send, neighbours, choose
         self.clock, self.ids, self.config, self.me, self.wake = clock, ids, config, me, wake
-        self.bus = bus  # as `conductor/notices.py` sees it
+        self.listened = listened  # by whom notifications are, as `conductor/notices.py` sees it
         self.breaks = bus if isinstance(bus, Breaks) else None
         self.born = clock.now()
         self.guard = threading.Lock()  # of the next five

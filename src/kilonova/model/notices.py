@@ -32,6 +32,11 @@ class Notice(msgspec.Struct, frozen=True):
     at: float
     payload: dict[str, Any]
 
+    @property
+    def routed(self) -> str:
+        """The topic with the priority, by which it is read."""
+        return f"{self.topic}.{self.priority.lower()}"
+
     def envelope(self) -> dict[str, Any]:
         return {
             "message_id": self.message_id,

@@ -720,8 +720,18 @@ class Console(Struct, frozen=True):
 
 
 class Notifications(Struct, frozen=True):
-    """What other programs are told, over the bus, of what happens here."""
+    """What other programs are told of what happens here, over a broker, as oslo.messaging's listeners read it."""
 
+    url: A[
+        Secret,
+        Meta(
+            description="The broker where they are read, as in [bus] url; unset, that one. Its certificate is held to [bus] ca_file.",
+            examples=["amqp://kilonova:password@mq1.example.org//"],
+        ),
+    ] = Secret()
+    exchange: A[str, Meta(description="The topic exchange that listeners read. They make it, and their queues.")] = (
+        "nova"
+    )
     format: A[
         Literal["none", "versioned", "unversioned", "both"],
         Meta(description="In which form; `unversioned` is the older one, of servers only."),

@@ -26,7 +26,9 @@ T = sa.Table(
     meta,
     sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
     sa.Column("at", sa.Double, nullable=False),
+    sa.Column("topic", sa.String(255), nullable=False, server_default=""),  # with its priority; "": of an older release
     sa.Column("notice", sa.Text().with_variant(sa.dialects.mysql.MEDIUMTEXT(), "mysql", "mariadb"), nullable=False),
+    sa.Index("notices_of_topic", "topic", "id"),
 )
 
 
@@ -136,11 +138,20 @@ class Outbox:
                 for topic in self.said.unversioned_topics
             ]
         if rows:
-            tx.execute(sa.insert(T), [{"at": at, "notice": msgspec.json.encode(r).decode()} for r in rows])
+            told = [{"at": at, "topic": r.routed, "notice": msgspec.json.encode(r).decode()} for r in rows]
+            tx.execute(sa.insert(T), told)
 
 
-def oldest(tx: Tx, most: int = 100) -> list[tuple[int, Notice]]:
-    rows = tx.execute(sa.select(T.c.id, T.c.notice).order_by(T.c.id).limit(most))
+def topics(said: options.Notifications) -> list[str]:
+    """All that there may be notices of."""
+    wanted = [*said.versioned_topics, *said.unversioned_topics]
+    return ["", *(f"{topic}.{priority}" for topic in dict.fromkeys(wanted) for priority in ("info", "error"))]
+
+
+def oldest(tx: Tx, topic: str | None = None, most: int = 100) -> list[tuple[int, Notice]]:
+    """Of one topic, or of all (None)."""
+    query = sa.select(T.c.id, T.c.notice).order_by(T.c.id).limit(most)
+    rows = tx.execute(query if topic is None else query.where(T.c.topic == topic))
     return [(id, msgspec.json.decode(text, type=Notice)) for id, text in rows]
 
 
