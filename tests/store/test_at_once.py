@@ -16,12 +16,13 @@ from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, meta
 from kilonova.kit.errors import NoCapacity
 from kilonova.model.ask import Ask, ask
+from kilonova.model.candidates import SHARES
 from kilonova.model.flavor import Flavor
-from kilonova.model.host import Cell, HostDevice, HostFacts
+from kilonova.model.host import Cell, HostDevice, HostFacts, Stock
 from kilonova.model.options import Compute
 from kilonova.model.server import Server
 from kilonova.scheduler.select import Scheduler
-from kilonova.store import hosts, placement, seats
+from kilonova.store import hosts, placement, providers, seats
 from tests.cloud.placements import Placement
 
 NAMES = ("resource_", "inventories", "allocations", "consumers", "traits", "seats", "marks", "services", "nodes",
@@ -113,6 +114,50 @@ def test_64_schedulers_never_give_out_more_than_there_is(db):
     with db.read() as tx:
         held = tx.execute(sa.select(sa.func.count()).select_from(placement.CONSUMERS)).scalar()
     assert held == len(got) == fits  # none too many; and none too few, for who was refused had looked again
+
+
+def test_what_hosts_share_is_not_given_out_twice(db):
+    """24 schedulers, each for three servers, on four hosts with two pools; some servers go again. What is left fits."""
+    ids, compute = Ids(), Compute(reserved_memory_mb=0)
+    groups = [str(ids.uuid()) for _ in range(2)]
+    with db.tx() as tx:
+        for i, name in enumerate("abcd"):
+            here = learnt(tx, name, compute, ids, disk_gb=0)
+            providers.set_aggregates(tx, here, [groups[i // 2]] if name != "d" else groups)
+        for i, group in enumerate(groups):
+            placement.offer(tx, pool := ids.uuid(), f"pool{i}", [Stock("DISK_GB", 95)], {SHARES}, now=1.0)
+            providers.set_aggregates(tx, pool, [group])
+    flavor = Flavor("1", "f", 1, 64, 10)
+    left, refused = [], []
+
+    def one(me):
+        dice, scheduler = random.Random(me), Scheduler(db, clock=WallClock(), dice=random.Random(me))
+        for i in range(3):
+            s = Server(f"{me}-{i}", "p", "u", "s", "s", flavor)
+            placed = False
+            for turn in range(8):
+                for p in scheduler.choose(Choose(server=s.id, ask=ask(s), fresh=turn > 0)).places:
+                    try:
+                        db.run(seats.claim, s, p.provider, now=WallClock().now(), new=True, shared=p.shared)
+                    except NoCapacity:
+                        continue
+                    placed = True
+                    break
+                if placed:
+                    break
+            if not placed:
+                refused.append(s.id)
+            elif dice.random() < 0.5:
+                assert db.run(placement.release, s.id, now=WallClock().now())
+            else:
+                left.append(s.id)
+
+    crew(24, one)
+    assert over_committed(db) == []
+    with db.read() as tx:
+        held = {c: placement.allocations_of(tx, c) for c in tx.execute(sa.select(placement.CONSUMERS.c.uuid)).scalars()}
+    assert set(held) == set(left) and 0 < len(left) <= 18 and refused
+    assert all(sorted(c for of in h.values() for c in of) == ["DISK_GB", "MEMORY_MB", "VCPU"] for h in held.values())
 
 
 def test_no_cpu_page_or_device_is_given_twice(db):

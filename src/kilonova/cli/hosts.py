@@ -25,10 +25,11 @@ from kilonova.kit.errors import Invalid, NotFound
 from kilonova.model import wants
 from kilonova.model.ask import Ask
 from kilonova.model.flavor import Flavor
+from kilonova.model.host import Stock
 from kilonova.model.options import Config
 from kilonova.model.server import Image
 from kilonova.scheduler.select import Scheduler
-from kilonova.store import catalog, hosts
+from kilonova.store import catalog, hosts, placement
 
 USUAL = ("VCPU", "MEMORY_MB", "DISK_GB")
 
@@ -92,13 +93,34 @@ def listed(tx: Tx, config: Config, now: float) -> list[dict[str, Any]]:
     ]
 
 
+def pools(tx: Tx) -> list[dict[str, Any]]:
+    """What is shared with hosts, by whom, with how many."""
+    of = {n.uuid: n.host for n in hosts.nodes(tx)}
+    with_: dict[str, set[str]] = {}
+    for pool, provider in placement.shared(tx):
+        if provider in of:
+            with_.setdefault(pool, set()).add(of[provider])
+    stocks, names = placement.stocks(tx, with_), placement.names(tx, with_)
+    return [
+        {
+            "pool": names[pool],
+            "hosts": sorted(there),
+            "resources": {c: _sized(*stocks[pool][c]) for c in sorted(stocks.get(pool, ()), key=_order)},
+        }
+        for pool, there in sorted(with_.items(), key=lambda item: names[item[0]])
+    ]
+
+
 def _state(service: hosts.Service, now: float, down_after_s: float) -> str:
     up = "up" if service.up(now, down_after_s) else "down"
     return f"{up}, disabled" if service.disabled else up
 
 
 def _resource(n: hosts.Node, name: str) -> dict[str, int]:
-    stock, used = n.stocks[name], n.used.get(name, 0)
+    return _sized(n.stocks[name], n.used.get(name, 0))
+
+
+def _sized(stock: Stock, used: int) -> dict[str, int]:
     capacity = int((stock.total - stock.reserved) * stock.allocation_ratio)
     return {
         "total": stock.total,
@@ -115,9 +137,9 @@ def _order(name: str) -> tuple[int, str]:
 
 def _list(db: Db, config: Config, chosen: argparse.Namespace) -> int:
     with db.read() as tx:
-        found = listed(tx, config, WallClock().now())
+        found, shared = listed(tx, config, WallClock().now()), pools(tx)
     if chosen.json:
-        print(msgspec.json.encode(found).decode())
+        print(msgspec.json.encode([*found, *shared]).decode())
         return 0
     names = sorted({name for h in found for name in h["resources"]}, key=_order)
     rows = [["host", "zone", "state", "servers", *(f"{n} used/capacity (free)" for n in names)]]
@@ -126,6 +148,9 @@ def _list(db: Db, config: Config, chosen: argparse.Namespace) -> int:
         cells = [f"{of[n]['used']}/{of[n]['capacity']} ({of[n]['free']})" if n in of else "-" for n in names]
         rows.append([_called(h), h["zone"], h["state"], str(h["servers"]), *cells])
     print(table(rows))
+    for p in shared:
+        told = ", ".join(f"{r['used']}/{r['capacity']} {c} ({r['free']})" for c, r in p["resources"].items())
+        print(f"{p['pool']} is shared by {len(p['hosts'])} hosts: {told or 'it has nothing'}")
     return 0
 
 

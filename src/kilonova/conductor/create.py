@@ -186,7 +186,7 @@ class Claimed(msgspec.Struct, frozen=True):
 @record
 def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Claimed:
     server_groups.admit(tx, server, place.host, place.provider)
-    seat = seats.claim(tx, server, place.provider, now=now, new=epoch == server.epoch + 1)
+    seat = seats.claim(tx, server, place.provider, now=now, shared=place.shared, new=epoch == server.epoch + 1)
     servers.settle(tx, server, place.host, place.node, epoch, str(Task.networking), now)
     return Claimed(server.number or servers.get(tx, server.id).number, epoch, seat)
 

@@ -94,7 +94,7 @@ def claimed(
     """A share of this place is the server's; what it held is its migration's. Raises NoCapacity."""
     server_groups.admit(tx, server, place.host, place.provider)
     placement.move(tx, server.id, migration, now=now)
-    seat = seats.claim(tx, msgspec.structs.replace(server, flavor=flavor), place.provider, now=now)
+    seat = seats.claim(tx, msgspec.structs.replace(server, flavor=flavor), place.provider, now=now, shared=place.shared)
     epoch = migrations.next_epoch(tx, server, migration)
     told = {"dest": place.host, "dest_node": place.node, "dest_ip": hosts.address(tx, place.host)} | facts
     migrations.change(tx, migration, now, status, **told)

@@ -91,11 +91,15 @@ def _so_now(tx: Tx, consumers: list[str]) -> tuple[list[Due], list[Holding]]:
 
 
 def meet(world: World, service: Placement, wanted: Iterable[str] | None = None) -> list[str]:
-    """Tell of hosts and their devices: these, or all that are not what was told of them last. What went wrong."""
+    """Tell of hosts, their devices, and who shares with them: these, or all that are not what was told of them last.
+
+    What went wrong.
+    """
     with world.db.read() as tx:
         forest = world.trees.look(tx)
         ours = frozenset(a.uuid for a in hosts.aggregates(tx))
         mine = set(tx.execute(sa.select(hosts.NODES.c.uuid)).scalars())
+        mine |= {forest.providers[pool].root for pool, of in placement.shared(tx) if forest.providers[of].root in mine}
     of = list(forest.providers.values()) if wanted is None else [forest.providers[p] for p in wanted]
     wrong = []
     for p in sorted(of, key=lambda p: p.parent is not None):

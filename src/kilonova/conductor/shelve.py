@@ -307,7 +307,7 @@ def choose(world: World, key: str, job: Unshelve, tried: list[str], fresh: bool)
 @record
 def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Seat | None:
     server_groups.admit(tx, server, place.host, place.provider)
-    seat = seats.claim(tx, server, place.provider, now=now)
+    seat = seats.claim(tx, server, place.provider, now=now, shared=place.shared)
     servers.settle(tx, server, place.host, place.node, epoch, str(Task.unshelving), now)
     return seat
 

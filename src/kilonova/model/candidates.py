@@ -244,6 +244,12 @@ def candidates(forest: Forest, query: Query, *, breadth_first: bool = False) -> 
         in_turn = [tree for tree, _ in found]
 
 
+def within(forest: Forest, query: Query, root: str) -> Iterator[Found]:
+    """Those of one tree, and of who shares with it."""
+    seen: set[object] | None = set() if forest.sharing else None
+    return _of_tree(forest, query, root, seen, iter(range(MOST_STEPS)))
+
+
 def serves(p: Provider, group: Group) -> bool:
     """Could this provider alone serve the whole group (but for its `in_tree`)?"""
     return (

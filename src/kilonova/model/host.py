@@ -75,3 +75,4 @@ class Place(msgspec.Struct, frozen=True):
     provider: str
     zone: str = ""
     failures: int = 0  # builds that failed there, one after another
+    shared: bool = False  # others share with it what is asked for: who claims looks at them, too

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from kilonova.kit.db import Tx
 from kilonova.kit.ready import ready
 from kilonova.model.ask import Ask
-from kilonova.model.candidates import Forest, Inventory, Provider
+from kilonova.model.candidates import SHARES, Forest, Inventory, Provider
 from kilonova.model.host import HostFacts, Place
 from kilonova.scheduler.cells import Cells
 from kilonova.store import hosts as book
@@ -82,11 +82,15 @@ class Hosts:
         self.members: list[frozenset[str]] = [frozenset()]  # of each group, by the uuids of the aggregates
         self.traits: npt.NDArray[np.uint64] = np.zeros((n, 1), np.uint64)
         self.trait_of: dict[str, int] = {}
-        self.waits: dict[int, deque[tuple[float, Floats]]] = {}
+        self.waits: dict[int, deque[tuple[float, Floats, list[Charge]]]] = {}
         self.children: dict[int, dict[str, Child]] = {}  # providers under a row's own
         self.marks: dict[str, set[str]] = {}  # their traits
         self.names: dict[str, str] = {}
         self.below: dict[int, Floats] = {}  # of classes that some of them have: what is left there, together
+        self.pools: dict[str, Pool] = {}  # providers that share with rows
+        self.sharers: dict[int, list[Pool]] = {}  # … by row
+        self.beside: dict[int, Floats] = {}  # of their classes: what is left of them for each row, together
+        self.around: dict[str, Bools] = {}  # rows with a trait under or beside them
         self.cells = Cells(self)
 
     # -- as rules see them
@@ -99,14 +103,39 @@ class Hosts:
         i = self.classes.get(name)
         if i is None:
             return np.zeros(self.n)
-        return np.asarray(self.free[:, i] + self.below.get(i, 0.0))
+        return np.asarray(self.free[:, i] + self.below.get(i, 0.0) + self.beside.get(i, 0.0))
+
+    def fit_alone(self, i: int, n: int) -> Bools:
+        """Rows whose own provider has so much left of this class."""
+        fits = self.free[:, i] >= n
+        fits &= self.max_unit[:, i] >= n
+        if i in self.odd:
+            fits &= (n >= self.min_unit[:, i]) & (n % self.step[:, i] == 0)
+        return np.asarray(fits)
+
+    def fit_beside(self, name: str, n: int, forbidden: Collection[str] = ()) -> Bools:
+        """Rows with whom somebody shares so much of it, who has none of these traits."""
+        fits = np.zeros(self.n, bool)
+        for pool in self.pools.values():
+            if pool.fits(name, n) and self.marks[pool.uuid].isdisjoint(forbidden):
+                fits[pool.rows] = True
+        return fits
 
     def nested(self, ask: Ask) -> bool:
-        """Is it a question which providers of a host serve this?"""
-        return bool(ask.parts) or any(self.classes.get(name) in self.below for name in ask.amounts)
+        """Is it a question which providers serve this?"""
+        return bool(ask.parts) or self.pooled(ask) or any(self.classes.get(name) in self.below for name in ask.amounts)
+
+    def pooled(self, ask: Ask) -> bool:
+        """Does anybody share something with hosts that is asked for?"""
+        return bool(self.beside) and any(self.classes.get(name) in self.beside for name in ask.amounts)
+
+    def shared(self, row: int, ask: Ask) -> bool:
+        """… with this one?"""
+        mine = self.sharers.get(row, ())
+        return any(name in pool.inventories for pool in mine for name in ask.amounts)
 
     def tree(self, row: int, traits: Collection[str]) -> Forest:
-        """A host's own provider with those under it, as far as these traits go."""
+        """A host's own provider with those under it and those that share with it, as far as these traits go."""
         p = self.places[row]
         own = {
             name: Inventory(
@@ -117,8 +146,10 @@ class Hosts:
         }  # fmt: skip
         bits = {t: self.trait_of[t] for t in traits if t in self.trait_of}
         mine = frozenset(t for t, bit in bits.items() if int(self.traits[row, bit // 64]) >> bit % 64 & 1)
-        root = Provider(p.provider, p.node, None, p.provider, 0, 0.0, 0.0, own, mine)
-        return Forest({p.provider: root} | {c.uuid: c.provider(p.provider, self.marks) for c in self._under(row)})
+        root = Provider(p.provider, p.node, None, p.provider, 0, 0.0, 0.0, own, mine, TOGETHER)
+        under = {c.uuid: c.provider(p.provider, self.marks) for c in self._under(row)}
+        beside = {b.uuid: b.provider(self.marks) for b in self.sharers.get(row, ()) if b.uuid not in under}
+        return Forest({p.provider: root} | under | beside)
 
     def cell_of(self, row: int) -> Callable[[str], int | None]:
         """On which cell a device of this host is, by its provider; None: nobody knows."""
@@ -126,7 +157,7 @@ class Hosts:
         return lambda provider: at.get(self.names.get(provider, "").rpartition("_")[2])
 
     def is_device(self, provider: str) -> bool:
-        return provider in self.names and provider not in self.row
+        return provider in self.names and provider not in self.row and provider not in self.pools
 
     def _under(self, row: int) -> Iterable["Child"]:
         return self.children.get(row, {}).values()
@@ -144,38 +175,57 @@ class Hosts:
             return np.zeros(self.n, bool)
         return np.asarray((self.traits[:, bit // 64] >> np.uint64(bit % 64)) & np.uint64(1)).astype(bool)
 
+    def somewhere(self, traits: Iterable[str]) -> Bools:
+        """Rows with all of these traits, be it under or beside them."""
+        fit = np.ones(self.n, bool)
+        for t in traits:
+            fit &= self.with_trait(t) | self.around.get(t, False)
+        return fit
+
     # -- what was chosen
 
     def take(self, row: int, amounts: Floats, now: float) -> None:
         """It was given to somebody who will claim it."""
-        self._waits(row, amounts, 1)
-        self.waits.setdefault(row, deque()).append((now, amounts))
+        charged = self._charged(row, amounts) if self.beside else []
+        if charged:
+            amounts = amounts.copy()
+            amounts[[self.classes[name] for _, name, _ in charged]] = 0
+        self._waits(row, amounts, charged, 1)
+        self.waits.setdefault(row, deque()).append((now, amounts, charged))
+
+    def _charged(self, row: int, amounts: Floats) -> "list[Charge]":
+        """What will be claimed of somebody who shares with the row, for the row has not enough of it."""
+        found: list[Charge] = []
+        for name, i in self.classes.items():
+            n = int(amounts[i])
+            if not n or i not in self.beside or (self.free[row, i] >= n and self.max_unit[row, i] >= n):
+                continue
+            pool = next((b for b in self.sharers.get(row, ()) if b.fits(name, n)), None)
+            if pool is not None:
+                found.append((pool, name, n))
+        return found
 
     def _claimed(self, row: int, times: int) -> None:
         """So many changes came in for this host: as many of what was chosen are among them."""
         waits = self.waits.get(row)
         while waits and times > 0:
-            self._waits(row, waits.popleft()[1], -1)
+            self._waits(row, *waits.popleft()[1:], -1)
             times -= 1
 
-    def _waits(self, row: int, amounts: Floats, times: int) -> None:
+    def _waits(self, row: int, amounts: Floats, charged: "list[Charge]", times: int) -> None:
         self.pending[row] += times * amounts
         self.free[row] -= times * amounts
         self.busy[row] += times
+        for pool, name, n in charged:
+            pool.pending[name] = pool.pending.get(name, 0) + times * n
+            self._summed_beside(self.classes[name], name)
 
     def _forgotten(self, now: float) -> None:
         for row, waits in list(self.waits.items()):
             while waits and waits[0][0] < now - PENDING_S:
-                self._waits(row, waits.popleft()[1], -1)
+                self._waits(row, *waits.popleft()[1:], -1)
             if not waits:
                 del self.waits[row]
-
-    def forget_choices(self) -> None:
-        """Count only what is claimed."""
-        self.free += self.pending
-        self.pending[:] = 0
-        self.busy[:] = 0
-        self.waits.clear()
 
     # -- keeping fresh
 
@@ -222,7 +272,9 @@ class Hosts:
         self.marks = placement.traits(tx)
         self.names = placement.names_below(tx)
         self._traits(self.marks)
+        self.pools = {uuid: Pool(uuid) for uuid, traits in self.marks.items() if SHARES in traits}
         self._stocked(stocks, now)
+        self._shared(tx)
         self.watched = self.read_at = now
 
     def _kind(self, text: str) -> int:
@@ -294,17 +346,26 @@ class Hosts:
                 child = self.children.get(row, {}).get(s[0])
                 if child is not None and child.generation != s[1]:
                     child.inventories.clear()
+            if (pool := self.pools.get(s[0])) is not None and pool.generation != s[1]:
+                pool.inventories.clear()
         lost = sorted(moved)
         self.capacity[lost] = self.used[lost] = self.max_unit[lost] = 0
         self.free[lost] = -self.pending[lost]
         self._stocked(stocks, now)
 
     def _stocked(self, stocks: Iterable[Any], now: float) -> None:
-        under = set[int]()
+        under, of_pools = set[int](), bool(self.pools)
+        sharing = False  # has one of those moved?
         for (
             provider, generation, changed_at, name, total, reserved, ratio, used, least, most, step, root, parent,
         ) in stocks:  # fmt: skip
             i, c = self.row.get(provider), self.classes.get(name)
+            if of_pools and (pool := self.pools.get(provider)) is not None:
+                self.cursor, pool.generation = max(self.cursor, changed_at), generation
+                if name is not None:
+                    pool.inventories[name] = Inventory(total, reserved, least, most, step, ratio, used)
+                    self.mark = self.mark if c is not None else -1
+                sharing = True
             if i is None:
                 if (row := self.row.get(root)) is not None:
                     self.cursor = max(self.cursor, changed_at)
@@ -331,7 +392,43 @@ class Hosts:
                 self.odd.add(c)
         for row in under:
             self._summed(row)
+        if sharing:
+            for name, c in self.classes.items():
+                self._summed_beside(c, name)
         self.looked = now
+
+    def _shared(self, tx: Tx) -> None:
+        """With whom those who share do so, and what is where around a host."""
+        self.sharers = {}
+        if self.pools:
+            of = self.row | {uuid: row for row, some in self.children.items() for uuid in some}
+            members: dict[str, set[int]] = {}
+            for pool, provider in placement.shared(tx):
+                row = of.get(provider)
+                if row is not None and of.get(pool) != row:  # within its tree it is one of the tree
+                    members.setdefault(pool, set()).add(row)
+            for uuid, rows in sorted(members.items()):
+                self.pools[uuid].rows = np.asarray(sorted(rows), np.int64)
+                for row in rows:
+                    self.sharers.setdefault(row, []).append(self.pools[uuid])
+            self.pools = {uuid: self.pools[uuid] for uuid in sorted(members)}
+        self.around = {}
+        there = {b.uuid: b.rows.tolist() for b in self.pools.values()}
+        there |= {uuid: [*there.get(uuid, ()), row] for row, some in self.children.items() for uuid in some}
+        for uuid, rows_ in there.items():
+            for t in self.marks.get(uuid, ()):
+                self.around.setdefault(t, np.zeros(self.n, bool))[rows_] = True
+        for name, i in self.classes.items():
+            self._summed_beside(i, name)
+
+    def _summed_beside(self, i: int, name: str) -> None:
+        """What is left of a class with those who share it."""
+        if not any(name in b.inventories for b in self.pools.values()):
+            self.beside.pop(i, None)
+            return
+        left = self.beside[i] = np.zeros(self.n)
+        for b in self.pools.values():
+            left[b.rows] += b.left(name)
 
     def _summed(self, row: int) -> None:
         """What is left under this row."""
@@ -372,6 +469,37 @@ class Child:
     def provider(self, root: str, marks: Mapping[str, set[str]]) -> Provider:
         traits = frozenset(marks.get(self.uuid, ()))
         return Provider(self.uuid, "", self.parent, root, 0, 0.0, 0.0, self.inventories, traits)
+
+
+class Pool:
+    """A provider that shares with hosts, as it was read last. `pending`: what was chosen of it and is not claimed yet."""
+
+    __slots__ = ("generation", "inventories", "pending", "rows", "uuid")
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid, self.generation = uuid, -1
+        self.rows: Ints = np.zeros(0, np.int64)
+        self.inventories: dict[str, Inventory] = {}
+        self.pending: dict[str, int] = {}
+
+    def fits(self, name: str, n: int) -> bool:
+        i = self.inventories.get(name)
+        return i is not None and i._replace(used=i.used + self.pending.get(name, 0)).fits(n)
+
+    def left(self, name: str) -> float:
+        if (i := self.inventories.get(name)) is None:
+            return 0.0
+        return max(0.0, (i.total - i.reserved) * i.allocation_ratio - i.used - self.pending.get(name, 0))
+
+    def provider(self, marks: Mapping[str, set[str]]) -> Provider:
+        have = {c: i._replace(used=i.used + self.pending.get(c, 0)) for c, i in self.inventories.items()}
+        return Provider(self.uuid, "", None, self.uuid, 0, 0.0, 0.0, have, frozenset(marks[self.uuid]), TOGETHER)
+
+
+Charge = tuple[Pool, str, int]
+"""So much of a class, of one that shares it."""
+
+TOGETHER = frozenset({"together"})  # a host and those that share with it, where the aggregates are of no matter
 
 
 _n, _s = book.NODES.c, book.SERVICES.c

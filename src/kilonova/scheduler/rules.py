@@ -16,7 +16,7 @@ import os_traits
 from kilonova.kit.errors import Invalid
 from kilonova.model import fit, wants
 from kilonova.model.ask import Ask, served
-from kilonova.model.candidates import Query, candidates
+from kilonova.model.candidates import Query, within
 from kilonova.model.numa import guest as numa_guest
 from kilonova.model.options import Scheduler as Options
 from kilonova.model.seat import near as seated_near
@@ -129,13 +129,13 @@ def _room(hosts: Hosts, ask: Ask) -> Bools:
         i = hosts.column(name)
         if i is None:
             return np.zeros(hosts.n, bool)
-        if (below := hosts.below.get(i)) is not None:  # `devices` says whose it can be
-            fits &= hosts.free[:, i] + below >= n
-            continue
-        fits &= hosts.free[:, i] >= n
-        fits &= hosts.max_unit[:, i] >= n
-        if i in hosts.odd:
-            fits &= (n >= hosts.min_unit[:, i]) & (n % hosts.step[:, i] == 0)
+        below, beside = hosts.below.get(i), hosts.beside.get(i)
+        if below is not None or (ask.parts and beside is not None):  # `devices` says whose it can be
+            fits &= hosts.free_of(name) >= n
+        elif beside is not None:
+            fits &= hosts.fit_alone(i, n) | hosts.fit_beside(name, n, ask.forbidden)
+        else:
+            fits &= hosts.fit_alone(i, n)
     return fits
 
 
@@ -143,7 +143,7 @@ def _room(hosts: Hosts, ask: Ask) -> Bools:
 def traits(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     if not (ask.required or ask.forbidden):
         return ...
-    fits = np.ones(hosts.n, bool) if hosts.nested(ask) else hosts.having(ask.required)
+    fits = hosts.somewhere(ask.required) if hosts.nested(ask) else hosts.having(ask.required)
     for t in ask.forbidden:
         fits &= ~hosts.with_trait(t)
     return fits
@@ -173,14 +173,34 @@ def capabilities(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
 
 @rule()
 def devices(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
-    """Hosts whose devices, and what else is under them in Placement, can serve each part of this. Asked where there is room."""
+    """Hosts whose devices, and what else is under them or shared with them in Placement, can serve each part of this.
+
+    Asked where there is room, and where the columns do not tell: one host after the other is slow.
+    """
     if not hosts.nested(ask):
         return ...
     query = served(ask)
-    fits, there = np.ones(hosts.n, bool), _room(hosts, ask)
+    fits, there = np.ones(hosts.n, bool), _room(hosts, ask) & ~_plain(hosts, ask)
     for row in np.flatnonzero(there).tolist():
-        fits[row] = next(candidates(hosts.tree(row, _traits_of(query)), query), None) is not None
+        fits[row] = (
+            next(within(hosts.tree(row, _traits_of(query)), query, hosts.places[row].provider), None) is not None
+        )
     return fits
+
+
+def _plain(hosts: Hosts, ask: Ask) -> Bools:
+    """Rows that serve it for sure: all traits are the host's, and each class is its own or shared with it, not all of them shared."""
+    if ask.parts:
+        return np.zeros(hosts.n, bool)
+    whole, some = hosts.having(ask.required), np.zeros(hosts.n, bool)
+    for name, n in ask.amounts.items():
+        i = hosts.column(name)
+        if i is None:
+            return np.zeros(hosts.n, bool)
+        alone = hosts.fit_alone(i, n)
+        some |= alone
+        whole &= alone | hosts.fit_beside(name, n, ask.forbidden) if i in hosts.beside else alone
+    return np.asarray(whole & some)
 
 
 def _traits_of(query: Query) -> set[str]:
@@ -212,7 +232,8 @@ def near(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     fits, there = np.zeros(hosts.n, bool), _room(hosts, ask) & hosts.cells.fit(guest)
     for row in np.flatnonzero(there).tolist():
         cell_of, cells = hosts.cell_of(row), hosts.kinds[hosts.kind[row]].cells
-        found = islice(candidates(hosts.tree(row, _traits_of(query)), query), MOST_CANDIDATES)
+        tree = hosts.tree(row, _traits_of(query))
+        found = islice(within(tree, query, hosts.places[row].provider), MOST_CANDIDATES)
         devices = {tuple(cell_of(p) for p in c.allocations if hosts.is_device(p)) for c in found}
         fits[row] = any(seated_near(way, at, ask.nearness, cells) for way in ways(row) for at in devices)
     return fits

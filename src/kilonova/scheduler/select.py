@@ -21,6 +21,7 @@ from kilonova.kit.clock import Clock
 from kilonova.kit.db import Tx, ill
 from kilonova.kit.errors import Unsupported
 from kilonova.model.ask import Ask
+from kilonova.model.host import Place
 from kilonova.model.numa import WISHES
 from kilonova.model.options import Scheduler as Options
 from kilonova.scheduler.aggregates import least
@@ -162,9 +163,12 @@ class Scheduler:
         return left
 
     def _place_alike(self, same: "list[_Waiting]", now: float) -> "list[_Waiting]":
-        """Requests that ask the same: one pass gives a host at most one of them, so that a burst spreads."""
+        """Requests that ask the same: one pass gives a host at most one of them, so that a burst spreads.
+
+        Where hosts share what is asked for, one by one: what one takes is missing elsewhere.
+        """
         ask, todo = same[0].m.ask, same
-        amounts = self._amounts(ask)
+        amounts, pooled = self._amounts(ask), self.hosts.pooled(ask)
         while todo and amounts is not None:
             rows = self._candidates(ask, now)[0]
             if not len(rows):
@@ -173,12 +177,18 @@ class Scheduler:
             best = self._best(
                 rows, ask, View(now, self.down_after_s, self.options), min(len(rows), len(todo) + most - 1)
             )
-            for j, w in enumerate(todo[: len(best)]):
+            some = todo[: 1 if pooled else len(best)]
+            for j, w in enumerate(some):
                 order = [int(best[(j + k) % len(best)]) for k in range(min(w.m.most, len(best)))]
+                places = [self._place_of(i, ask) if pooled else self.hosts.places[i] for i in order]
                 self.hosts.take(order[0], amounts, now)
-                w.answer = Chosen([self.hosts.places[i] for i in order], hosts=self.hosts.n)
-            todo = todo[len(best) :]
+                w.answer = Chosen(places, hosts=self.hosts.n)
+            todo = todo[len(some) :]
         return todo
+
+    def _place_of(self, row: int, ask: Ask) -> Place:
+        place = self.hosts.places[row]
+        return msgspec.structs.replace(place, shared=True) if self.hosts.shared(row, ask) else place
 
     def _candidates(self, ask: Ask, now: float) -> tuple[Ints, dict[str, int]]:
         """The rows that no rule refuses, and how many each rule turned away."""

@@ -5,6 +5,7 @@ Tests ask it after every story, the simulator after every storm, and an operator
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -105,9 +106,11 @@ def _claims(tx: Tx, all: list[Server]) -> list[str]:
     of |= {uuid: of[root] for uuid, root in tx.execute(sa.select(p.uuid, p.root)) if root in of}
     sums: dict[tuple[str, str], int] = defaultdict(int)
     held: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
-    for a in tx.execute(sa.select(placement.ALLOCATIONS)):
+    rows = tx.execute(sa.select(placement.ALLOCATIONS)).all()
+    homes = _homes(tx, rows, of)
+    for a in rows:
         sums[a.provider, a.resource_class] += a.amount
-        of_host = held[a.consumer][of.get(a.provider, a.provider)]
+        of_host = held[a.consumer][homes.get((a.consumer, a.provider)) or of.get(a.provider, a.provider)]
         of_host[a.resource_class] = of_host.get(a.resource_class, 0) + a.amount
     for i in tx.execute(sa.select(placement.INVENTORIES)):
         have = sums.pop((i.provider, i.resource_class), 0)
@@ -128,6 +131,23 @@ def _claims(tx: Tx, all: list[Server]) -> list[str]:
         if m.old_flavor is None or found != {m.source: amounts_of(msgspec.structs.replace(s, flavor=m.old_flavor))}:
             said.append(f"the {m.type} of {m.server} from {m.source} holds {found}")
     return said + [f"{consumer} is no server and holds {dict(h)}" for consumer, h in held.items()]
+
+
+def _homes(tx: Tx, held: Iterable[Any], of: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """The host for which a consumer holds something of a pool: the one of which it holds the rest, if the pool shares with that."""
+    shares: dict[str, set[str]] = defaultdict(set)
+    for pool, provider in placement.shared(tx):
+        if provider in of:
+            shares[pool].add(of[provider])
+    at: dict[str, set[str]] = defaultdict(set)
+    for a in held:
+        if a.provider not in shares:
+            at[a.consumer].add(of.get(a.provider, a.provider))
+    return {
+        (a.consumer, a.provider): next(iter(mine))
+        for a in held
+        if len(mine := at[a.consumer] & shares.get(a.provider, set())) == 1
+    }
 
 
 def _seats(tx: Tx, all: list[Server], machines: Mapping[str, Mapping[str, Seat | None]]) -> list[str]:

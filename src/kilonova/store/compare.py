@@ -77,12 +77,22 @@ def miscounted(tx: Tx, most: int = 100) -> list[tuple[str, str, int, int]]:
 
 
 def claimed(tx: Tx, ids: Iterable[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """What these consumers hold: {consumer: {host: {class: amount}}}; of what is no host of ours by its id."""
-    query = sa.select(_a.consumer, sa.func.coalesce(_n.host, _a.provider), _a.resource_class, _a.amount)
-    query = query.outerjoin(hosts.NODES, _n.uuid == _a.provider).where(_a.consumer.in_(list(ids)))
+    """What these consumers hold: {consumer: {host: {class: amount}}}; of what is no host of ours by its id.
+
+    What is under a host is the host's; what others share with it, too, where the consumer holds something of one host only.
+    """
+    query = sa.select(_a.consumer, _n.host, _p.root, placement.PROVIDER_SHARES, _a.resource_class, _a.amount)
+    query = query.join(placement.PROVIDERS, _p.uuid == _a.provider).outerjoin(hosts.NODES, _n.uuid == _p.root)
+    rows = tx.execute(query.where(_a.consumer.in_(list(ids)))).all()
+    at: dict[str, set[str]] = {}
+    for consumer, host, root, shares, *_ in rows:
+        if not shares:
+            at.setdefault(consumer, set()).add(host or root)
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for consumer, host, name, amount in tx.execute(query):
-        found.setdefault(consumer, {}).setdefault(host, {})[name] = amount
+    for consumer, host, root, shares, name, amount in rows:
+        home = next(iter(at.get(consumer, ()))) if shares and len(at.get(consumer, ())) == 1 else host or root
+        held = found.setdefault(consumer, {}).setdefault(home, {})
+        held[name] = held.get(name, 0) + amount
     return found
 
 
@@ -224,7 +234,8 @@ UNOWNED = ready(
     .outerjoin(servers.T, sa.and_(_t.id == _a.consumer, _t.deleted_at.is_(None)))
     .where(
         _instances,
-        sa.or_(_t.id.is_(None), _t.host.is_(None), _t.host != _n.host),
+        # What others share with its host is of no host, or of another.
+        sa.or_(_t.id.is_(None), _t.host.is_(None), sa.and_(_t.host != _n.host, ~placement.PROVIDER_SHARES)),
         ~sa.exists().where(_r.subject == _a.consumer, _r.state == "running"),
     )
     .distinct()
@@ -249,7 +260,9 @@ UNCLAIMED = ready(
     .join(_n.uuid.table, sa.and_(_n.host == _t.host, _n.node == _t.node))
     .where(
         _t.deleted_at.is_(None),
-        ~sa.exists().where(_a.consumer == _t.id, _a.provider == _n.uuid),
+        ~sa.exists().where(
+            _a.consumer == _t.id, _p.uuid == _a.provider, sa.or_(_p.root == _n.uuid, placement.PROVIDER_SHARES)
+        ),
         ~_busy,
     )
     .limit(_b("most"))

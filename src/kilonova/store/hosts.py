@@ -402,9 +402,15 @@ def _learn_node(tx: Tx, r: Report, facts: HostFacts, disabled: bool, uuid: Calla
             tx.execute(FACTS, values | {"the_id": old.id})
     traits = {*facts.traits, *({DISABLED} if disabled else ())}
     before = set() if old is None else {*_FACTS.decode(old.facts).traits, DISABLED}
-    new = placement.offer(tx, id, facts.hypervisor_hostname, r.stocks, traits, now=now, before=before)
+    stocks = r.stocks if old is None or not placement.pooled(tx, id, "DISK_GB") else _without(r.stocks, "DISK_GB")
+    new = placement.offer(tx, id, facts.hypervisor_hostname, stocks, traits, now=now, before=before)
     new |= _learn_devices(tx, id, facts, uuid, now)
     return new or old is None or _lasting(_FACTS.decode(old.facts)) != _lasting(facts)
+
+
+def _without(stocks: Iterable[Stock], resource_class: str) -> list[Stock]:
+    """What a pool shares with a host is the pool's: its room would be counted once more for each host that it is mounted on."""
+    return [s for s in stocks if s.resource_class != resource_class]
 
 
 def _learn_devices(tx: Tx, node: str, facts: HostFacts, uuid: Callable[[], str], now: float) -> bool:

@@ -4,8 +4,8 @@ A provider's generation moves with every change to what it has or holds: whoever
 columns) sees by it that the copy is old.  A claim does not ask for a generation but for room: two servers that
 both fit need not quarrel.  `docs/decisions/the-claim-in-sql.md` says why a row is one class and not one provider.
 
-The order of locks is always the provider's row (a root's before those under it), its inventories, then the consumer:
-two orders are a deadlock.
+The order of locks is always the provider's row (a root's before those under it, those that share with others last), its
+inventories, then the consumer: two orders are a deadlock.
 """
 
 import re
@@ -19,6 +19,7 @@ from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NoCapacity, NotFound
 from kilonova.kit.ready import ready
 from kilonova.model.ask import amounts_of
+from kilonova.model.candidates import SHARES
 from kilonova.model.host import Stock
 from kilonova.model.server import Server
 from kilonova.store import dues
@@ -150,11 +151,11 @@ def claim(
 
 
 def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -> bool:
-    """Give back what the consumer holds of `provider` and of those under it, or everywhere. False: it held nothing; that is no error."""
-    mine = ALLOCATIONS.c.consumer == consumer
-    if provider is not None:
-        mine &= ALLOCATIONS.c.provider.in_(sa.select(_p.uuid).where(_p.root == provider))
-    held = _by_provider(tx.execute(sa.select(ALLOCATIONS).where(mine)))
+    """Give back what the consumer holds of `provider` and of those under it, or everywhere. False: it held nothing; that is no error.
+
+    What others share with the provider goes along, unless the consumer holds something of another provider still.
+    """
+    held = set(_of_one(tx, consumer, provider))
     gave = False
     for at in in_order(tx, held):
         _moved(tx, at, now)
@@ -177,15 +178,33 @@ def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -
     return gave
 
 
+def _of_one(tx: Tx, consumer: str, provider: str | None) -> list[str]:
+    """Of which providers the consumer holds something: of all, or of this one's tree and of who shares with it."""
+    rows = tx.execute(HELD_WHERE, {"of": consumer}).all()
+    if provider is None:
+        return [r.provider for r in rows]
+    others = any(r.root != provider and not r.shares for r in rows)
+    return [r.provider for r in rows if r.root == provider or (r.shares and not others)]
+
+
 def claim_anyhow(tx: Tx, server: Server, provider: str, *, now: float) -> bool:
-    """Write down what a server uses already, whether there is room for it or not. False: there is no such provider."""
+    """Write down what a server uses already, whether there is room for it or not. False: there is no such provider.
+
+    What its host does not have, one of those has that share with it.
+    """
     if not tx.execute(MOVED, {"at": provider, "now": now}).rowcount:
         return False
-    there = set(tx.execute(sa.select(_i.resource_class).where(_i.provider == provider)).scalars())
-    wanted = {c: n for c, n in amounts_of(server).items() if c in there}
-    tx.execute(_give(len(wanted)), {"at": provider} | _numbered({c: -n for c, n in wanted.items()}))
     who = {"project_id": server.project_id, "user_id": server.user_id, "type": "INSTANCE", "changed_at": now}
-    _written(tx, server.id, provider, wanted, _known(tx, server.id, who, now))
+    left, known = amounts_of(server), _known(tx, server.id, who, now)
+    for at in [provider, *sharing_with(tx, provider)]:
+        there = set(tx.execute(sa.select(_i.resource_class).where(_i.provider == at)).scalars())
+        if not (wanted := {c: n for c, n in left.items() if c in there}):
+            continue
+        if at != provider:
+            _moved(tx, at, now)
+        tx.execute(_give(len(wanted)), {"at": at} | _numbered({c: -n for c, n in wanted.items()}))
+        _written(tx, server.id, at, wanted, known)
+        left = {c: n for c, n in left.items() if c not in there}
     dues.note(tx, "consumer", server.id)
     return True
 
@@ -209,12 +228,17 @@ def move(tx: Tx, consumer: str, to: str, provider: str | None = None, *, now: fl
 
 
 def in_order(tx: Tx, providers: Collection[str]) -> list[str]:
-    """In the order in which everybody locks them: roots first, as a claim does that then sees what is under its root."""
+    """In the order in which everybody locks them: roots first, as a claim does that then sees what is under its root.
+
+    Those that share with others are the last: who claims of a host sees only then which of them he needs.
+    """
     if len(providers) < 2:
         return list(providers)
-    found = tx.execute(sa.select(_p.uuid, _p.parent).where(_p.uuid.in_(list(providers))))
-    roots = {r.uuid for r in found if r.parent is None}
-    return sorted(providers, key=lambda at: (at not in roots, at))
+    found = tx.execute(
+        sa.select(_p.uuid, _p.parent, PROVIDER_SHARES.label("shares")).where(_p.uuid.in_(list(providers)))
+    ).all()
+    roots, pools = {r.uuid for r in found if r.parent is None}, {r.uuid for r in found if r.shares}
+    return sorted(providers, key=lambda at: (at in pools, at not in roots, at))
 
 
 def lock(tx: Tx, provider: str, now: float) -> None:
@@ -440,12 +464,31 @@ def aggregates_of(tx: Tx, providers: Collection[str]) -> set[str]:
     return set(tx.execute(sa.select(t.aggregate).where(t.provider.in_(list(providers)))).scalars())
 
 
+def sharing_with(tx: Tx, provider: str) -> list[str]:
+    """Those that share with this provider's tree through an aggregate, and are not in it."""
+    return list(tx.execute(SHARING_WITH, {"at": provider}).scalars())
+
+
+def shared(tx: Tx) -> Iterable[Any]:
+    """(who shares, with whom) of all providers that are in one aggregate."""
+    return tx.execute(SHARED)
+
+
+def pooled(tx: Tx, provider: str, resource_class: str) -> bool:
+    """Does somebody share this class with the provider's tree?"""
+    return tx.execute(POOLED, {"at": provider, "c": resource_class}).first() is not None
+
+
 def traits(tx: Tx) -> dict[str, set[str]]:
     """By provider."""
     found: dict[str, set[str]] = {}
     for provider, trait in tx.execute(sa.select(PROVIDER_TRAITS)):
         found.setdefault(provider, set()).add(trait)
     return found
+
+
+def names(tx: Tx, providers: Iterable[str]) -> dict[str, str]:
+    return {r.uuid: r.name for r in tx.execute(sa.select(_p.uuid, _p.name).where(_p.uuid.in_(list(providers))))}
 
 
 def names_below(tx: Tx) -> dict[str, str]:
@@ -486,6 +529,32 @@ def _amount(classes: int) -> Any:
 _i, _b = INVENTORIES.c, sa.bindparam
 _p, _c, _a = PROVIDERS.c, CONSUMERS.c, ALLOCATIONS.c
 
+_g, _s = PROVIDER_AGGREGATES.alias("mine").c, PROVIDER_AGGREGATES.alias("theirs").c
+_mark = PROVIDER_TRAITS.alias("mark").c
+PROVIDER_SHARES = sa.exists().where(_mark.provider == _p.uuid, _mark.trait == SHARES)
+# What shares an aggregate with what; one of the two sides has the trait that says that it gives to the other.
+_beside = (
+    sa.join(_g.provider.table, _s.provider.table, _s.aggregate == _g.aggregate)
+    .join(PROVIDERS, _p.uuid == _g.provider)
+    .join(_mark.provider.table, sa.and_(_mark.provider == _s.provider, _mark.trait == SHARES))
+)
+_others = _s.provider.not_in(sa.select(_own := PROVIDERS.alias("own").c.uuid).where(_own.table.c.root == _b("at")))
+SHARING_WITH = ready(
+    sa.select(_s.provider).distinct().select_from(_beside).where(_p.root == _b("at"), _others).order_by(_s.provider)
+)
+SHARED = ready(sa.select(_s.provider, _g.provider).distinct().select_from(_beside).order_by(_s.provider))
+POOLED = ready(
+    sa.select(_s.provider)
+    .select_from(_beside.join(INVENTORIES, sa.and_(_i.provider == _s.provider, _i.resource_class == _b("c"))))
+    .where(_p.root == _b("at"), _others)
+    .limit(1)
+)
+HELD_WHERE = ready(
+    sa.select(_a.provider, _p.root, PROVIDER_SHARES.label("shares"))
+    .distinct()
+    .join(PROVIDERS, _p.uuid == _a.provider)
+    .where(_a.consumer == _b("of"))
+)
 NAME_HELD = ready(sa.select(_p.name).where(_p.uuid == _b("at")).with_for_update())
 STOCK = ready(sa.select(INVENTORIES).where(_i.provider == _b("at")))
 TRAITS_OF = ready(sa.select(PROVIDER_TRAITS.c.trait).where(PROVIDER_TRAITS.c.provider == _b("at")))

@@ -247,6 +247,7 @@ def aggregates_of(tx: Tx, uuid: str) -> list[str]:
 
 def set_aggregates(tx: Tx, uuid: str, wanted: Iterable[str]) -> None:
     _exchanged(tx, PROVIDER_AGGREGATES, "aggregate", uuid, set(wanted))
+    hosts.mark(tx)  # and with whom somebody shares
 
 
 def _exchanged(tx: Tx, table: sa.Table, name: str, uuid: str, wanted: set[str]) -> None:
