@@ -12,6 +12,7 @@ from kilonova.contracts.conductor import Report
 from kilonova.kit.clock import Ids, WallClock
 from kilonova.kit.db import Db, meta
 from kilonova.kit.errors import Invalid, NotFound
+from kilonova.model import options
 from kilonova.model.flavor import Flavor
 from kilonova.model.host import HostFacts
 from kilonova.model.options import Compute
@@ -160,3 +161,69 @@ def test_why_knows_of_cells_and_devices(place, capsys, tmp_path):
 def test_no_cloud_no_hosts(tmp_path):
     with pytest.raises(NotFound):
         command.main(commands._parser("hosts"), ["--state-dir", str(tmp_path)])
+
+
+# ---- GET /servers/{id}/explain
+
+
+def explained(cloud, s, token="", ok=200):
+    said = cloud.json("GET", f"/servers/{s.id}/explain", token=token or cloud.admin, ok=ok)
+    return said["explain"] if ok == 200 else said
+
+
+def test_why_it_is_there_or_nowhere(tmp_path, capsys):
+    """As an administrator reads it, also when the server is gone; nobody else, unless a policy says so."""
+    with telling(tmp_path) as cloud:
+        full, s = cloud.boot("full"), cloud.boot("s")
+        said = explained(cloud, s)
+        assert (said["server"], said["host"]) == (s.id, s.row.host)
+        (c,) = said["choices"]
+        assert (c["action"], c["hosts"], c["turned_away"], c["fault"]) == ("create", 3, {}, None)
+        assert c["places"][0]["host"] == s.row.host and len({p["host"] for p in c["places"]}) == 3
+        assert full.row.host == min(c["places"], key=lambda p: p["weight"])["host"]
+        assert all(p["weight"] == pytest.approx(sum(p["weights"].values()), abs=1e-3) for p in c["places"])
+        assert c["places"][0]["weights"].keys() >= {"ram", "cpu", "disk"}
+        cloud.json("POST", f"/servers/{s.id}/action", {"migrate": None}, ok=202, token=cloud.admin)
+        cloud.settle()
+        s.act("confirmResize", ok=204)
+        newest, _ = explained(cloud, s)["choices"]
+        assert (newest["action"], newest["turned_away"]) == ("migrate", {"not_avoided": 1})
+        assert newest["places"][0]["host"] == s.row.host
+
+        lost = cloud.boot("lost", flavor="huge")
+        said = explained(cloud, lost)
+        assert said["host"] is None and said["choices"][0]["turned_away"] == {"room": 3}
+        assert said["choices"][0]["fault"].startswith("No valid host was found.") and not said["choices"][0]["places"]
+        explained(cloud, lost, token=cloud.user.token, ok=403)
+        bob = cloud.services.person("bob", "member")
+        cloud.json("GET", f"/servers/{lost.id}/explain", token=bob.token, ok=404)
+        cloud.json("GET", "/servers/00000000-0000-4000-8000-00000000000a/explain", token=cloud.admin, ok=404)
+        s.delete()
+        assert explained(cloud, s)["host"] is None
+
+
+def test_why_says_what_hosts_refused(tmp_path):
+    with telling(tmp_path) as cloud:
+        for host in cloud.states:
+            cloud.driver(host).options = options.Sim(failure_rate=1.0)
+        s = cloud.boot("s")
+        assert s.status == "ERROR"
+        (c,) = explained(cloud, s)["choices"]
+        assert len(c["places"]) == 3 and all("refused to spawn" in p["refused"] for p in c["places"])
+
+
+def test_the_command_line_tells_the_same(tmp_path, capsys):
+    with telling(tmp_path) as cloud:
+        s = cloud.boot("s")
+        url = str(cloud.db.engine.url)
+        config = tmp_path / "k.toml"
+        config.write_text(f'[database]\nurl = "{url}"\n')
+
+        def why(*words):
+            return command.main(commands._parser("hosts"), ["why", "--server", s.id, "--config", str(config), *words])
+
+        assert why() == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"s ({s.id}) is on {s.row.host}.") and f"  {s.row.host} weighs" in text
+        assert why("--json") == 0
+        assert json.loads(capsys.readouterr().out)["choices"] == explained(cloud, s)["choices"]

@@ -17,6 +17,7 @@ SPEC = Path(__file__).parents[2].parent / "shared/spec/compute-api.yaml"
 MISSING = Path(__file__).with_name("missing_routes.txt")
 NEWEST = 104
 Place = tuple[str, str, str | None]  # method, path without the names of its parts, action
+OWN: set[Place] = {("GET", "/servers/{}/explain", None)}  # Kilonova's own, of which no client of Nova's knows
 
 pytestmark = pytest.mark.skipif(not SPEC.exists(), reason="the specification is not beside this checkout")
 
@@ -63,7 +64,7 @@ def test_what_is_missing_is_written_down():
 
 
 def test_there_is_nothing_that_nobody_specified():
-    known = {p for _, p in theirs()}
+    known = {p for _, p in theirs()} | OWN
     assert sorted(str(p) for p in ours() if p not in known) == []
 
 

@@ -35,6 +35,7 @@ RULES = [
     Rule("compute:server:topology:host:index", ADMIN),
     Rule("compute:server:topology:index", READER),
     Rule("compute:servers:create:requested_destination", ADMIN),
+    Rule("compute:servers:explain", ADMIN, "See why a server is on its host, or on none. Kilonova's own"),
     Rule("compute:servers:resize:cross_cell", NOBODY),
     Rule("network:attach_external_network", ADMIN),
     Rule("os_compute_api:extensions", ANYONE),

@@ -1,6 +1,7 @@
-"""`kilonova hosts`: what hosts have, use and have left; `kilonova hosts why FLAVOR`: where such a server could live.
+"""`kilonova hosts`: what hosts have, use and have left; `kilonova hosts why FLAVOR`: where such a server could live;
+`kilonova hosts why --server ID`: why that one is where it is, or nowhere.
 
-Both read the cloud's database, whether the cloud is up or not.  `drain HOST` and `balance` speak to its APIs.
+They read the cloud's database, whether the cloud is up or not.  `drain HOST` and `balance` speak to its APIs.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from kilonova.cli import config as configuration
 from kilonova.cli import database, drain
 from kilonova.cli.client import Client
 from kilonova.cli.state import StateDir, is_home
-from kilonova.kit.clock import Ids, WallClock
+from kilonova.kit.clock import Ids, WallClock, iso
 from kilonova.kit.db import Db, Tx
 from kilonova.kit.errors import Invalid, NotFound
 from kilonova.model import wants
@@ -29,7 +30,7 @@ from kilonova.model.host import Stock
 from kilonova.model.options import Config
 from kilonova.model.server import Image
 from kilonova.scheduler.select import Scheduler
-from kilonova.store import catalog, hosts, placement
+from kilonova.store import catalog, choices, hosts, placement, servers
 
 USUAL = ("VCPU", "MEMORY_MB", "DISK_GB")
 
@@ -50,6 +51,7 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     parser.add_argument(
         "--url", metavar="URL", help="drain, balance: of a cloud elsewhere; OS_PASSWORD is its password"
     )
+    parser.add_argument("--server", metavar="ID", help="why: of this one, that is there or came to nothing")
     parser.add_argument("--zone", metavar="ZONE", help="it shall be in this availability zone")
     parser.add_argument("--host", metavar="HOST", help="it shall be there")
     parser.add_argument("--project", default="", metavar="ID", help="whose it is")
@@ -60,8 +62,9 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--config", type=Path, metavar="FILE", help="read this file instead of the usual ones")
     chosen = parser.parse_args(words)
-    if (chosen.what in ("why", "drain")) != (chosen.about is not None):
-        parser.error("hosts why FLAVOR, hosts drain HOST")
+    named = chosen.server is not None and chosen.what == "why"
+    if (chosen.what in ("why", "drain") and not named) != (chosen.about is not None):
+        parser.error("hosts why FLAVOR, hosts why --server ID, hosts drain HOST")
     if chosen.what == "drain":
         return _drain(chosen)
     if chosen.what == "balance":
@@ -69,6 +72,8 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     config = configuration.read(chosen.config, {})
     db = database.opened(config, chosen.state_dir)
     try:
+        if named:
+            return _why_there(db, chosen)
         return _why(db, config, chosen) if chosen.what == "why" else _list(db, config, chosen)
     finally:
         db.close()
@@ -197,6 +202,27 @@ def _why(db: Db, config: Config, chosen: argparse.Namespace) -> int:
                 )
             )
     return 0 if fit else 1
+
+
+def _why_there(db: Db, chosen: argparse.Namespace) -> int:
+    """0 where it is on a host."""
+    with db.read() as tx:
+        server = servers.get(tx, chosen.server)
+        found = choices.of_server(tx, server.id)
+    if chosen.json:
+        told = {"server": server.id, "host": server.host, "choices": choices.shown(found)}
+        print(msgspec.json.encode(told).decode())
+        return 0 if server.host else 1
+    print(f"{server.name} ({server.id}) is {f'on {server.host}' if server.host else 'on no host'}.")
+    for c in found:
+        print(f"\n{iso(c.at)} {c.action}: {c.fault or ', '.join(p.place.host for p in c.places) or 'nowhere'}")
+        print(f"  {c.explained if c.turned_away or not c.places else f'Of {c.hosts} hosts none was turned away.'}")
+        for p in c.places:
+            parts = ", ".join(f"{name} {w:+}" for name, w in p.weights.items() if w is not None)
+            print(
+                f"  {p.place.host} weighs {p.weight}{f': {parts}' if parts else ''}{f'; {p.refused}' if p.refused else ''}"
+            )
+    return 0 if server.host else 1
 
 
 def _flavor(tx: Tx, said: str) -> Flavor:

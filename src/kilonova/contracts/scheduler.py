@@ -10,12 +10,16 @@ scheduler = Contract("scheduler")
 
 
 class Chosen(msgspec.Struct, frozen=True):
-    """The best first, then alternates. Empty: nowhere, and `why` says how many hosts each rule turned away."""
+    """The best first, then alternates; empty: nowhere. `why` says how many hosts each rule turned away.
+
+    `weights`: of each place, what each taste gave it; a taste that is not named there liked all alike.
+    """
 
     places: list[Place] = []
     why: dict[str, int] = {}
     hosts: int = 0  # how many there are to choose from
     outside: bool = False  # another Placement service was asked, and will be told
+    weights: list[dict[str, float | None]] = []
 
     def explained(self) -> str:
         """For operators: why there was none."""

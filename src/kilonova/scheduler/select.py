@@ -5,6 +5,7 @@ scheduler of its own is asked the same over the bus (`serve`), and nobody can te
 """
 
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -170,19 +171,20 @@ class Scheduler:
         ask, todo = same[0].m.ask, same
         amounts, pooled = self._amounts(ask), self.hosts.pooled(ask)
         while todo and amounts is not None:
-            rows = self._candidates(ask, now)[0]
+            rows, why = self._candidates(ask, now)
             if not len(rows):
                 break
-            most = max(w.m.most for w in todo)
-            best = self._best(
-                rows, ask, View(now, self.down_after_s, self.options), min(len(rows), len(todo) + most - 1)
-            )
+            most, view = max(w.m.most for w in todo), View(now, self.down_after_s, self.options)
+            best, told = self._best(rows, ask, view, min(len(rows), len(todo) + most - 1))
+            why = {name: n for name, n in why.items() if n}
             some = todo[: 1 if pooled else len(best)]
             for j, w in enumerate(some):
                 order = [int(best[(j + k) % len(best)]) for k in range(min(w.m.most, len(best)))]
-                places = [self._place_of(i, ask) if pooled else self.hosts.places[i] for i in order]
-                self.hosts.take(order[0], amounts, now)
-                w.answer = Chosen(places, hosts=self.hosts.n)
+                some_rows = [int(rows[i]) for i in order]
+                places = [self._place_of(i, ask) if pooled else self.hosts.places[i] for i in some_rows]
+                self.hosts.take(some_rows[0], amounts, now)
+                weights = [{name: _short(part[i]) for name, part in told} for i in order]
+                w.answer = Chosen(places, why, self.hosts.n, weights=weights)
             todo = todo[len(some) :]
         return todo
 
@@ -205,9 +207,13 @@ class Scheduler:
             why[name] = before - left
         return np.flatnonzero(fit), why
 
-    def _best(self, rows: Ints, ask: Ask, view: View, k: int) -> Ints:
-        """The k best of these rows, the best first. Equals are told apart by dice: schedulers must not agree."""
+    def _best(self, rows: Ints, ask: Ask, view: View, k: int) -> tuple[Ints, list[tuple[str, Floats]]]:
+        """Where among these rows the k best are, the best first; and what each taste gave them all.
+
+        Equals are told apart by dice: schedulers must not agree.
+        """
         n, score = len(rows), self._noise(len(rows))
+        told: list[tuple[str, Floats]] = []
         if n > 1:
             for name, tells, weight in self.tastes:
                 said = tells(self.hosts, ask, view)
@@ -216,11 +222,13 @@ class Scheduler:
                 values = np.asarray(said, float)
                 scaled = _scaled(values if n == self.hosts.n else values[rows])
                 if scaled is not None:
-                    score += scaled * self._weights(name, weight, rows)
-        best = rows[_highest(score, k)]
+                    scaled *= self._weights(name, weight, rows)
+                    score += scaled
+                    told.append((name, scaled))
+        best = _highest(score, k)
         if (among := min(self.options.shuffle_best, len(best))) > 1:
             best[:among] = self.dice.permutation(best[:among])
-        return np.asarray(best)
+        return best, told
 
     def _noise(self, n: int) -> Floats:
         """So little that it only tells equals apart: a piece of a long row of dice, from anywhere on."""
@@ -274,6 +282,11 @@ def _alike(all: "Sequence[_Waiting]") -> "list[list[_Waiting]]":
     for w in all:
         groups.setdefault(msgspec.json.encode(w.m.ask), []).append(w)
     return list(groups.values())
+
+
+def _short(weight: float) -> float | None:
+    """As it is kept: an operator's own taste may say what is no number in JSON."""
+    return round(float(weight), 4) if math.isfinite(weight) else None
 
 
 def _scaled(values: Floats) -> Floats | None:
