@@ -243,6 +243,8 @@ def _gather(call: Call, wish: Wish, hints: dict[str, msgspec.Raw], most: int) ->
     devices = asked(wish.devices, wish.old_devices, wish.image_ref)
     if wish.devices or wish.old_devices:
         call.check(rule="os_compute_api:servers:create:attach_volume")
+    if wish.trusted_image_certificates:
+        call.check(rule="os_compute_api:servers:create:trusted_certs")
     with world.db.read() as tx:
         flavor = _flavor(call, tx, str(wish.flavor_ref))
         keypair = keypair_of(call, tx, wish.key_name)
@@ -319,6 +321,8 @@ def _networks(call: Call, wish: Wish, most: int) -> list[Wanted] | Literal["auto
     network = call.world.neighbours.network
     if asked == "none":
         return "none"
+    if asked:
+        call.check(rule="os_compute_api:servers:create:attach_network")
     if asked == "auto" or not asked:
         visible = network.networks(token=call.context.token)
         mine = [n for n in visible if (n.project_id == call.context.project_id or n.shared) and not n.external]
@@ -327,7 +331,6 @@ def _networks(call: Call, wish: Wish, most: int) -> list[Wanted] | Literal["auto
         if mine:
             return [Wanted(network_id=mine[0].id)]
         return "auto" if asked == "auto" else "none"
-    call.check(rule="os_compute_api:servers:create:attach_network")
     assert isinstance(asked, list)
     return _listed(call, asked, most)
 

@@ -29,8 +29,7 @@ BASE = [
 ]
 
 # fmt: off
-RULES = [
-    *BASE,
+_RULES = [
     Rule("compute:aggregates:images", ADMIN),
     Rule("compute:server:topology:host:index", ADMIN),
     Rule("compute:server:topology:index", READER),
@@ -237,3 +236,6 @@ RULES = [
     Rule("os_compute_api:servers:update", MEMBER),
 ]
 # fmt: on
+
+# Servers are of projects: a token for a whole system or a domain is none for this API, whatever role it brings.
+RULES = [*BASE, *(r._replace(scopes=("project",)) for r in _RULES)]

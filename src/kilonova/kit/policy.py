@@ -22,12 +22,12 @@ NO_FILE = "/nonexistent/policy.yaml"  # else oslo.policy would go and look for o
 
 
 class Rule(NamedTuple):
-    """`check` is oslo.policy's check string; `scopes` the token scopes it is meant for."""
+    """`check` is oslo.policy's check string; `scopes` the token scopes that it lets through, none said: any."""
 
     name: str
     check: str
     description: str = ""
-    scopes: tuple[str, ...] = ("project",)
+    scopes: tuple[str, ...] = ()
 
 
 class Policy:
@@ -38,6 +38,7 @@ class Policy:
         judge = _learned(tuple(self.rules), file) if file else _born(tuple(self.rules))
         self.file, self.enforcer, self.lock = file, judge.enforcer, judge.lock
         self.names = {r.name for r in self.rules}
+        self.scopes = {r.name: r.scopes for r in self.rules if r.scopes}
         self.memory: dict[tuple[Any, ...], bool] = {}
         self.stamp = self._stamp()
 
@@ -69,6 +70,8 @@ class Policy:
             self.memory.clear()
 
     def _judge(self, context: Context, rule: str, target: dict[str, Any]) -> bool:
+        if context.scope not in self.scopes.get(rule, (context.scope,)):
+            return False
         if rule not in self.names and rule not in self.enforcer.rules:
             return False
         who = {

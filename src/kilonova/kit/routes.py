@@ -37,6 +37,11 @@ class Context(msgspec.Struct, frozen=True):
     token: str = msgspec.field(default="", name="-")  # to speak to neighbours in his name; never logged
     is_admin: bool = False  # by the policy's context_is_admin
 
+    @property
+    def scope(self) -> str:
+        """What the token is good for, as policies call it; a token for nothing passes as one for a project that is not said."""
+        return "system" if self.system else "domain" if self.domain_id else "project"
+
     def __repr__(self) -> str:
         return f"Context(user {self.user_id}, project {self.project_id}, roles {sorted(self.roles)})"
 
