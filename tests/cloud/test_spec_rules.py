@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from kilonova.api.policies import RULES
+from kilonova.cli.config import policies
 from kilonova.kit.policy import Policy
 from kilonova.model import options
 from kilonova.model.options import Config
@@ -216,3 +217,26 @@ def test_that_nobody_hears_of_its_host_may_be_told_alone(there):
         there.cloud.clock.sleep(600)
         assert seen()["host_status"] == "UNKNOWN"
     assert "host_status" not in seen()
+
+
+# ---- the reference
+
+
+def test_the_reference_says_what_holds_and_where_it_is_asked(tmp_path):
+    """An operator's file may begin with it: as it stands it changes nothing, and uncommented neither."""
+    text = policies()
+    told = dict(re.findall(r'^#"(.+?)": "(.*)"$', text, re.MULTILINE))
+    assert {r.name for r in RULES} <= told.keys() and len(told) > 500
+    stops = text[: text.index('#"os_compute_api:servers:stop"')].rpartition("\n\n")[2].splitlines()
+    assert stops == [
+        "# POST /v2.1/os-volumes_boot/{id}/action (os-stop)  until 2.102",
+        "# POST /v2.1/servers/{id}/action (os-stop)",
+        "# Scope: project",
+    ]
+    compute = text[: text.index("# ---- Placement")].strip().split("\n\n")[1:]
+    assert [one for one in compute if not one.startswith("# ")] == []  # each says where it is asked, or what it is for
+    file = tmp_path / "policy.yaml"
+    file.write_text(re.sub(r'^#(")', r"\1", text[: text.index("# ---- Placement")], flags=re.MULTILINE))
+    judge, born = Policy(RULES, file), Policy(RULES)
+    for r in RULES:
+        assert str(judge.enforcer.rules[r.name]) == str(born.enforcer.rules[r.name])

@@ -16,6 +16,7 @@ from kilonova.kit.routes import Reply, Route
 from kilonova.kit.versions import NEWEST, at
 
 AT = "#/components/schemas/"
+_VERSION = re.compile(r"_[0-9]+_[0-9]+$")
 _FIELD = re.compile(r"\{(\w+)(?=[:}])")
 
 
@@ -92,7 +93,7 @@ class _Schemas:
         )
         names = _short(self.components)
         self.of = {t: _named(d, names) for t, d in zip(self.types, described, strict=True)}
-        self.components = {names[n]: _named(s, names) for n, s in self.components.items()}
+        self.components = {names[n]: _titled(_named(s, names)) for n, s in self.components.items()}
 
     def __call__(self, type: Any) -> dict[str, Any]:
         if type is None or type is Any:
@@ -110,7 +111,7 @@ class _Schemas:
 def _short(names: Iterable[str]) -> dict[str, str]:
     """Without the package and the version that are the same for all, where that leaves them apart."""
     known = list(names)
-    wanted = {n: re.sub(r"_[0-9]+_[0-9]+$", "", ".".join(n.split(".")[-2:])) for n in known}
+    wanted = {n: _VERSION.sub("", ".".join(n.split(".")[-2:])) for n in known}
     once = collections.Counter(wanted.values())
     return {n: re.sub(r"[^A-Za-z0-9._-]+", "_", wanted[n] if once[wanted[n]] == 1 else n) for n in known}
 
@@ -120,6 +121,11 @@ def _named(schema: Any, names: dict[str, str]) -> Any:
     if isinstance(schema, dict):
         return {k: f"{AT}{names[v.removeprefix(AT)]}" if k == "$ref" else _named(v, names) for k, v in schema.items()}
     return [_named(s, names) for s in schema] if isinstance(schema, list) else schema
+
+
+def _titled(schema: dict[str, Any]) -> dict[str, Any]:
+    """By what it is, and not at which version: what did not change since another version reads the same."""
+    return schema | {"title": _VERSION.sub("", schema["title"])} if "title" in schema else schema
 
 
 def _ref(name: str) -> dict[str, str]:

@@ -15,7 +15,8 @@ from oslo_config import cfg
 from oslo_policy import _checks
 from oslo_policy import policy as oslo
 
-from kilonova.kit.routes import Context
+from kilonova.kit.routes import Context, Route
+from kilonova.kit.versions import NEWEST
 
 REMEMBERED = 50_000  # judgements
 NO_FILE = "/nonexistent/policy.yaml"  # else oslo.policy would go and look for one of its own
@@ -133,6 +134,25 @@ def _born(rules: tuple[Rule, ...]) -> _Judge:
     return _learned(rules, None)
 
 
-def sample(rules: Iterable[Rule]) -> str:
-    """A `policy.yaml` that says what holds anyhow, every line commented out."""
-    return "\n".join(f'# {r.description or r.name}\n#"{r.name}": "{r.check}"\n' for r in rules)
+def reference(rules: Iterable[Rule], routes: Iterable[Route], major: int = 2) -> str:
+    """A `policy.yaml` that says what holds anyhow, every line commented out: each rule with what it is asked for.
+
+    Versions are those of `major`.
+    """
+    asked: dict[str, list[str]] = {}
+    for r in routes:
+        if r.policy and not r.gone:
+            asked.setdefault(r.policy, []).append(_place(r, major))
+    return "\n".join(_said(rule, sorted(set(asked.get(rule.name, [])))) for rule in rules)
+
+
+def _place(r: Route, major: int) -> str:
+    first, last = r.versions
+    since = f"  since {major}.{first}" if first else ""
+    until = f"  until {major}.{last}" if last < NEWEST else ""
+    return f"{r.method} {r.path}{f' ({r.action})' if r.action else ''}{since}{until}"
+
+
+def _said(rule: Rule, places: list[str]) -> str:
+    told = [rule.description, *places, f"Scope: {', '.join(rule.scopes)}" if rule.scopes else ""]
+    return "".join(f"# {line}\n" for line in told if line) + f'#"{rule.name}": "{rule.check}"\n'
