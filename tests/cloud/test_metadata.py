@@ -20,7 +20,8 @@ from kilonova.metadata.app import KEPT, service
 from kilonova.model import options
 from kilonova.model.machine import Keypair
 from kilonova.model.server import Address, Plug
-from kilonova.store import hosts, servers
+from kilonova.model.shares import Sharing
+from kilonova.store import hosts, servers, shares
 from tests.cloud.rooms import SECRET, Rooms
 
 PROJECT = "a" * 32
@@ -143,6 +144,20 @@ def test_junk_is_never_our_fault(rooms, path, method, junk, body):
     for headers in (junk, signed(server) | junk):
         status = ask(rooms, f"/{path}".encode().decode("latin-1"), headers, method, body)[0]
         assert status in (200, 400, 403, 404, 405), status
+
+
+def test_shares_are_told_once_the_machine_has_them(rooms):
+    """By the tag to mount them by, since the version that knows of them; in the one query that tells of all else."""
+    server = rooms.server(PROJECT)
+    with rooms.db.tx() as tx:
+        for n, busy in enumerate(("", "attaching", "", "error")):
+            shares.add(tx, Sharing(f"u{n}", server.id, f"share{n}", f"tag{n}", "/e", busy=busy, at=n))
+    before = rooms.db.statements
+    shown = [d for d in meta(rooms, server)["devices"] if d["type"] == "share"]
+    assert rooms.db.statements - before == 1
+    assert [(d["share_id"], d["tag"]) for d in shown] == [("share0", "tag0"), ("share2", "tag2")]
+    elder = json.loads(told(rooms, server, "/openstack/2020-10-14/meta_data.json"))["devices"]
+    assert [d for d in elder if d["type"] == "share"] == []
 
 
 # ---- what is kept, and for how long

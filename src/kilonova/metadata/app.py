@@ -60,6 +60,7 @@ class Known:
 
     server: Server
     zone: str
+    shares: list[tuple[str, str]]
     read_at: float
     nics: list[Nic] | None = None
     nics_at: float = 0.0
@@ -155,11 +156,11 @@ class Metadata:
                 self.known.move_to_end(id)
                 return before
         try:
-            server, zone = self.db.look(guests.guest, id)
+            server, zone, shares = self.db.look(guests.guest, id)
         except NotFound:
             self._forget(id)
             raise
-        known = Known(server, zone or (self.zone if server.host else ""), now)
+        known = Known(server, zone or (self.zone if server.host else ""), shares, now)
         if before is not None and _same(before.server, server):
             known.nics, known.nics_at = before.nics, before.nics_at
         with self.lock:
@@ -176,7 +177,7 @@ class Metadata:
     # -- what the tree is made of
 
     def _subject(self, known: Known, caller: str) -> Subject:
-        identity = identity_of(known.server, zone=known.zone, disks=disks(known.server))
+        identity = identity_of(known.server, zone=known.zone, disks=disks(known.server), shares=known.shares)
         domain = self.options.dhcp_domain
         subject = Subject(
             identity=identity,

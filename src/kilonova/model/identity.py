@@ -14,8 +14,10 @@ def identity_of(
     nics: Sequence[Nic] | None = None,
     disks: Sequence[Disk] = (),
     files: Iterable[tuple[str, str]] = (),
+    shares: Iterable[tuple[str, str]] = (),
 ) -> Identity:
-    """Pure. `zone` is that of the host; `files` are (path, base64) of the request that made it.
+    """Pure. `zone` is that of the host; `files` are (path, base64) of the request that made it,
+    `shares` (id, tag) of those that the machine has.
 
     Where `nics` are not at hand they are made of the row's plugs: names, addresses and tags, but no subnets.
     """
@@ -42,6 +44,7 @@ def identity_of(
         files=list(files),
         nics=[nic_of(p) for p in server.plugs] if nics is None else list(nics),
         disks=list(disks),
+        shares=list(shares),
         dedicated_cpus=numa.pinned(
             server.flavor.extra_specs, image.properties, server.flavor.vcpus, server.flavor.memory_mb
         ),

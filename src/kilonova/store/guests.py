@@ -1,4 +1,6 @@
-"""What guests ask of the store: the row of their server with the zone it is in, and one password they may leave there."""
+"""What guests ask of the store: the row of their server, its zone and its shares, and one password they may leave there."""
+
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
@@ -6,26 +8,36 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, NotFound
 from kilonova.kit.ready import ready
 from kilonova.model.server import Server
-from kilonova.store import hosts, servers
+from kilonova.store import hosts, servers, shares
 
 PASSWORD_CHUNKS, CHUNK = 4, 255  # as readers of system metadata know it: password_0 … password_3
 PASSWORD_BYTES = PASSWORD_CHUNKS * CHUNK
 _KEYS = [f"password_{i}" for i in range(PASSWORD_CHUNKS)]
 
 
-def guest(tx: Tx, id: str) -> tuple[Server, str]:
-    """A living server and the zone of its host, "" where no aggregate says one. Raises NotFound.
+class Guest(NamedTuple):
+    """A living server, the zone of its host ("" where no aggregate says one), and the shares that its machine has."""
 
-    SELECT servers.*, m.value FROM servers
+    server: Server
+    zone: str
+    shares: list[tuple[str, str]]  # (its id, its tag)
+
+
+def guest(tx: Tx, id: str) -> Guest:
+    """Raises NotFound.
+
+    SELECT servers.*, m.value, s.share_id, s.tag FROM servers
       LEFT JOIN (aggregate_hosts h JOIN aggregate_metadata m ON m.aggregate = h.aggregate AND m.key = 'availability_zone')
              ON h.host = servers.host
+      LEFT JOIN server_shares s ON s.server = servers.id AND s.busy = ''
      WHERE servers.id = :id
     """
-    row = tx.execute(GUEST, {"the_id": id}).first()
-    if row is None:
+    rows = tx.execute(GUEST, {"the_id": id}).all()
+    if not rows:
         raise NotFound(f"Instance {id} could not be found.")
-    *values, zone = row
-    return _living(servers.of(values), id), zone or ""
+    *values, zone, _, _ = rows[0]
+    lent = dict.fromkeys((share_id, tag) for *_, share_id, tag in rows if share_id is not None)
+    return Guest(_living(servers.of(values), id), zone or "", list(lent))
 
 
 def password(server: Server) -> str:
@@ -62,5 +74,8 @@ _zone = (
     .subquery()
 )
 GUEST = ready(
-    servers.GET.add_columns(_zone.c.zone).outerjoin_from(servers.T, _zone, _zone.c.host == servers.T.c.host).limit(1)
+    servers.GET.add_columns(_zone.c.zone, shares.T.c.share_id, shares.T.c.tag)
+    .outerjoin_from(servers.T, _zone, _zone.c.host == servers.T.c.host)
+    .outerjoin(shares.T, (shares.T.c.server == servers.T.c.id) & (shares.T.c.busy == ""))
+    .order_by(shares.T.c.at, shares.T.c.uuid)
 )
