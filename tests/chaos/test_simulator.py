@@ -29,6 +29,11 @@ STORIES = [
     "build with volume",
     "attach, detach volume",
     "attach, swap volume",
+    "attach, extend volume",
+    "attach, branch volume",
+    "readdress",
+    "delete overtakes readdress",
+    "precache",
     "attach, detach share",
     "delete overtakes attach share",
     "snapshot",
@@ -57,7 +62,21 @@ EVERY = {
     for name in STORIES
     if any(
         word in name
-        for word in ("swap", "share", "resize", "revert", "migrate", "evacuate", "shelve", "snapshot", "rescue")
+        for word in (
+            "swap",
+            "extend",
+            "branch",
+            "readdress",
+            "precache",
+            "share",
+            "resize",
+            "revert",
+            "migrate",
+            "evacuate",
+            "shelve",
+            "snapshot",
+            "rescue",
+        )
     )
 } | {name: "9" for name in STORIES if "on volume" in name or "soft" in name}
 CRASH = """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kilonova.conductor import create, evacuate, live_migrate, resize
-from kilonova.kit.errors import NotFound
+from kilonova.kit.errors import Conflict, Invalid, NotFound, OverQuota
 from kilonova.kit.workflow import Step
 from kilonova.sim.world import CALM, FLAVOR, LARGE, PINNED, Api, Faults, Sim
 from kilonova.store import servers
@@ -44,6 +44,7 @@ LONG: list[Step[Any, Any]] = [
     create.spawn, evacuate.spawn, live_migrate.prepare, live_migrate.send, resize.arrive, resize.come_back, resize.depart,
 ]  # fmt: skip
 OPERATORS = {"migrate", "os-migrateLive"}  # acts that users may not ask for
+VOLUME = "OpenStack-API-Version"
 NOBODY = "00000000-0000-0000-0000-000000000000"
 GIVES_UP_S = 40
 RESTORABLE_S = 100  # in a cloud where deleted servers can be restored
@@ -192,6 +193,56 @@ class User:
             self._migrates(volume, "none")
         self.migrating.discard(volume)
 
+    def extend_volume(self, name: str) -> None:
+        """The newest of its volumes is made larger; its service tells the server."""
+        if (volume := self._newest(name)) is not None:
+            volumes = self.api.neighbours.volume
+            with suppress(Conflict, Invalid, OverQuota):  # it is at something else just now, or large enough
+                path, size = f"/v3/volumes/{volume}/action", volumes.show(volume).size_gb + 1
+                volumes.session.tell(
+                    "POST", path, body={"os-extend": {"new_size": size}}, headers={VOLUME: "volume 3.42"}
+                )
+                self._event("volume-extended", name, volume)
+
+    def branch_volume(self, name: str) -> None:
+        """The newest of its volumes goes on in another file, and comes together again: for a snapshot that is no more."""
+        if (volume := self._newest(name)) is not None:
+            info = {"snapshot_id": NOBODY, "type": "qcow2", "new_file": "next"}
+            body = {"snapshot": {"volume_id": volume, "create_info": info}}
+            self.api.ask("POST", "/os-assisted-volume-snapshots", body, token="admin")
+            self.later(self.sim.dice.uniform(0, 30), self._merge, volume)
+
+    def _merge(self, volume: str) -> None:
+        info = f'{{"volume_id":"{volume}"}}'
+        self.api.ask("DELETE", f"/os-assisted-volume-snapshots/{NOBODY}?delete_info={info}", token="admin")
+
+    def _newest(self, name: str) -> str | None:
+        if name not in self.known:
+            return None
+        status, body = self.api.ask("GET", f"/servers/{self.known[name]}/os-volume_attachments")
+        found = body["volumeAttachments"] if status == 200 else []
+        return found[-1]["volumeId"] if found else None
+
+    def readdress(self, name: str) -> None:
+        """The network service says that something of its ports is otherwise."""
+        if name in self.known:
+            self._event("network-changed", name)
+
+    def _event(self, what: str, name: str, tag: str = "") -> None:
+        event = {"name": what, "server_uuid": self.known[name]} | ({"tag": tag} if tag else {})
+        self.api.ask("POST", "/os-server-external-events", {"events": [event]}, token="admin")
+
+    def precache(self) -> None:
+        """All hosts are to have the image beforehand."""
+        status, body = self.api.ask("GET", "/os-aggregates", token="admin")
+        known = [a["id"] for a in body["aggregates"]] if status == 200 else [0]
+        if not known:
+            status, body = self.api.ask("POST", "/os-aggregates", {"aggregate": {"name": "all"}}, token="admin")
+            known = [body["aggregate"]["id"]] if status == 200 else [0]
+        for host in self.sim.hosts:
+            self.api.ask("POST", f"/os-aggregates/{known[0]}/action", {"add_host": {"host": host}}, token="admin")
+        self.api.ask("POST", f"/os-aggregates/{known[0]}/images", {"cache": [{"id": self.sim.image_id}]}, token="admin")
+
     def later(self, delay: float, what: Callable[..., None], *args: Any) -> None:
         self.sim.at(delay, self._go, what, *args)
 
@@ -213,8 +264,11 @@ def storm(sim: Sim, round: int = 0) -> None:
             user.later(at := born + sim.dice.uniform(5, 200), user.act, name, verb, said)
             if sim.dice.random() < 0.3:  # twice at once, or nearly
                 user.later(at + sim.dice.uniform(0, 1), user.act, name, verb, said)
-        for _ in range(sim.dice.randrange(4)):
-            what = sim.dice.choice([user.attach, user.detach, user.attach_volume, user.detach_volume, user.swap_volume])
+        for _ in range(sim.dice.randrange(5)):
+            what = sim.dice.choice([
+                user.attach, user.detach, user.attach_volume, user.detach_volume, user.swap_volume, user.extend_volume,
+                user.branch_volume, user.readdress,
+            ])  # fmt: skip
             user.later(born + sim.dice.uniform(5, 200), what, name)
         if sim.dice.random() < 0.5:
             journey(sim, user, name, born + sim.dice.uniform(20, 100))
@@ -229,6 +283,7 @@ def storm(sim: Sim, round: int = 0) -> None:
                 second_thoughts(sim, user, name, ends)
     for _ in range(4):
         user.later(sim.dice.uniform(60, 300), user.evacuate)
+    user.later(sim.dice.uniform(0, 200), user.precache)
     if calamity := sim.dice.choice(CALAMITIES):
         sim.at(sim.dice.uniform(20, 250), sim.calamity, calamity, sim.dice.choice([sim.dice.uniform(2, 15), 40, 120]))
     sim.run(sim.now + 300)
@@ -329,6 +384,14 @@ def story(*acts: tuple[str, float], restorable_s: int = 0) -> Story:
                     user.later(when, user.detach_share, "s0")
                 case "swap volume":
                     user.later(when, user.swap_volume, "s0")
+                case "extend volume":
+                    user.later(when, user.extend_volume, "s0")
+                case "branch volume":
+                    user.later(when, user.branch_volume, "s0")
+                case "readdress":
+                    user.later(when, user.readdress, "s0")
+                case "precache":
+                    user.later(when, user.precache)
                 case "abort":
                     user.later(when, user.abort, "s0")
                 case "its host is down":
@@ -369,6 +432,11 @@ STORIES: dict[str, Story] = {
     "attach, detach volume": story(("create", 5), ("attach volume", 60), ("detach volume", 120)),
     "delete overtakes attach volume": story(("create", 5), ("attach volume", 60), ("delete", 62)),
     "attach, swap volume": story(("create", 5), ("attach volume", 60), ("swap volume", 120)),
+    "attach, extend volume": story(("create", 5), ("attach volume", 60), ("extend volume", 100)),
+    "attach, branch volume": story(("create", 5), ("attach volume", 60), ("branch volume", 100)),
+    "readdress": story(("create", 5), ("readdress", 60)),
+    "delete overtakes readdress": story(("create", 5), ("readdress", 60), ("delete", 60.5)),
+    "precache": story(("precache", 5), ("create", 8)),
     "attach, detach share": story(("create", 5), ("os-stop", 60), ("attach share", 80), ("detach share", 130)),
     "delete overtakes attach share": story(("create", 5), ("os-stop", 60), ("attach share", 80), ("delete", 82)),
     "snapshot": story(("create", 5), ("createImage", 100)),
