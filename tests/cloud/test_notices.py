@@ -248,6 +248,41 @@ def test_other_things_are_told(cloud):
     assert told["payload"]["nova_object.data"]["disabled"] is True
 
 
+def test_images_that_are_fetched_beforehand_are_told(cloud):
+    """Of each host when it is through, with what it has and what it has not; at the end of all, whoever was the last."""
+    listener, admin = Listener(cloud), cloud.admin
+    a = cloud.json("POST", "/os-aggregates", {"aggregate": {"name": "a"}}, token=admin)["aggregate"]["id"]
+    path, body = f"/os-aggregates/{a}/images", {"cache": [{"id": cloud.image_id}]}
+    cloud.json("POST", path, body, token=admin, ok=202)
+    assert listener.types()[2:] == ["aggregate.cache_images.start", "aggregate.cache_images.end"]
+    hosts_ = sorted(cloud.states)
+    for host in hosts_:
+        cloud.json("POST", f"/os-aggregates/{a}/action", {"add_host": {"host": host}}, token=admin)
+    listener.types()
+    cloud.states[hosts_[0]].broken = True
+    cloud.json("POST", path, body, token=admin, ok=202)
+    cloud.settle()
+    cloud.states[hosts_[0]].broken = False
+    start, *progress, end = listener.all()
+    assert (start["event_type"], end["event_type"]) == ("aggregate.cache_images.start", "aggregate.cache_images.end")
+    assert {m["event_type"] for m in progress} == {"aggregate.cache_images.progress"}
+    assert {m["publisher_id"] for m in progress} == {"nova-conductor:here"}
+    said = [m["payload"]["nova_object.data"] for m in progress]
+    n = len(hosts_)
+    assert [(d["index"], d["total"]) for d in said] == [(i + 1, n) for i in range(n)]
+    assert sorted(d["host"] for d in said) == hosts_
+    for d in said:
+        bad = d["host"] == hosts_[0]
+        assert (d["images_cached"], d["images_failed"]) == (([], [cloud.image_id]) if bad else ([cloud.image_id], []))
+    listener.heard.clear()
+    cloud.json("POST", path, body, token=admin, ok=202)
+    for host in hosts_:
+        cloud.json("POST", f"/os-aggregates/{a}/action", {"remove_host": {"host": host}}, token=admin)
+    cloud.json("DELETE", f"/os-aggregates/{a}", token=admin)
+    cloud.settle()  # nobody can be told of what is no more
+    assert not [t for t in listener.types() if t.startswith("aggregate.cache_images.p")]
+
+
 def test_shares_are_told(cloud):
     listener = Listener(cloud)
     s = cloud.boot("one")
@@ -482,14 +517,12 @@ def test_the_words_are_those_of_the_specification():
     sharing = Sharing("u", "i", "s", "t", "e")
     assert set(words.share(sharing, s)["nova_object.data"]) == fields["SharePayload"]
     assert set(words.month(1.0)["nova_object.data"]) == fields["AuditPeriodPayload"]
+    assert set(words.cached(1, "u", "n", "h", [], [], 1, 1)["nova_object.data"]) == fields["AggregateCachePayload"]
     assert set(words.flavor(s.flavor)["nova_object.data"]) == fields["FlavorPayload"]
 
 
 # What consumers know and never hear of us, and why.
 NEVER = {
-    "aggregate.cache_images.start": "a run for each host, and not one for the aggregate",
-    "aggregate.cache_images.progress": "the same",
-    "aggregate.cache_images.end": "the same",
     "libvirt.connect.error": "hosts tell it to their logs",
     "metrics.update": "no monitors",
     "volume.usage": "nobody polls for it",
@@ -512,7 +545,7 @@ def test_what_is_never_told_is_known():
     told |= {f"service.{what}" for what in said_by("operators")}
     told |= {f"flavor.{what}" for what in ("create", "update", "delete")}
     told |= {"compute.exception", "scheduler.select_destinations.start", "scheduler.select_destinations.end"}
-    told |= {"service.create"}
+    told |= {"service.create", *(f"aggregate.cache_images.{phase}" for phase in ("start", "progress", "end"))}
     told |= {f"server_group.{what}" for what in ("create", "add_member", "delete")}
     assert known - told == set(NEVER)
     assert told - known == set()

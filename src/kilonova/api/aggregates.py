@@ -170,9 +170,16 @@ def precache(call: Call, id: str) -> None:
     images = [source_of(boot_image.image_of(boot_image.shown(call, ref))) for ref in ids]
 
     def record(tx: Tx) -> list[str]:
-        now, able = world.clock.now(), [h for h in _the(tx, id).hosts if world.hosts.speaks(h, "Precache")]
-        jobs = [Precache(host, images) for host in able if world.hosts.up(host)]
-        return [start(tx, "precache", j, id=world.ids.uuid(), subject=world.ids.uuid(), now=now) for j in jobs]
+        now, a, batch = world.clock.now(), _the(tx, id), world.ids.uuid()
+        able = [h for h in a.hosts if world.hosts.speaks(h, "Precache") and world.hosts.up(h)]
+        told(
+            call,
+            tx,
+            *(f"aggregate.cache_images.{p}" for p in ("start", *([] if able else ["end"]))),
+            of=lambda: aggregate(a),
+        )
+        jobs = [Precache(host, images, a.uuid, len(able)) for host in able]
+        return [start(tx, "precache", j, id=world.ids.uuid(), subject=batch, now=now) for j in jobs]
 
     for run in world.db.run(record):
         world.wake(run)

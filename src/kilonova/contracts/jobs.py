@@ -135,10 +135,15 @@ class MergeVolume(msgspec.Struct, frozen=True):
 
 @jobs
 class Precache(msgspec.Struct, frozen=True):
-    """ "precache": a host is to have these images before a server needs them there."""
+    """ "precache": a host is to have these images before a server needs them there.
+
+    It is one of `of` hosts of an aggregate (its UUID) that were asked at once: their runs have one subject.
+    """
 
     host: str
     images: list[ImageSource]
+    aggregate: str = ""
+    of: int = 0
 
 
 @jobs

@@ -392,6 +392,14 @@ def aggregate(id: int, uuid: str, name: str, hosts: list[str], metadata: dict[st
     return wrapped("AggregatePayload", "1.1", data)
 
 
+def cached(
+    id: int, uuid: str, name: str, host: str, there: list[str], missing: list[str], n: int, of: int
+) -> dict[str, Any]:
+    """Of `aggregate.cache_images.progress`: what the n-th host has by now."""
+    data = {"id": id, "uuid": uuid, "name": name, "host": host, "images_cached": there, "images_failed": missing}
+    return wrapped("AggregateCachePayload", "1.0", data | {"index": n, "total": of})
+
+
 def server_group(g: ServerGroup) -> dict[str, Any]:
     data = {
         "uuid": g.id,

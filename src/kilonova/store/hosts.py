@@ -591,8 +591,12 @@ def aggregates(tx: Tx, *, id: int | None = None, uuid: str | None = None) -> lis
     ]
 
 
-def aggregate(tx: Tx, id: int | str) -> Aggregate:
-    """By its number or UUID. Raises NotFound."""
+def aggregate(tx: Tx, id: int | str, *, lock: bool = False) -> Aggregate:
+    """By its number or UUID; `lock`: nobody else has it so until the transaction ends. Raises NotFound."""
+    if lock:
+        tx.execute(
+            sa.select(_g.id).where(_g.id == id if isinstance(id, int) else _g.uuid == id).with_for_update()
+        ).all()
     found = aggregates(tx, id=id) if isinstance(id, int) else aggregates(tx, uuid=id)
     if not found:
         raise NotFound(f"Aggregate {id} could not be found.")
