@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from kilonova.kit.clock import Ids
+from kilonova.kit.errors import Unavailable
 from kilonova.kit.journal import Said, tell
 from kilonova.model import notices as words
 from kilonova.model import options
@@ -283,6 +284,32 @@ def test_images_that_are_fetched_beforehand_are_told(cloud):
     assert not [t for t in listener.types() if t.startswith("aggregate.cache_images.p")]
 
 
+def test_a_hypervisor_that_is_away_is_told_once(cloud, monkeypatch):
+    """A host says nothing of itself as long as nobody can know it; that is told when it begins, and when it begins again."""
+    listener, host = Listener(cloud), cloud.hosts.hosts["h0"]
+
+    def away():
+        raise Unavailable("The hypervisor of this host cannot be reached.", why="connection refused")
+
+    for _ in range(2):
+        monkeypatch.setattr(cloud.driver("h0"), "machines", away)
+        for _ in range(3):
+            with pytest.raises(Unavailable):
+                host.tell()
+        cloud.tick()
+        (told,) = listener.all()
+        assert (told["event_type"], told["publisher_id"]) == ("libvirt.connect.error", "nova-compute:h0")
+        assert (
+            told["payload"]["nova_object.data"]["reason"]["nova_object.data"]["exception_message"]
+            == "connection refused"
+        )
+        listener.heard.clear()
+        monkeypatch.undo()
+        host.tell()
+        cloud.tick()
+        assert listener.types() == []
+
+
 def test_shares_are_told(cloud):
     listener = Listener(cloud)
     s = cloud.boot("one")
@@ -517,15 +544,15 @@ def test_the_words_are_those_of_the_specification():
     sharing = Sharing("u", "i", "s", "t", "e")
     assert set(words.share(sharing, s)["nova_object.data"]) == fields["SharePayload"]
     assert set(words.month(1.0)["nova_object.data"]) == fields["AuditPeriodPayload"]
+    assert set(words.unreached("ip", "why")["nova_object.data"]) == fields["LibvirtErrorPayload"]
     assert set(words.cached(1, "u", "n", "h", [], [], 1, 1)["nova_object.data"]) == fields["AggregateCachePayload"]
     assert set(words.flavor(s.flavor)["nova_object.data"]) == fields["FlavorPayload"]
 
 
 # What consumers know and never hear of us, and why.
 NEVER = {
-    "libvirt.connect.error": "hosts tell it to their logs",
-    "metrics.update": "no monitors",
-    "volume.usage": "nobody polls for it",
+    "metrics.update": "hosts have no monitors",
+    "volume.usage": "nobody polls for it: a server's diagnostics say it when they are asked",
 }
 
 
@@ -545,7 +572,11 @@ def test_what_is_never_told_is_known():
     told |= {f"service.{what}" for what in said_by("operators")}
     told |= {f"flavor.{what}" for what in ("create", "update", "delete")}
     told |= {"compute.exception", "scheduler.select_destinations.start", "scheduler.select_destinations.end"}
-    told |= {"service.create", *(f"aggregate.cache_images.{phase}" for phase in ("start", "progress", "end"))}
+    told |= {
+        "service.create",
+        "libvirt.connect.error",
+        *(f"aggregate.cache_images.{phase}" for phase in ("start", "progress", "end")),
+    }
     told |= {f"server_group.{what}" for what in ("create", "add_member", "delete")}
     assert known - told == set(NEVER)
     assert told - known == set()

@@ -18,7 +18,7 @@ from kilonova.compute.machines import HANDLERS, QUESTIONS
 from kilonova.compute.relay import Relay
 from kilonova.compute.report import parted, report
 from kilonova.contracts.compute import compute
-from kilonova.contracts.conductor import PowerChanged, Report
+from kilonova.contracts.conductor import HypervisorAway, PowerChanged, Report
 from kilonova.kit.ask import Answerer, Bus, asked
 from kilonova.kit.bus import Agent, Ledger, Remembers, letter
 from kilonova.kit.clock import Clock
@@ -78,7 +78,7 @@ class ComputeHost:
         self.agent = Agent(compute, HANDLERS, self, bus.send, ledger, clock=clock)
         self.answerer = Answerer(compute, QUESTIONS, self, bus.send)
         self.receive, self.answer = self.agent.receive, self.answerer.receive
-        self.reports = 0
+        self.reports, self.away = 0, False
         self.told: HostFacts | None = None  # what was last said of what lasts
         self.over = threading.Event()
         self.news = threading.Event()
@@ -114,7 +114,7 @@ class ComputeHost:
         while not self.over.is_set():
             self.news.clear()
             try:
-                self.bus.send(self.conductor, letter(self.report()))
+                self.tell()
                 if isinstance(self.ledger, Ledger) and self.clock.now() - forgotten > FORGET_EVERY_S:
                     forgotten = self.clock.now()
                     self.ledger.forget(forgotten - KEEP_ANSWERS_S)
@@ -124,6 +124,18 @@ class ComputeHost:
             self.news.wait(min(1.0, self.options.report_interval_s) if eager else self.options.report_interval_s)
 
     # -- what it says
+
+    def tell(self) -> None:
+        """How it is; or, the first time that nobody can know that, why."""
+        try:
+            told = self.report()
+        except Unavailable as e:
+            if not self.away:
+                self.say(HypervisorAway(self.name, self.clock.now(), e.why or e.said, self.host_ip))
+            self.away = True
+            raise
+        self.away = False
+        self.say(told)
 
     def report(self) -> Report:
         """How it is now. The machines are asked for after what is busy, so that nothing falls between the two."""

@@ -34,7 +34,7 @@ from kilonova.conductor import (
     watch,
 )
 from kilonova.conductor.world import World
-from kilonova.contracts.conductor import Greeting, PowerChanged, Report, Sending
+from kilonova.contracts.conductor import Greeting, HypervisorAway, PowerChanged, Report, Sending
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.ask import Bus
 from kilonova.kit.clock import Clock, Ids
@@ -115,6 +115,7 @@ class Conductor:
         self.engine.door.on(Greeting, lambda m: meet.greeted(self.world, m))
         self.engine.door.on(Report, lambda m: watch.reported(self.world, m))
         self.engine.door.on(Sending, lambda m: watch.sending(self.world, m))
+        self.engine.door.on(HypervisorAway, lambda m: watch.hypervisor_away(self.world, m))
         self.engine.door.on(PowerChanged, lambda m: watch.power_changed(self.world, m))
         self.worker = Worker(self.engine, threads=config.workers.threads, sweep_s=config.workers.sweep_s)
         self.reconcilers = Reconcilers(

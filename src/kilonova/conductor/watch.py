@@ -33,14 +33,16 @@ from kilonova.contracts.compute import (
     Power,
     Seen,
 )
-from kilonova.contracts.conductor import HeldHere, PowerChanged, Report, Sending
+from kilonova.contracts.conductor import HeldHere, HypervisorAway, PowerChanged, Report, Sending
 from kilonova.contracts.jobs import Settle
 from kilonova.kit.bus import To, letter
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, HostGone, NotFound, Refused, Trouble
+from kilonova.kit.journal import Said, tell
 from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import Cause, Run, command, forget, noted, record, start, wake_host, workflow
 from kilonova.model.devices import Device
+from kilonova.model.notices import COMPUTE, unreached
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM, PowerState, Task, Verb
 from kilonova.store import compare, hosts, migrations, placement, seats, servers, shares
@@ -118,6 +120,14 @@ def power_changed(world: World, m: PowerChanged) -> None:
         row = compare.found(tx, [m.server]).get(m.server)
     if row is not None and row.host == m.host and row.task_state is None and row.power_state != m.power_state:
         world.started(world.db.run(_look_into, world, m.host, [m.server], False))
+
+
+def hypervisor_away(world: World, m: HypervisorAway) -> None:
+    """Nothing follows from it: the host is down in time. Who listens is told why."""
+    said = Said(
+        event="libvirt.connect.error", binary=COMPUTE, at=m.at, host=m.host, of=lambda tx: unreached(m.host_ip, m.why)
+    )
+    world.db.run(tell, said)
 
 
 def sending(world: World, m: Sending) -> None:

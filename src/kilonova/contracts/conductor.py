@@ -70,6 +70,16 @@ class PowerChanged(msgspec.Struct, frozen=True):
 
 
 @conductor
+class HypervisorAway(msgspec.Struct, frozen=True):
+    """The host lives, and cannot say how it is: its hypervisor is not reached. Once, until it was reached again."""
+
+    host: str
+    at: float
+    why: str
+    host_ip: str = ""
+
+
+@conductor
 class Sending(msgspec.Struct, frozen=True):
     """How far a live migration is. Bytes; None: not known."""
 

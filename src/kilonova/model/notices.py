@@ -303,6 +303,11 @@ def unexpected(e: BaseException) -> dict[str, Any]:
     return wrapped("ExceptionPayload", "1.1", data)
 
 
+def unreached(ip: str, why: str) -> dict[str, Any]:
+    """Of `libvirt.connect.error`: a host whose hypervisor is away."""
+    return wrapped("LibvirtErrorPayload", "1.0", {"ip": ip, "reason": exception(Fault("Unavailable", why))})
+
+
 def task(server: str, state: str, fault: Fault) -> dict[str, Any]:
     """Of `compute_task.*.error`: what a conductor could not do."""
     data = {"instance_uuid": server, "reason": exception(fault), "request_spec": None, "state": state}
