@@ -13,8 +13,8 @@ from kilonova.contracts.jobs import Precache
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import HostGone, NotFound, Trouble
-from kilonova.kit.journal import Said, ended, tell
-from kilonova.kit.workflow import Run, command, record, workflow
+from kilonova.kit.journal import Said, tell
+from kilonova.kit.workflow import Run, command, ended, record, workflow
 from kilonova.model import notices
 from kilonova.model.machine import ImageSource
 from kilonova.store import hosts

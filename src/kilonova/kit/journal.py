@@ -161,15 +161,6 @@ def closely(tx: Tx) -> bool:
     return getattr(tx.dialect, "closely", False)
 
 
-def ended(tx: Tx, subject: str, step: str) -> int:
-    """How many runs of this subject have this step behind them."""
-    of_subject = sa.select(RUNS.c.id).where(RUNS.c.subject == subject)
-    done = sa.select(sa.func.count()).where(
-        STEPS.c.run.in_(of_subject), STEPS.c.step == step, STEPS.c.finished.is_not(None)
-    )
-    return int(tx.execute(done).scalar() or 0)
-
-
 def reached(tx: Tx, subject: str, workflow: str, phase: str, now: float) -> None:
     """For a record to say: the run that it is a step of has come so far. Where nobody listens it costs nothing."""
     if getattr(tx.dialect, "heard", None) is None:

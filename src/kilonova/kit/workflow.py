@@ -303,6 +303,15 @@ def start(
 
 
 @record(patience_s=FOREVER)
+def ended(tx: Tx, subject: str, step: str) -> int:
+    """How many runs of this subject have this step behind them."""
+    of_subject = sa.select(RUNS.c.id).where(RUNS.c.subject == subject)
+    done = sa.select(sa.func.count()).where(
+        STEPS.c.run.in_(of_subject), STEPS.c.step == step, STEPS.c.finished.is_not(None)
+    )
+    return int(tx.execute(done).scalar() or 0)
+
+
 def when_alone(tx: Tx, subject: str, me: str) -> None:
     """Have the subject for yourself; not now, while another run is at work on it.
 
