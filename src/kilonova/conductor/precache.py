@@ -14,7 +14,7 @@ from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import HostGone, NotFound, Trouble
 from kilonova.kit.journal import Said, tell
-from kilonova.kit.workflow import Run, command, ended, record, workflow
+from kilonova.kit.workflow import Run, command, record, runs_past, workflow
 from kilonova.model import notices
 from kilonova.model.machine import ImageSource
 from kilonova.store import hosts
@@ -49,7 +49,7 @@ def through(tx: Tx, batch: str, job: Precache, there: list[str], now: float) -> 
         a = hosts.aggregate(tx, job.aggregate, lock=True)
     except NotFound:
         return  # nobody can tell of what is no more
-    n = 1 + ended(tx, batch, through.name)
+    n = 1 + runs_past(tx, batch, through.name)
     missing = [i.image_id for i in job.images if i.image_id not in there]
     progress = lambda tx: notices.cached(a.id, a.uuid, a.name, job.host, there, missing, n, job.of)
     tell(tx, Said(event="aggregate.cache_images.progress", binary=notices.CONDUCTOR, at=now, of=progress))

@@ -302,8 +302,7 @@ def start(
     return id
 
 
-@record(patience_s=FOREVER)
-def ended(tx: Tx, subject: str, step: str) -> int:
+def runs_past(tx: Tx, subject: str, step: str) -> int:
     """How many runs of this subject have this step behind them."""
     of_subject = sa.select(RUNS.c.id).where(RUNS.c.subject == subject)
     done = sa.select(sa.func.count()).where(
@@ -312,6 +311,7 @@ def ended(tx: Tx, subject: str, step: str) -> int:
     return int(tx.execute(done).scalar() or 0)
 
 
+@record(patience_s=FOREVER)
 def when_alone(tx: Tx, subject: str, me: str) -> None:
     """Have the subject for yourself; not now, while another run is at work on it.
 
