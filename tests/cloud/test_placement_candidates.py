@@ -1,6 +1,7 @@
 """Allocation candidates: which combinations of providers serve a query, at each version, and what is wrong with a query."""
 
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -295,3 +296,51 @@ def test_as_a_plain_search_would(rows, free, groups, isolate, breadth_first, mar
     for c in found:
         for suffix, group in asked.items():
             assert {n for p in c.mappings[suffix] for n in c.allocations[p]} >= set(group.resources)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_answer_is_older_than_the_last_write(seed):
+    """Whatever was written, and with whatever clock: who remembers much says the same as who has just begun."""
+    dice, asker = random.Random(seed), Placement()
+    providers, consumers, first = [], {}, asker.clock.at
+
+    def some():
+        return providers[dice.randrange(len(providers))]
+
+    def write():
+        at = f"/resource_providers/{some()}" if providers else ""
+        what = dice.choice(
+            ["provider", "allocate", "allocate", "release", "stocks", "traits", "aggregates", "rename", "gone"]
+        )
+        if not providers or (what == "provider" and len(providers) < 8):
+            under = some() if providers and seed % 2 and dice.random() < 0.3 else None
+            providers.append(asker.provider(f"p{dice.random()}", under, VCPU=dice.randint(2, 9)))
+        elif what == "allocate":
+            consumer = asker.ids.uuid()
+            body = asker.holding({some(): {"VCPU": 1}})
+            if asker.ask("PUT", f"/allocations/{consumer}", body).status == 204:
+                consumers[consumer] = True
+        elif what == "release" and consumers:
+            asker.say("DELETE", f"/allocations/{consumers.popitem()[0]}")
+        elif what == "stocks":
+            stock = {"resource_provider_generation": asker.generation(at[20:]), "total": dice.randint(1, 9)}
+            asker.ask("PUT", f"{at}/inventories/VCPU", stock)
+        elif what == "traits":
+            marks = dice.sample([AVX, SSD, SHARES] if seed % 3 == 0 else [AVX, SSD], 1)
+            told = {"resource_provider_generation": asker.generation(at[20:]), "traits": marks}
+            asker.say("PUT", f"{at}/traits", told)
+        elif what == "aggregates":
+            asker.say("PUT", f"{at}/aggregates", [dice.choice([A1, A2])], v=18)
+        elif what == "rename":
+            asker.say("PUT", at, {"name": f"n{dice.random()}"}, v=13)
+        elif what == "gone" and asker.ask("DELETE", at).status == 204:
+            providers.remove(at[20:])
+
+    for _ in range(40):
+        asker.clock.at = first + dice.choice([0, 0, 1, 3, 60, -2, -100])
+        write()
+        for query in ("resources=VCPU:1", f"resources=VCPU:1&required={AVX}", "resources=VCPU:2&limit=3"):
+            for v in (17, 28, 33, 39):
+                said = asker.say("GET", f"/allocation_candidates?{query}", v=v)
+                assert said == Placement(db=asker.db).say("GET", f"/allocation_candidates?{query}", v=v)
+    asker.db.close()

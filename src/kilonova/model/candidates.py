@@ -69,6 +69,7 @@ class Forest:
         self.sharing: dict[str, list[Provider]] = {}  # by aggregate
         self.row: dict[str, int] = {}  # of a tree in the columns
         self.columns: dict[str, Columns] = {}  # of classes that were asked for, where `flat`
+        self.rows: npt.NDArray[np.object_] = np.zeros(0, object)  # the providers in that order
         for p in providers.values():
             self.trees.setdefault(p.root, []).append(p)
             self._sharing(p)
@@ -96,6 +97,9 @@ class Forest:
         if new.row:
             rows = [(new.row[p.uuid], p) for p in moved]
             new.columns = {name: c.with_(name, rows) for name, c in self.columns.items()}
+            new.rows = self.rows.copy()
+            for row, p in rows:
+                new.rows[row] = p
         return new
 
     def _grows(self, p: Provider) -> bool:
@@ -103,17 +107,20 @@ class Forest:
         old = self.providers.get(p.uuid)
         return old is None or old.root != p.root or SHARES in p.traits or SHARES in old.traits
 
-    def having(self, wants: Mapping[str, int]) -> list[Provider]:
-        """Those that have so much of each left, where `flat`."""
+    def having(self, wants: Mapping[str, int], most: int | None = None) -> list[Provider]:
+        """Those that have so much of each left, where `flat`; at most so many."""
         if not self.row:
-            self.row = {root: i for i, root in enumerate(self.trees)}
-        fit = np.ones(len(self.trees), bool)
+            heads = [tree[0] for tree in self.trees.values()]
+            self.rows = np.empty(len(heads), object)
+            self.rows[:] = heads
+            self.row = {root: i for i, root in enumerate(self.trees)}  # last: others look whether it is there
+        fit = np.ones(len(self.rows), bool)
         for name, n in wants.items():
             if (c := self.columns.get(name)) is None:
-                c = self.columns[name] = Columns.of(name, [tree[0] for tree in self.trees.values()])
+                c = self.columns[name] = Columns.of(name, self.rows.tolist())
             fit &= c.fits(n)
-        trees = list(self.trees.values())
-        return [trees[i][0] for i in np.flatnonzero(fit).tolist()]
+        found: list[Provider] = self.rows[np.flatnonzero(fit)[:most]].tolist()
+        return found
 
     def near(self, root: str) -> list[Provider]:
         """A tree's providers, and those of other trees that share with one of them."""
@@ -138,30 +145,37 @@ class Columns(NamedTuple):
     capacity: npt.NDArray[np.float64]
     used: npt.NDArray[np.float64]
     units: npt.NDArray[np.int64]  # least, most, step
+    odd: bool  # does anybody not give it out one by one?
 
     @classmethod
     def of(cls, name: str, providers: Sequence[Provider]) -> "Columns":
         n = len(providers)
-        made = cls(np.zeros(n), np.zeros(n), np.zeros((3, n), np.int64))
-        made._write(name, enumerate(providers))
-        return made
+        made = cls(np.zeros(n), np.zeros(n), np.zeros((3, n), np.int64), False)
+        return made._written(name, enumerate(providers))
 
     def with_(self, name: str, rows: Iterable[tuple[int, Provider]]) -> "Columns":
-        made = Columns(self.capacity.copy(), self.used.copy(), self.units.copy())
-        made._write(name, rows)
-        return made
+        made = Columns(self.capacity.copy(), self.used.copy(), self.units.copy(), self.odd)
+        return made._written(name, rows)
 
-    def _write(self, name: str, rows: Iterable[tuple[int, Provider]]) -> None:
+    def _written(self, name: str, rows: Iterable[tuple[int, Provider]]) -> "Columns":
+        odd = self.odd
         for row, p in rows:
             i = p.inventories.get(name, NOTHING)
             self.capacity[row], self.used[row] = (i.total - i.reserved) * i.allocation_ratio, i.used
             self.units[:, row] = i.min_unit, i.max_unit, i.step_size
+            odd |= i.min_unit > 1 or i.step_size > 1
+        return self._replace(odd=odd)
 
     def fits(self, n: int) -> npt.NDArray[np.bool_]:
+        """`n` of one or more."""
         if n >= 2**53:  # of which no inventory has so many
             return np.zeros(len(self.used), bool)
         least, most, step = self.units
-        return np.asarray((self.used + n <= self.capacity) & (least <= n) & (n <= most) & (n % step == 0))
+        fit = self.used + n <= self.capacity
+        fit &= n <= most
+        if self.odd:
+            fit &= (least <= n) & (n % step == 0)
+        return np.asarray(fit)
 
 
 NOTHING = Inventory(0, 0, 1, 0, 1, 1.0, 0)
@@ -228,8 +242,8 @@ class _Slot(NamedTuple):
 
 def candidates(forest: Forest, query: Query, *, breadth_first: bool = False) -> Iterator[Found]:
     """All of them, tree by tree, or (`breadth_first`) one of each tree, then a second of each …"""
-    if forest.flat and list(query.groups) == [""] and query.groups[""].in_tree is None:
-        yield from _of_flat(forest, query)
+    if (some := alone(forest, query)) is not None:
+        yield from (Alone(p.uuid, query.groups[""].resources) for p in some)
         return
     seen: set[object] | None = set() if forest.sharing else None
     steps = iter(range(MOST_STEPS))
@@ -311,14 +325,24 @@ def _of_tree(
         yield found
 
 
-def _of_flat(forest: Forest, query: Query) -> Iterator[Alone]:
-    """Where all hosts are without parts, those with room are found in columns."""
+def alone(forest: Forest, query: Query, most: int | None = None) -> list[Provider] | None:
+    """Who could serve it, at most so many, where nobody can but alone: all hosts are without parts, and asked for is one group.
+
+    They are found in columns.  None: it is not so simple.
+    """
+    if not forest.flat or list(query.groups) != [""] or query.groups[""].in_tree is not None:
+        return None
     group = query.groups[""]
     of_root = bool(query.root_required or query.root_forbidden)
     asks = group != Group(group.resources)
-    for p in forest.having(group.resources):
-        if (not of_root or _root_fits(forest, query, p.uuid)) and (not asks or _does_all(forest, p, group)):
-            yield Alone(p.uuid, group.resources)
+    if not (of_root or asks):
+        return forest.having(group.resources, most)
+    fit = (
+        p
+        for p in forest.having(group.resources)
+        if (not of_root or _root_fits(forest, query, p.uuid)) and (not asks or _does_all(forest, p, group))
+    )
+    return list(islice(fit, most))
 
 
 def _does_all(forest: Forest, p: Provider, group: Group) -> bool:

@@ -12,7 +12,7 @@ import msgspec
 
 from kilonova.kit.errors import Invalid
 from kilonova.kit.routes import Call, Reply
-from kilonova.model.candidates import Alone, Forest, Found, Group, Provider, Query, candidates
+from kilonova.model.candidates import Alone, Forest, Found, Group, Provider, Query, alone, candidates
 from kilonova.placement.frame import (
     BAD_VALUE,
     DUPLICATE_KEY,
@@ -49,9 +49,23 @@ def list_(call: Call) -> Reply:
         store.known_classes(tx, {name for g in query.groups.values() for name in g.resources})
         store.known_traits(tx, named.union(*(g.forbidden.union(*g.required) for g in query.groups.values())))
         forest = call.world.trees.look(tx)
-    found = _found(call, forest, query, limit)
-    body = _view(call.version, forest, query, found, call.world.shown)
+    some = _alone(call, forest, query, limit) if call.version >= 27 else None
+    if some is not None:
+        body = _view_alone(call.version, query, some, call.world.shown)
+    else:
+        body = _view(call.version, forest, query, _found(call, forest, query, limit), call.world.shown)
     return Reply(body, content_type="application/json", headers=dated(call))
+
+
+def _alone(call: Call, forest: Forest, query: Query, limit: int | None) -> list[Provider] | None:
+    """As most clouds are, and most questions: one provider serves all. None: it is not so simple."""
+    config = call.world.config
+    most = None if config.candidates_max < 0 else config.candidates_max
+    if config.randomize_candidates:
+        found = alone(forest, query, most)
+        call.world.dice.shuffle(found or [])
+        return found and found[:limit]
+    return alone(forest, query, most if limit is None else limit if most is None else min(most, limit))
 
 
 def _found(call: Call, forest: Forest, query: Query, limit: int | None) -> list[Found]:
@@ -188,6 +202,28 @@ def _view(version: int, forest: Forest, query: Query, found: list[Found], shown:
     return b"".join((*pieces, b"}}"))
 
 
+def _view_alone(version: int, query: Query, providers: list[Provider], shown: Shown) -> bytes:
+    """The same, of thousands: nothing is made but a list of pieces, and of that the body."""
+    known, resources = shown.of(providers, version), msgspec.json.encode(query.groups[""].resources)
+    if not known:
+        return b'{"allocation_requests":[],"provider_summaries":{}}'
+    names = [name for name, _ in known]
+    head, middle = b'{"allocations":{', b':{"resources":%b}}' % resources
+    if version >= 34:
+        between: list[bytes] = [b""] * (4 * len(names))
+        between[0::4] = between[2::4] = names
+        between[1::4] = [middle + b',"mappings":{"":['] * len(names)
+        between[3::4] = [b"]}}," + head] * len(names)
+        between[-1] = b"]}}"
+        requests = b"".join(between)
+    else:
+        requests = (middle + b"}," + head).join(names) + middle + b"}"
+    pieces = [summary for _, summary in known]
+    pieces[0] = b'{"allocation_requests":[%b%b],"provider_summaries":{%b' % (head, requests, pieces[0][1:])
+    pieces.append(b"}}")
+    return b"".join(pieces)
+
+
 def _requests(pieces: list[bytes], version: int, query: Query, found: list[Found]) -> None:
     """Where one provider gives all, requests differ by its name only."""
     resources = msgspec.json.encode(query.groups[""].resources) if "" in query.groups else b"{}"
@@ -228,11 +264,13 @@ def _summaries(
         providers = [p for root in dict.fromkeys([p.root for p in providers]) for p in forest.trees[root]]
     names = {name for g in query.groups.values() for name in g.resources}
     comma = b""
+    if version >= 27:
+        for _, summary in shown.of(providers, version):
+            pieces.append(summary if comma else summary[1:])
+            comma = b","
+        return
     for p in providers:
-        if version >= 27:
-            pieces += (comma, shown.summary(p, version))
-        else:
-            pieces += (comma, msgspec.json.encode(p.uuid), b":", msgspec.json.encode(_summary(version, p, names)))
+        pieces += (comma, msgspec.json.encode(p.uuid), b":", msgspec.json.encode(_summary(version, p, names)))
         comma = b","
 
 

@@ -82,7 +82,7 @@ def replace(tx: Tx, writes: Sequence[Write], now: float, *, whole: bool = False)
         new = [h[provider] for h in wanted.values() if provider in h]
         old = [h[provider] for h in held.values() if provider in h]
         _shifted(tx, provider, new, old, whole)
-    among(tx, "allocations end", sa.delete(ALLOCATIONS), _a.consumer, names)
+    among(tx, "allocations end", END, _a.consumer, names)
     rows = [
         {"consumer": c, "provider": p, "resource_class": name, "amount": n}
         for c, h in wanted.items()
@@ -96,18 +96,15 @@ def replace(tx: Tx, writes: Sequence[Write], now: float, *, whole: bool = False)
 
 
 def _held(tx: Tx, names: Iterable[str], *, lock: bool = False) -> dict[str, dict[str, dict[str, int]]]:
-    query = sa.select(ALLOCATIONS).with_for_update() if lock else sa.select(ALLOCATIONS)
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for r in among(tx, f"allocations {lock}", query, _a.consumer, list(names)):
+    for r in among(tx, f"allocations {lock}", HELD_NOW[lock], _a.consumer, list(names)):
         found.setdefault(r.consumer, {}).setdefault(r.provider, {})[r.resource_class] = r.amount
     return found
 
 
 def consumers(tx: Tx, names: Iterable[str], *, lock: bool = False) -> dict[str, Consumer]:
     """Those of them that are known."""
-    query = sa.select(_c.uuid, _c.project_id, _c.user_id, _c.type, _c.generation, _c.changed_at)
-    query = query.order_by(_c.uuid).with_for_update() if lock else query.order_by(_c.uuid)
-    return {r.uuid: Consumer(*r) for r in among(tx, f"consumers {lock}", query, _c.uuid, sorted(names))}
+    return {r.uuid: Consumer(*r) for r in among(tx, f"consumers {lock}", WHO_NOW[lock], _c.uuid, sorted(names))}
 
 
 def _same_generation(w: Write, known: Consumer | None) -> None:
@@ -233,3 +230,9 @@ def _shift(classes: int) -> sa.Update:
 
 
 _p, _i, _a, _c = PROVIDERS.c, INVENTORIES.c, ALLOCATIONS.c, CONSUMERS.c
+END = sa.delete(ALLOCATIONS)
+HELD_NOW = {
+    lock: sa.select(ALLOCATIONS).with_for_update() if lock else sa.select(ALLOCATIONS) for lock in (False, True)
+}
+_who = sa.select(_c.uuid, _c.project_id, _c.user_id, _c.type, _c.generation, _c.changed_at).order_by(_c.uuid)
+WHO_NOW = {False: _who, True: _who.with_for_update()}

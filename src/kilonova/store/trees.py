@@ -1,9 +1,9 @@
 """A copy of all providers in memory, as one moment of the database has it.
 
 A provider's generation and `changed_at` move with all that is shown of it.  So a look asks for their sums: where those
-are the copy's, nothing moved.  Else it reads who changed lately, and whole only those that moved; where the sums still
-are not the copy's (one is gone, or was changed by somebody with another clock), the two numbers of each.  What costs is
-what changed.  The copy that is handed out never changes.
+are the copy's, nothing moved.  Else it reads who changed since, and whole only those that moved; where the sums still are
+not the copy's, who changed some seconds before, for clocks differ; and if that is not it (one is gone), the two numbers of
+each.  What costs is what changed.  The copy that is handed out never changes.
 """
 
 import math
@@ -44,16 +44,20 @@ class Trees:
         sums = Sums(*tx.execute(SUMS, {"since": since}).one())
         if sums == known:
             return forest
-        forest = self._lately(tx, forest, known, sums) or self._whole(tx, forest)
+        forest = (
+            self._lately(tx, forest, known, sums, 0.0)
+            or self._lately(tx, forest, known, sums, OVERLAP_S)
+            or self._whole(tx, forest)
+        )
         with self.lock:
             self.forest, self.sums = forest, sums
         return forest
 
-    def _lately(self, tx: Tx, forest: Forest, known: "Sums", sums: "Sums") -> Forest | None:
-        """The copy with those that changed lately; None: that does not tell all."""
+    def _lately(self, tx: Tx, forest: Forest, known: "Sums", sums: "Sums", overlap_s: float) -> Forest | None:
+        """The copy with those that changed since the newest change that it knows, or a little before; None: that does not tell all."""
         if sums.n != known.n or not known.n:
             return None
-        moved = _moved(forest, tx.execute(STAMPS_SINCE, {"since": known.newest - OVERLAP_S}))
+        moved = _moved(forest, tx.execute(STAMPS_SINCE, {"since": known.newest - overlap_s}))
         if len(moved) > IN_ONE:
             return None
         read = list(self._read_part(tx, moved)) if moved else []
