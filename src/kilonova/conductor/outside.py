@@ -19,6 +19,7 @@ from kilonova.kit.db import Tx
 from kilonova.kit.errors import Conflict, Invalid, NoCapacity, Trouble, Unavailable
 from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import Run, effect
+from kilonova.model.ask import Ask, served
 from kilonova.model.candidates import Provider
 from kilonova.model.host import Stock
 from kilonova.store import allocations, dues, hosts, placement
@@ -27,6 +28,31 @@ from kilonova.store.dues import Due
 log = logging.getLogger(__name__)
 TRIES = 5
 IN_ONE_TURN = 200  # debts
+
+
+def among(world: World, ask: Ask) -> list[str] | None:
+    """The hosts that the other service would give it. Where those are none, perhaps it has not heard of all of ours yet."""
+    service = world.neighbours.placement
+    assert service is not None
+    query = served(ask)
+    if not query.groups:
+        return None
+    tree = None
+    if ask.host or ask.node:
+        with world.db.read() as tx:
+            found = [n.uuid for n in hosts.nodes(tx, host=ask.host) if ask.node in (None, n.node)]
+        if not found:
+            return []
+        tree = found[0]
+    of = tuple(frozenset(one_of) for one_of in ask.member_of)
+    first, most = next(iter(query.groups)), world.config.placement.most_candidates
+    groups = {s: g._replace(in_tree=tree, member_of=of if s == first else ()) for s, g in query.groups.items()}
+    query, before = query._replace(groups=groups), dict(world.met)
+    there = service.candidates(query, most)
+    if not there:
+        meet(world, service)
+        there = service.candidates(query, most) if world.met != before else there
+    return sorted(there)
 
 
 def agreed(run: Run, chosen: Chosen, *consumers: str) -> None:
@@ -146,4 +172,4 @@ def owed(world: World) -> list[str]:
     return wrong
 
 
-__all__ = ["agreed", "meet", "owed", "tell"]
+__all__ = ["agreed", "among", "meet", "owed", "tell"]

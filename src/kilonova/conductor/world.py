@@ -16,7 +16,6 @@ from kilonova.kit.db import Db, Tx
 from kilonova.kit.errors import Unavailable
 from kilonova.kit.journal import Said, tell
 from kilonova.model import notices as words
-from kilonova.model.ask import Ask, served
 from kilonova.model.options import Config
 from kilonova.store import hosts, server_groups, servers
 from kilonova.store.trees import Trees
@@ -98,35 +97,15 @@ class World:
             ask = msgspec.structs.replace(ask, near=near, far=sorted({at[id] for id in other if id in at}))
         outside = self.neighbours.placement is not None and not ask.in_place
         if outside:
-            ask = msgspec.structs.replace(ask, among=self._among(ask))
+            from kilonova.conductor.outside import among  # late: it knows what a world is
+
+            ask = msgspec.structs.replace(ask, among=among(self, ask))
         chosen = self.ask_scheduler(m if ask is m.ask else msgspec.structs.replace(m, ask=ask))
         if outside:
             chosen = msgspec.structs.replace(chosen, outside=True)
         if not chosen.places and chosen.why.get("up") and self._hard_of_hearing():
             raise Unavailable("Hosts could not be heard until now.", why=chosen.explained())
         return chosen
-
-    def _among(self, ask: Ask) -> list[str] | None:
-        """The hosts that another Placement service would give it."""
-        assert self.neighbours.placement is not None
-        query = served(ask)
-        if not query.groups:
-            return None
-        tree = None
-        if ask.host or ask.node:
-            with self.db.read() as tx:
-                found = [n.uuid for n in hosts.nodes(tx, host=ask.host) if ask.node in (None, n.node)]
-            if not found:
-                return []
-            tree = found[0]
-        of = [frozenset(one_of) for one_of in ask.member_of]
-        groups = {
-            suffix: g._replace(in_tree=tree, member_of=tuple(of) if suffix == first else ())
-            for first in [next(iter(query.groups))]
-            for suffix, g in query.groups.items()
-        }
-        most = self.config.placement.most_candidates
-        return sorted(self.neighbours.placement.candidates(query._replace(groups=groups), most))
 
     @property
     def listening_since(self) -> float:
