@@ -99,9 +99,10 @@ class SimHosts:
             h.close()
 
     def report(self) -> None:
-        """Let all say now how they are."""
+        """Let all say now how they are whose queues are there."""
         for h in self.hosts.values():
-            self.bus.send(h.conductor, letter(h.report()))
+            if self.bus.serves(h.name):
+                self.bus.send(h.conductor, letter(h.report()))
 
     def _tell(self) -> None:
         for turn in count():

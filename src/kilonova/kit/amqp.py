@@ -96,8 +96,11 @@ class AmqpBus:
             self.news.notify()
 
     def serves(self, address: str) -> bool:
-        """Would somebody take it? Only the broker knows, and a letter to nobody is lost there."""
-        return True
+        """Would somebody take it? Of what we serve ourselves: has the broker a queue for it yet? Of others only the
+        broker knows, and a letter to nobody is lost there."""
+        with self.guard:
+            ours = [s for s in self.services if address in s.receivers]
+        return not ours or any(address in s.heard for s in ours)
 
     def close(self) -> None:
         """What lies in the box has a moment to leave."""
@@ -206,6 +209,7 @@ class _Service:
         self.todo: deque[tuple[Callable[[bytes], None], bytes, Any, int]] = deque()
         self.done: deque[tuple[Any, int]] = deque()
         self.under_work = 0
+        self.heard: set[str] = set()  # addresses whose queues are there, and listened to
         self.life = 0  # of the connection: what came by another cannot be acknowledged by this one
         self.beat = bus.clock.now()
         self.ear, self.mouth = socket.socketpair()  # the crew wakes who waits at the wire
@@ -288,11 +292,7 @@ class _Service:
             wait_s = min(wait_s * 2, AGAIN_MOST_S)
 
     def _ask_for_all(self, consumer: kombu.Consumer) -> None:
-        names = {}
-        for address, receive in self.receivers.items():
-            queue = self.bus.queue(address)
-            names[queue.name] = receive
-            consumer.add_queue(queue)
+        names = {self.bus.queue(address).name: receive for address, receive in self.receivers.items()}
 
         def came(message: Any) -> None:
             receive = names[message.delivery_info["routing_key"]]
@@ -301,7 +301,10 @@ class _Service:
                 self.news.notify()
 
         consumer.on_message = came
-        consumer.consume()
+        for address in self.receivers:
+            consumer.add_queue(self.bus.queue(address))
+            consumer.consume()  # of those that are not consumed yet
+            self.heard.add(address)
 
     def _drain(self, line: kombu.Connection) -> None:
         """Until the end, or until the wire breaks. What was dealt with is acknowledged as soon as it was."""

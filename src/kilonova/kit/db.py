@@ -20,7 +20,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 
-from kilonova.kit.errors import Invalid, Unavailable
+from kilonova.kit.errors import Unavailable
+from kilonova.kit.postgres import Line, Transaction
+from kilonova.kit.ready import WIRE, misfit
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,6 +56,7 @@ class Db:
         self.pen: AbstractContextManager[Any] = threading.Lock() if sqlite else nullcontext()
         self.dice = dice or random.Random()
         self.statements = self.commits = 0  # how many were sent, and carried out; bench and tests read them
+        self.line = Line(self.engine, threads, self) if self.engine.dialect.driver == "psycopg" else None
         self.idle: list[tuple[Tx, Any]] = []  # of SQLite: connections, each with its driver's, that nobody uses now
         # Not by SQLAlchemy's events: as soon as an engine has one, each statement asks for a dozen of them.
         dialect: Any = self.engine.dialect
@@ -64,11 +67,25 @@ class Db:
 
     def tx(self) -> AbstractContextManager[Tx]:
         """One transaction. Leaving the block commits; an exception rolls back."""
-        return _Lite(self, "BEGIN IMMEDIATE", self.pen) if self.sqlite else self._begun()
+        if self.sqlite:
+            return _Lite(self, "BEGIN IMMEDIATE", self.pen)
+        return self._begun() if self.line is None else Transaction(self.line, True)
 
     def read(self) -> AbstractContextManager[Tx]:
-        """A look, at one moment, that keeps nobody waiting."""
-        return _Lite(self, "BEGIN", _NO_PEN) if self.sqlite else self._begun()
+        """A look that keeps nobody waiting: at one moment with SQLite, else each statement at its own, as in `tx`."""
+        if self.sqlite:
+            return _Lite(self, "BEGIN", _NO_PEN)
+        return self._begun() if self.line is None else Transaction(self.line, False)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Tx]:
+        """A look at all as it is at one moment, however long it takes."""
+        if self.sqlite:
+            with self.read() as tx:
+                yield tx
+        else:
+            with self.engine.connect().execution_options(isolation_level="REPEATABLE READ") as tx, tx.begin():
+                yield tx
 
     @contextmanager
     def _begun(self) -> Iterator[Tx]:
@@ -118,21 +135,23 @@ class Db:
     def close(self) -> None:
         while self.idle:
             self.idle.pop()[0].close()
+        if self.line is not None:
+            self.line.close()
         self.engine.dispose()
 
     sleep = staticmethod(time.sleep)
 
     def _sending(self, send: Callable[..., None]) -> Callable[..., None]:
-        """A value that no column can hold (a NUL in a text, too long, too large a number) is its giver's fault."""
         misfits = self.engine.dialect.loaded_dbapi.DataError, OverflowError, UnicodeEncodeError
 
         def counted(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
             self.statements += 1
             try:
+                if self.line is not None and (wire := getattr(cursor.connection, WIRE, None)) is not None:
+                    wire.flush()
                 send(cursor, statement, parameters, context)
             except misfits as e:
-                why = f"{type(e).__name__}: {e}"
-                raise Invalid("A value is too long, too large, or has a character that cannot be kept.", why=why) from e
+                raise misfit(e) from e
 
         return counted
 

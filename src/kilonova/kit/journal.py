@@ -448,7 +448,7 @@ _last = sa.select(sa.func.max(sa.func.coalesce(_s.finished, _s.started))).where(
 _updated = sa.func.coalesce(_r.finished, _last, _r.started)
 
 OPEN = ready(sa.insert(RUNS))
-STEP = ready(sa.insert(STEPS))
+STEP = ready(sa.insert(STEPS), later=True)
 OPEN_ON = ready(sa.select(_r.id, _r.workflow).where(_open_on).order_by(_r.started, _r.id))
 # UPDATE runs SET signals = signals || :tell, due = 0, wakes = wakes + 1 WHERE it is open AND was not told before
 SIGNAL = ready(

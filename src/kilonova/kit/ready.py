@@ -15,19 +15,28 @@ as parameters.  Not for `IN (…)` with a list of any length: that has another t
 import operator
 from collections import namedtuple
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeVar, cast
 
 import sqlalchemy as sa
 
+from kilonova.kit.errors import Invalid
+
 S = TypeVar("S")
+ROWS = 8  # that are written at a time, where that is one statement
+WIRE = "kilonova_wire"  # in a connection's `info`, and on the driver's: the way to PostgreSQL that goes past psycopg's cursors (`kit/postgres.py`)
 
 Values = Mapping[str, Any]
 NOTHING: Values = {}
 
 
-def ready(statement: S) -> S:
-    """The same statement, to be executed as any other. What is derived from it (`.where`) is a plain one again."""
-    return cast("S", Ready(statement))
+def ready(statement: S, later: bool = False) -> S:
+    """The same statement, to be executed as any other. What is derived from it (`.where`) is a plain one again.
+
+    `later`: nobody asks what came of it, and nobody can say no to it but by a bug; where it saves a way to the database
+    it is sent with the next statement, or with the end.
+    """
+    return cast("S", Ready(statement, later))
 
 
 def each(values: Iterable[str]) -> list[Any]:
@@ -38,10 +47,10 @@ def each(values: Iterable[str]) -> list[Any]:
 class Ready:
     """Compiled once for each database and each set of parameters. Threads may share it: the last to compile wins."""
 
-    __slots__ = ("known", "statement")
+    __slots__ = ("known", "later", "statement")
 
-    def __init__(self, statement: Any) -> None:
-        self.statement = statement
+    def __init__(self, statement: Any, later: bool = False) -> None:
+        self.statement, self.later = statement, later
         self.known: dict[tuple[str, ...], _Compiled] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -49,13 +58,48 @@ class Ready:
 
     def _execute_on_connection(self, tx: sa.Connection, many: Sequence[Values], options: object) -> "Found":
         """SQLAlchemy's way in: `Connection.execute` asks this of whatever it is given."""
-        key = (tx.dialect.driver, *many[0]) if many else (tx.dialect.driver,)
+        driver = tx.dialect.driver
+        if driver == "psycopg" and (wire := tx.info.get(WIRE)) is not None:
+            return self._wired(tx, wire, many)
+        return self._compiled(tx.dialect, driver, many).send(tx, many)
+
+    def _wired(self, tx: sa.Connection, wire: Any, many: Sequence[Values]) -> "Found":
+        """By a `postgres.Wire`; what is to be written of several rows, some rows at a time."""
+        if len(many) < 2 or not isinstance(self.statement, sa.Insert):
+            return self._compiled(_numbered(), WIRE, many).wired(tx, wire, many, self.later)
+        some, rest = many[:ROWS], many[ROWS:]
+        rows = {f"{name}_{i}": value for i, row in enumerate(some) for name, value in row.items()}
+        key = (WIRE, str(len(some)), *some[0])
         compiled = self.known.get(key)
         if compiled is None:
-            compiled = self.known[key] = _Compiled(self.statement, tx.dialect, key[1:])
-        return compiled.send(tx, many)
+            c = self.statement.table.c
+            values = [{n: sa.bindparam(f"{n}_{i}", type_=c[n].type) for n in row} for i, row in enumerate(some)]
+            compiled = self.known[key] = _Compiled(self.statement.values(values), _numbered(), ())
+        found = compiled.wired(tx, wire, [rows], self.later)
+        return self._wired(tx, wire, rest) if rest else found
+
+    def _compiled(self, dialect: Any, way: str, many: Sequence[Values]) -> "_Compiled":
+        key = (way, *many[0]) if many else (way,)
+        compiled = self.known.get(key)
+        if compiled is None:
+            compiled = self.known[key] = _Compiled(self.statement, dialect, key[1:])
+        return compiled
 
     _execute_on_scalar = None
+
+
+@cache
+def _numbered() -> Any:
+    """PostgreSQL's words with its own parameters: $1, $2, …"""
+    from sqlalchemy.dialects.postgresql import psycopg
+
+    return psycopg.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+
+
+def misfit(e: Exception) -> Invalid:
+    """A value that no column can hold (a NUL in a text, too long, too large a number) is its giver's fault."""
+    why = f"{type(e).__name__}: {e}"
+    return Invalid("A value is too long, too large, or has a character that cannot be kept.", why=why)
 
 
 class Condition(NamedTuple):
@@ -175,12 +219,27 @@ class _Compiled:
             self.row = self._rows(dialect, cursor.description)
         return Found(cursor, self.row)
 
+    def wired(self, tx: sa.Connection, wire: Any, many: Sequence[Values], later: bool) -> "Found":
+        """The same by a `postgres.Wire`."""
+        if self.text.startswith("SAVEPOINT"):
+            return Found(wire.later(self.text.encode()), None)
+        try:
+            for values in many or (NOTHING,):
+                answer = wire.send(self.text, self.bound(values), later)
+        except (wire.DataError, UnicodeEncodeError) as e:
+            raise misfit(e) from e
+        except wire.Error as e:
+            raise self._known(tx, tx.dialect, wire.driver, None, e) from e
+        if self.row is None and self.columns:
+            self.row = self._rows(tx.dialect, answer.description)
+        return Found(answer, self.row)
+
     def _known(self, tx: sa.Connection, dialect: Any, driver: Any, cursor: Any, e: Exception) -> Exception:
         """As SQLAlchemy calls it; a connection that broke is not used again."""
         broken = dialect.is_disconnect(e, driver, cursor)
         if broken:
             tx.invalidate(e)
-        else:
+        elif cursor is not None:
             cursor.close()
         kind = dialect.loaded_dbapi.Error
         return sa.exc.DBAPIError.instance(

@@ -29,7 +29,7 @@ def copy(source: Db, target: Db, told: Told = lambda *_: None) -> dict[str, int]
     if now.empty or now.pending or now.unknown:
         raise Conflict("The source is not at the schema of this release: see kilonova db status.")
     evolve.ready(target)
-    with source.read() as ours, target.tx() as theirs:
+    with source.snapshot() as ours, target.tx() as theirs:
         if full := filled(theirs):
             raise Conflict(f"The target is not empty: there are rows in {', '.join(full[:5])}.")
         tables = evolve.everything().sorted_tables
@@ -62,7 +62,8 @@ def _seen(tx: Tx, table: sa.Table) -> tuple[int, int]:
 
 
 def _rows(tx: Tx, table: sa.Table) -> Iterator[list[Any]]:
-    found = tx.execution_options(stream_results=True, max_row_buffer=BATCH).execute(sa.select(table))
+    streamed = sa.select(table).execution_options(stream_results=True, max_row_buffer=BATCH)
+    found = tx.execute(streamed)
     while rows := found.fetchmany(BATCH):
         yield list(rows)
 
