@@ -177,11 +177,21 @@ costs, chosen among all hosts by the standard rules and tastes, and then claimed
 
 """
     tables = "\n".join(table(w, c) for w, c in series.items())
-    http = f"\nThe API, `python bench/placement.py api 1000{' VENV' * bool(venv)}`:\n\n" + said(
-        "api", "1000", *[venv] * bool(venv)
-    )
-    most = f"\nMemory, and claims by the clock on the wall, `python bench/placement.py 20000`:\n\n{said('20000')}"
-    (directory / "placement-cost.md").write_text(text + tables + http + most)
+    http = said("api", "1000", *[venv] * bool(venv))
+    most = said(*map(str, HOSTS))
+    text += f"""{tables}
+## Over HTTP, beside the reference
+
+`python bench/placement.py api 1000{" VENV" * bool(venv)}`:
+
+{http}
+## Placements a second
+
+`python bench/placement.py`: alone and in a zone by the CPU time of the one thread, all else by the clock on the wall:
+
+    {most.strip().replace(chr(10), chr(10) + "    ")}
+"""
+    (directory / "placement-cost.md").write_text(text)
     (directory / "placement-cost.svg").write_text(picture(series))
 
 

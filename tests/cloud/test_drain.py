@@ -3,8 +3,12 @@
 import msgspec
 import pytest
 
+from kilonova import main as commands
 from kilonova.cli import drain
+from kilonova.cli import hosts as command
 from kilonova.kit.errors import NotFound, Refused
+from kilonova.kit.http import Server, listen
+from tests.cloud.embedded import ADMIN
 from tests.stories import telling
 
 
@@ -123,6 +127,18 @@ def test_a_cold_move_is_confirmed_also_by_the_next_drain(cloud):
     assert one.status == "SHUTOFF" and one.row.host != host
 
 
+def test_a_plan_says_whether_there_is_room(cloud):
+    """As far as it goes: those before it have taken theirs, and the host that is drained does not count."""
+    host, _ = all_on_one(cloud, 3)
+    client = Operator(cloud)
+    servers = drain.servers_on(client, host)
+    moves, loads = drain.planned(servers), drain.loads(client)
+    assert list(drain.foreseen(moves, servers, loads, host).values()) == [2, 2, 2]
+    here = [drain.Load(h, {"VCPU": 2.0}, {"VCPU": used}) for h, used in ((host, 2.0), ("x", 1.0), ("y", 1.0))]
+    assert list(drain.foreseen(moves, servers, here, host).values()) == [2, 1, 0]
+    assert drain.foreseen([drain.Move("z", "z", "stay", "it is ERROR")], [], here, host) == {}
+
+
 def test_what_is_the_user_s_to_decide_is_left(cloud):
     host, (one,) = all_on_one(cloud, 1)
     for other in cloud.states.keys() - {host}:
@@ -149,3 +165,33 @@ def test_balance_names_moves_that_help(cloud):
     after = drain.loads(client)
     assert drain.spread(after) < drain.spread(before) / 2
     assert drain.evened(after, {load.host: drain.servers_on(client, load.host) for load in after}) == []
+
+
+def test_the_command_says_what_it_would_do(cloud, capsys, monkeypatch):
+    """Over HTTP, as an operator types it; nothing happens before a yes, and with --plan nobody is asked."""
+    host, servers = all_on_one(cloud, 2)
+    listener = listen("127.0.0.1", 0)
+    server = Server(cloud.services.carrier.app, listener, threads=1)
+    server.start()
+    monkeypatch.setenv("OS_PASSWORD", ADMIN)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def hosts(*words):
+        return command.main(commands._parser("hosts"), [*words, "--url", url])
+
+    try:
+        assert hosts("drain", host, "--plan") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"{host} has 2 servers. It is disabled first, so that no other comes."
+        assert [line.partition(") ")[2] for line in lines[1:]] == ["moves while it runs; 2 hosts have room for it"] * 2
+        assert hosts("drain", host, "--plan", "--json") == 0
+        assert [m["hosts_with_room"] for m in msgspec.json.decode(capsys.readouterr().out)] == [2, 2]
+        monkeypatch.setattr("builtins.input", lambda text: "n")
+        assert hosts("drain", host) == 1
+        assert hosts("balance") == 0 and "full" in capsys.readouterr().out
+        with pytest.raises(NotFound):
+            hosts("drain", "nowhere", "--plan")
+    finally:
+        server.stop()
+    assert all(s.row.host == host for s in servers)
+    assert drain.service_of(Operator(cloud), host)["status"] == "enabled"

@@ -213,3 +213,40 @@ def test_who_may(key):
         room.refused(403, entry["method"], path, body, token="admin")
     else:
         assert room.ask(entry["method"], path, body, token="admin").status < 300
+
+
+# ---- error codes
+
+CODES = {
+    "placement.concurrent_update": (409, "PUT", "/resource_providers/{free}/traits", {"resource_provider_generation": 99, "traits": []}),
+    "placement.duplicate_name": (409, "POST", "/resource_providers", {"name": "full"}),
+    "placement.inventory.inuse": (409, "DELETE", "/resource_providers/{full}/inventories", None),
+    "placement.resource_provider.inuse": (409, "DELETE", "/resource_providers/{full}", None),
+    "placement.resource_provider.cannot_delete_parent": (409, "DELETE", "/resource_providers/{parent}", None),
+    "placement.resource_provider.not_found": (400, "POST", "/reshaper", {"inventories": {GHOST: {"resource_provider_generation": 0, "inventories": {}}}, "allocations": {}}),
+    "placement.query.duplicate_key": (400, "GET", "/allocation_candidates?resources=VCPU:1&root_required=HW_CPU_X86_AVX&root_required=HW_CPU_X86_AVX2", None),
+    "placement.query.bad_value": (400, "GET", "/allocation_candidates?resources=VCPU:1&same_subtree=_x", None),
+    "placement.query.missing_value": (400, "GET", "/allocation_candidates?required=HW_CPU_X86_AVX", None),
+    "placement.undefined_code": (404, "GET", f"/resource_providers/{GHOST}", None),
+}  # fmt: skip
+
+
+def test_every_error_code_is_one_of_these():
+    said = "".join(SPEC.with_name(name).read_text() for name in ("placement.md", SPEC.name))
+    assert set(re.findall(r"placement\.(?:[a-z_]+\.)?[a-z_]+", said)) - {"placement.md", "placement.query"} == set(
+        CODES
+    )
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_error_codes(code):
+    room = Room()
+    parent = room.provider("parent")
+    room.provider("child", parent)
+    status, method, path, body = CODES[code]
+    path = path.format(full=room.full, free=room.free, parent=parent)
+    error = room.refused(status, method, path, body)
+    assert error["code"] == code
+    if "/allocation_candidates" not in path and "/reshaper" not in path:  # they came with codes
+        assert "code" not in room.refused(status, method, path, body, v=22)
+    room.db.close()

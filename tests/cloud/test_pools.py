@@ -1,8 +1,11 @@
 """Storage that hosts share: a provider of the Placement API in an aggregate with them, of which servers get their disks."""
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
+from kilonova import main as commands
+from kilonova.cli import hosts as command
 from kilonova.conductor import examine
 from kilonova.store import dues, hosts, placement
 from tests.stories import Cloud, telling
@@ -86,6 +89,25 @@ def test_disks_of_a_pool_wherever_the_server_goes(cloud):
     assert used(cloud) == s.row.flavor.disk_gb and cloud.check() == []
     s.delete()
     assert used(cloud) == 0
+
+
+def test_operators_see_hosts_and_their_pool(cloud, tmp_path, capsys):
+    cloud.boot()
+    for v in ("2.1", "2.87", "2.88"):
+        shown = cloud.json("GET", "/os-hypervisors/detail", token=cloud.admin, version=v)["hypervisors"]
+        assert len(shown) == 3 and all(h["local_gb"] == 100 for h in shown if "local_gb" in h)
+    cloud.json("GET", "/os-hypervisors/statistics", token=cloud.admin, version="2.87")
+    config = tmp_path / "k.toml"
+    config.write_text(f'[database]\nurl = "{cloud.db.engine.url}"\n')
+
+    def hosts_(*words):
+        assert command.main(commands._parser("hosts"), ["--config", str(config), *words]) == 0
+        return capsys.readouterr().out
+
+    assert hosts_().splitlines()[-1] == "nfs is shared by 3 hosts: 1/100 DISK_GB (99)"
+    for h in msgspec.json.decode(hosts_("--json")):
+        assert h["shared"]["nfs"]["DISK_GB"]["used"] == 1 and "DISK_GB" not in h["resources"]
+    assert "small could live on 3 of 3 hosts." in hosts_("why", "small")
 
 
 def test_a_full_pool_is_a_reason(tmp_path):

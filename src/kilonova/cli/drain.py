@@ -251,6 +251,27 @@ class Load(NamedTuple):
         return max((self.used.get(c, 0.0) / n for c, n in self.room.items() if n), default=0.0)
 
 
+def foreseen(
+    moves: Iterable[Move], servers: Iterable[Mapping[str, Any]], all: Iterable[Load], host: str
+) -> dict[str, int]:
+    """How many other hosts have room for each that moves, when those before it have gone to the emptiest of theirs.
+
+    A foresight: who chooses knows more rules than room, and others build meanwhile.
+    """
+    of, known = {load.host: load for load in all if load.host != host}, {str(s["id"]): s for s in servers}
+    found: dict[str, int] = {}
+    for m in moves:
+        if m.way not in ("live", "cold"):
+            continue
+        size = _size(known[m.id])
+        fit = [load for load in of.values() if _shifted(load, size, 1).full <= 1]
+        found[m.id] = len(fit)
+        if fit:
+            to = min(fit, key=lambda load: load.full)
+            of[to.host] = _shifted(to, size, 1)
+    return found
+
+
 class Shift(NamedTuple):
     """One move that would help."""
 
@@ -290,7 +311,7 @@ def evened(all: Iterable[Load], servers: Mapping[str, Iterable[Mapping[str, Any]
             break
         best, least = None, high.full
         for s in there.get(high.host, ()):
-            size = {"VCPU": float(s["flavor"]["vcpus"]), "MEMORY_MB": float(s["flavor"]["ram"])}
+            size = _size(s)
             after = max(_shifted(high, size, -1).full, _shifted(low, size, 1).full)
             if after < least - 1e-9 and _shifted(low, size, 1).full <= 1:
                 best, least = (s, size), after
@@ -301,6 +322,10 @@ def evened(all: Iterable[Load], servers: Mapping[str, Iterable[Mapping[str, Any]
         of[high.host], of[low.host] = _shifted(high, size, -1), _shifted(low, size, 1)
         found.append(Shift(way(s), high.host, low.host))
     return found
+
+
+def _size(server: Mapping[str, Any]) -> dict[str, float]:
+    return {"VCPU": float(server["flavor"]["vcpus"]), "MEMORY_MB": float(server["flavor"]["ram"])}
 
 
 def _shifted(load: Load, size: Mapping[str, float], sign: int) -> Load:

@@ -144,7 +144,8 @@ def _list(db: Db, config: Config, chosen: argparse.Namespace) -> int:
     with db.read() as tx:
         found, shared = listed(tx, config, WallClock().now()), pools(tx)
     if chosen.json:
-        print(msgspec.json.encode([*found, *shared]).decode())
+        of = {h: {p["pool"]: p["resources"] for p in shared if h in p["hosts"]} for h in {h["host"] for h in found}}
+        print(msgspec.json.encode([h | {"shared": of[h["host"]]} for h in found]).decode())
         return 0
     names = sorted({name for h in found for name in h["resources"]}, key=_order)
     rows = [["host", "zone", "state", "servers", *(f"{n} used/capacity (free)" for n in names)]]
@@ -274,13 +275,15 @@ def _drain(chosen: argparse.Namespace) -> int:
     """The plan first; then, with a yes, the deed."""
     client, host = _client(chosen), chosen.about
     drain.service_of(client, host)
-    moves = drain.planned(drain.servers_on(client, host))
+    servers = drain.servers_on(client, host)
+    moves = drain.planned(servers)
+    room = drain.foreseen(moves, servers, drain.loads(client), host) if moves else {}
     if chosen.json and chosen.plan:
-        print(msgspec.json.encode([m._asdict() for m in moves]).decode())
+        print(msgspec.json.encode([m._asdict() | {"hosts_with_room": room.get(m.id)} for m in moves]).decode())
         return 0
     print(f"{host} has {len(moves)} server{'s' * (len(moves) != 1)}. It is disabled first, so that no other comes.")
     for m in moves:
-        print(f"  {m.name} ({m.id}) {drain.WORDS[m.way]}{f': {m.why}' if m.why else ''}")
+        print(f"  {m.name} ({m.id}) {drain.WORDS[m.way]}{f': {m.why}' if m.why else ''}{_room(room.get(m.id))}")
     if chosen.plan:
         return 0
     if not chosen.yes and input("Shall it be done? [y/N] ").strip().lower() not in ("y", "yes"):
@@ -295,6 +298,15 @@ def _drain(chosen: argparse.Namespace) -> int:
         cold=not chosen.live_only,
     )
     return drain.drained(do)
+
+
+def _room(hosts_: int | None) -> str:
+    """Of who moves: where it could go, as far as room goes."""
+    if hosts_ is None:
+        return ""
+    return (
+        f"; {hosts_} host{'s have' if hosts_ != 1 else ' has'} room for it" if hosts_ else "; no host has room for it"
+    )
 
 
 def _balance(chosen: argparse.Namespace) -> int:

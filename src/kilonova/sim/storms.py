@@ -476,7 +476,7 @@ def play(
     In every third cloud deleted servers can be restored.
     """
     patience = [step.patience_s for step in LONG]
-    sim = Sim(seed, faults, tell=tell, restorable_s=RESTORABLE_S if seed % 3 == 0 else 0)
+    sim = Sim(seed, faults, tell=tell, restorable_s=RESTORABLE_S if seed % 3 == 0 else 0, pooled=seed % 10 == 9)
     began = sim.now
     try:
         for round in itertools.count():

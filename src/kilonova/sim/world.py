@@ -41,12 +41,15 @@ from kilonova.kit.errors import Refused, Trouble, Unavailable
 from kilonova.kit.journal import RUNS, over
 from kilonova.kit.routes import Context
 from kilonova.model import options
+from kilonova.model.candidates import SHARES
 from kilonova.model.flavor import Flavor
+from kilonova.model.host import Stock
 from kilonova.model.machine import Machine
 from kilonova.scheduler.select import Scheduler
 from kilonova.sim.database import Memory
 from kilonova.sim.invariants import wrong
-from kilonova.store import catalog, quotas
+from kilonova.store import catalog, placement, providers, quotas
+from kilonova.store import hosts as book
 from kilonova.virt.sim import SimDriver, SimMachine, SimState, copies, copy, plugged, seated, shared, used
 
 BEGAN = 1_800_000_000.0
@@ -54,6 +57,7 @@ FLAVOR = Flavor("small", "small", 1, 1024, 10)
 LARGE = Flavor("large", "large", 2, 1536, 10)
 PINNED = Flavor("pinned", "pinned", 1, 1024, 10, extra_specs={"hw:cpu_policy": "dedicated"})
 URL = "http://cloud.sim"
+POOL = "70000000-0000-4000-8000-000000000007"
 PASSWORD = "of the simulator"
 MOST = 7  # servers of the only project
 QUIET = frozenset({"Report", "report", "turn"})  # these would drown the others
@@ -91,7 +95,7 @@ CALM = Faults(*[0.0] * 12)
 class Sim:
     """One cloud. `crash_at`: the one boundary at which somebody dies, counted from 1; 0: only by the dice.
 
-    `restorable_s`: so long a deleted server can be restored; 0: not at all.
+    `restorable_s`: so long a deleted server can be restored; 0: not at all. `pooled`: hosts get their disks of a pool.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Sim:
         hosts: int = 4,
         conductors: int = 2,
         restorable_s: int = 0,
+        pooled: bool = False,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self.dice, self.faults, self.tell_ = random.Random(seed), faults or Faults(), tell
@@ -157,6 +162,9 @@ class Sim:
         self.hosts = {f"h{i}": Host(self, f"h{i}") for i in range(hosts)}
         self.conductors = [ConductorProcess(self, f"c{i}") for i in range(conductors)]
         self.run(self.now + 30)  # hosts are met
+        if pooled:
+            with self.db.tx() as tx:
+                _pooled(tx, self.now)
 
     def close(self) -> None:
         self.db.abandon()
@@ -750,6 +758,17 @@ class _AsOurselves:
 
 
 # ---- the first moment, made once
+
+
+def _pooled(tx: Tx, now: float) -> None:
+    """All hosts but the last have their disks of a pool that they share, where there is not room for everybody."""
+    members = [n.uuid for n in book.nodes(tx)][:-1]
+    placement.offer(tx, POOL, "pool", [Stock("DISK_GB", 65)], {SHARES}, now=now)
+    for uuid in (POOL, *members):
+        placement.lock(tx, uuid, now)
+        providers.set_aggregates(tx, uuid, [POOL])
+    for uuid in members:
+        providers.drop_stocks(tx, uuid, ["DISK_GB"])
 
 
 def _volumes(
