@@ -6,11 +6,12 @@ import msgspec
 from msgspec import Meta
 
 from kilonova.api import capture_volumes
+from kilonova.api.allowance import allowance, at_most
 from kilonova.api.bodies import Digits, Metadata, Name
 from kilonova.api.registry import R, World, cause, the_server
 from kilonova.contracts.jobs import Capture
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Invalid, OverQuota
+from kilonova.kit.errors import Invalid
 from kilonova.kit.routes import Call, Reply
 from kilonova.kit.workflow import start
 from kilonova.model import capture
@@ -104,9 +105,9 @@ def _captured(
 
 def check_metadata(call: Call, metadata: dict[str, str]) -> None:
     """Raises OverQuota; since 2.39 that is the image service's business."""
-    most = call.world.config.quota.metadata_items
-    if call.version < 39 and len(metadata) > most >= 0:
-        raise OverQuota(f"Maximum number of metadata items exceeds {most}")
+    if call.version < 39:
+        said = f"Maximum number of metadata items exceeds {call.world.config.quota.metadata_items}"
+        at_most(allowance(call), "metadata_items", len(metadata), said)
 
 
 def new_image(call: Call, server: Server, name: str, **about: Any) -> str:

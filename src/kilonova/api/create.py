@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta, field
 
 from kilonova.api import boot_image, notices
+from kilonova.api.allowance import allowance, at_most
 from kilonova.api.bodies import (
     Base64,
     Boolish,
@@ -35,7 +36,7 @@ from kilonova.api.server_groups import hinted
 from kilonova.api.topology import made_of
 from kilonova.contracts.jobs import Build
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound, OverQuota
+from kilonova.kit.errors import Conflict, Forbidden, Invalid, NotFound
 from kilonova.kit.routes import Call, Reply
 from kilonova.kit.versions import only, required, since, until, was
 from kilonova.kit.workflow import start
@@ -47,6 +48,7 @@ from kilonova.model.machine import Keypair
 from kilonova.model.server import Image, Server, Wanted
 from kilonova.model.server_group import ServerGroup
 from kilonova.model.states import Task
+from kilonova.model.wants import amounts
 from kilonova.store import block_devices, catalog, quotas, server_groups, servers
 
 MORE_NETWORKS = "Multiple possible networks found, use a Network ID to be more specific."
@@ -212,8 +214,8 @@ def _plain_checks(call: Call, wish: Wish, most: int) -> None:
         address(wish.access_v6, 6, "accessIPv6")
     if wish.user_data is not None:
         decoded(wish.user_data, "user_data")
-    if len(wish.metadata) > config.quota.metadata_items >= 0:
-        raise OverQuota(f"Maximum number of metadata items exceeds {config.quota.metadata_items}")
+    most_ = config.quota.metadata_items
+    at_most(allowance(call), "metadata_items", len(wish.metadata), f"Maximum number of metadata items exceeds {most_}")
     if len(wish.tags) > 50:
         raise Invalid(
             f"Invalid input for field/attribute tags. Value: {len(wish.tags)} tags. The number of tags exceeded the per-server limit 50"
@@ -224,14 +226,15 @@ def _plain_checks(call: Call, wish: Wish, most: int) -> None:
 
 
 def check_files(call: Call, files: list[File]) -> None:
-    q = call.world.config.quota
-    if len(files) > q.injected_files >= 0:
-        raise OverQuota("Personality file limit exceeded")
+    if not files:
+        return
+    q, most = call.world.config.quota, allowance(call)
+    path = f"Personality file path exceeds maximum {q.injected_file_path_length}"
+    content = f"Personality file content exceeds maximum {q.injected_file_content_bytes}"
+    at_most(most, "injected_files", len(files), "Personality file limit exceeded")
     for f in files:
-        if len(f.path) > q.injected_file_path_length >= 0:
-            raise OverQuota(f"Personality file path exceeds maximum {q.injected_file_path_length}")
-        if len(decoded(f.contents, "contents")) > q.injected_file_content_bytes >= 0:
-            raise OverQuota(f"Personality file content exceeds maximum {q.injected_file_content_bytes}")
+        at_most(most, "injected_file_path_length", len(f.path), path)
+        at_most(most, "injected_file_content_bytes", len(decoded(f.contents, "contents")), content)
 
 
 # ---- gather: reads, changes nothing
@@ -436,13 +439,19 @@ def _wanted(call: Call, found: Found, least: int, most: int) -> dict[str, list[D
     if not found.devices:
         return {}
     world: World = call.world
-    c, f = call.context, found.flavor
+    c = call.context
     n = world.db.run(
-        quotas.claim, world.config.quota, c.project_id or "", c.user_id, f.vcpus, f.memory_mb, least, most
+        quotas.claim, allowance(call), c.project_id or "", c.user_id, _size(found), least, most
     )  # of how many there is a chance: it is claimed with what is recorded
     return {
         world.ids.uuid(): [msgspec.structs.replace(d, uuid=world.ids.uuid()) for d in found.devices] for _ in range(n)
     }
+
+
+def _size(found: Found) -> quotas.Size:
+    flavor, properties = found.flavor, found.image.properties
+    on_volume = any(d.is_volume and d.boot_index == 0 for d in found.devices)
+    return quotas.Size(flavor.vcpus, flavor.memory_mb, amounts(flavor, properties, volume_backed=on_volume))
 
 
 def _record(
@@ -460,16 +469,15 @@ def _record(
     now = world.clock.now()
     n = quotas.claim(
         tx,
-        world.config.quota,
+        allowance(call),
         call.context.project_id or "",
         call.context.user_id,
-        found.flavor.vcpus,
-        found.flavor.memory_mb,
+        _size(found),
         least,
         min(most, len(devices)) if devices else most,
     )
     if found.company is not None:
-        server_groups.join(tx, world.config.quota, found.company, call.context.user_id, n)
+        server_groups.join(tx, allowance(call), found.company, call.context.user_id, n)
     ready = list(devices.items())[:n] if devices else [(world.ids.uuid(), []) for _ in range(n)]
     block_devices.keep(tx, [d.uuid for _, own in ready for d in own if d.is_volume])
     reservation = f"r-{world.ids.hex()[:8]}"

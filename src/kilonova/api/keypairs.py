@@ -13,15 +13,17 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Meta
 
+from kilonova.api.allowance import allowance
 from kilonova.api.notices import told
 from kilonova.api.registry import R, next_link, page_limit
 from kilonova.kit.clock import iso_us
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Invalid, OverQuota
+from kilonova.kit.errors import Invalid
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, required, since, was
 from kilonova.model import notices as words
 from kilonova.store import catalog, quotas
+from kilonova.store.quotas import exceeded
 
 OldName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\s)[_\- a-zA-Z0-9]+(?<!\s)\Z")]
 NewName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\s)[_\-@. a-zA-Z0-9]+(?<!\s)\Z")]
@@ -94,10 +96,12 @@ def create(call: Call) -> dict[str, Any]:
     print_ = fingerprint(public, wish.type)
     key = catalog.Stored(0, user, wish.name, wish.type, print_, public, call.world.clock.now())
 
+    most = allowance(call)
+
     def record(tx: Tx) -> None:
-        allowed = quotas.limits(tx, call.world.config.quota, call.context.project_id or "", user)["key_pairs"]
-        if 0 <= allowed <= catalog.count_keypairs(tx, user):
-            raise OverQuota("Quota exceeded, too many key pairs.")
+        allowed = quotas.limits(tx, most, call.context.project_id or "", user)["key_pairs"]
+        if 0 <= allowed <= (used := catalog.count_keypairs(tx, user)):
+            raise exceeded(most, "key_pairs", 1, used, "Quota exceeded, too many key pairs.")
         catalog.add_keypair(tx, key)
         family = "create" if private else "import"
         of = lambda: words.keypair(user, key.name, key.type, key.fingerprint, key.public_key)

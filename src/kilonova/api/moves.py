@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, field
 
+from kilonova.api.allowance import allowance, allowance_of
 from kilonova.api.bodies import Boolish, DiskConfig, HostName, Yes, truth
 from kilonova.api.boot_image import GIB
 from kilonova.api.registry import R, World, cause, the_server, unlocked
@@ -37,6 +38,7 @@ class ResizeWish(msgspec.Struct, forbid_unknown_fields=True):
 @R.post(PATH, action="resize", ok=202, body=ResizeWish, policy="os_compute_api:servers:resize", late=True)
 def resize(call: Call, id: str) -> None:
     wish: ResizeWish = call.body
+    allowance_of(call, id)  # to have been asked, for within a transaction nobody is waited for
 
     def record(tx: Tx) -> str:
         before = the_server(call, tx, id)
@@ -132,8 +134,9 @@ def _leave(
     world: World = call.world
     now, old = world.clock.now(), server.flavor
     more = flavor.vcpus - old.vcpus, flavor.memory_mb - old.memory_mb
+    if flavor != old:
+        quotas.claim_more(tx, allowance(call, server.project_id), server, flavor)
     if max(more) > 0:
-        quotas.claim_more(tx, world.config.quota, server.project_id, server.user_id, *more)
         size = servers.sized(flavor, old)
         servers.change(tx, server.id, None, vcpus=size["vcpus"], memory_mb=size["memory_mb"])
     was = str(before.vm_state)

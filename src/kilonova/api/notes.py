@@ -7,16 +7,18 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Meta
 
+from kilonova.api.allowance import allowance_of
 from kilonova.api.bodies import Metadata, MetaKey, Tag
 from kilonova.api.notices import updated
 from kilonova.api.registry import R, World, known_server, link, the_server, unlocked
 from kilonova.api.views import addresses_of
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Conflict, Invalid, NotFound, OverQuota
+from kilonova.kit.errors import Conflict, Invalid, NotFound
 from kilonova.kit.routes import Call, Reply
 from kilonova.model.server import Server
 from kilonova.model.states import VM
 from kilonova.store import guests, quotas, servers
+from kilonova.store.quotas import exceeded
 
 AT_REST = (VM.active, VM.paused, VM.suspended, VM.stopped)  # states.md, section 3: metadata and tags are written there
 TAGS_MOST = 50
@@ -94,6 +96,7 @@ def _item(known: dict[str, str], key: str) -> str:
 def _write(call: Call, id: str, change: Any, doing: str = "update metadata") -> dict[str, str]:
     """`change` makes the new items of those there are; in one transaction that nobody else writes into."""
     world: World = call.world
+    whole = allowance_of(call, id)
 
     def record(tx: Tx) -> dict[str, str]:
         servers.held(tx, id)
@@ -103,9 +106,9 @@ def _write(call: Call, id: str, change: Any, doing: str = "update metadata") -> 
         if server.launched_at is None and server.vm_state in AT_REST:
             raise Conflict(f"Instance {id} is in an invalid state for '{doing}'")
         writable(server, doing)
-        most = quotas.limits(tx, world.config.quota, server.project_id, server.user_id)["metadata_items"]
+        most = quotas.limits(tx, whole, server.project_id, server.user_id)["metadata_items"]
         if len(items) > most >= 0 and len(items) > len(server.metadata):
-            raise OverQuota(f"Maximum number of metadata items exceeds {most}")
+            raise exceeded(whole, "metadata_items", len(items), 0, f"Maximum number of metadata items exceeds {most}")
         servers.change(tx, id, world.clock.now(), metadata=items)
         updated(call, tx, server, msgspec.structs.replace(server, metadata=items))
         return items

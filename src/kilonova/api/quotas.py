@@ -5,13 +5,16 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from kilonova.api.allowance import allowance
 from kilonova.api.bodies import Boolish, truth
 from kilonova.api.registry import R
 from kilonova.kit.db import Tx
 from kilonova.kit.errors import Forbidden, Invalid, Unavailable
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType, until
+from kilonova.model.limits import NAMES, Unified
 from kilonova.store import catalog, quotas, server_groups
+from kilonova.store.quotas import Most
 
 MAX = 2**31 - 1
 NETWORK = (
@@ -50,8 +53,9 @@ def limits(call: Call) -> dict[str, Any]:
         call.check(
             rule="os_compute_api:limits:other_project", target={"project_id": project, "user_id": call.context.user_id}
         )
+    most = allowance(call, project)
     with call.world.db.read() as tx:
-        allowed, used = quotas.limits(tx, call.world.config.quota, project), quotas.usage(tx, project)
+        allowed, used = _limits(tx, most, project), _counted(tx, most, project)
         groups = server_groups.count(tx, project)
     absolute = {
         "maxTotalInstances": allowed["instances"],
@@ -61,9 +65,9 @@ def limits(call: Call) -> dict[str, Any]:
         "maxServerMeta": allowed["metadata_items"],
         "maxServerGroups": allowed["server_groups"],
         "maxServerGroupMembers": allowed["server_group_members"],
-        "totalInstancesUsed": used.instances,
-        "totalCoresUsed": used.cores,
-        "totalRAMUsed": used.ram,
+        "totalInstancesUsed": used["instances"],
+        "totalCoresUsed": used["cores"],
+        "totalRAMUsed": used["ram"],
         "totalServerGroupsUsed": groups,
     }
     if call.version < 36:
@@ -117,10 +121,9 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
 def show(call: Call, id: str) -> dict[str, Any]:
     call.check({"project_id": id})
     _known(call, id)
+    most = allowance(call, id)
     with call.world.db.read() as tx:
-        return {
-            "quota_set": {"id": id} | shown(call.version, quotas.limits(tx, call.world.config.quota, id, _user(call)))
-        }
+        return {"quota_set": {"id": id} | shown(call.version, _limits(tx, most, id, _user(call)))}
 
 
 @R.get(
@@ -133,9 +136,9 @@ def show(call: Call, id: str) -> dict[str, Any]:
 def detail(call: Call, id: str) -> dict[str, Any]:
     call.check({"project_id": id})
     _known(call, id)
-    user = _user(call)
+    user, most = _user(call), allowance(call, id)
     with call.world.db.read() as tx:
-        allowed, used = shown(call.version, quotas.limits(tx, call.world.config.quota, id, user)), _used(tx, id, user)
+        allowed, used = shown(call.version, _limits(tx, most, id, user)), _used(tx, most, id, user)
     return {
         "quota_set": {"id": id} | {m: {"limit": n, "in_use": used.get(m, 0), "reserved": 0} for m, n in allowed.items()}
     }
@@ -147,8 +150,9 @@ def detail(call: Call, id: str) -> dict[str, Any]:
 def defaults(call: Call, id: str) -> dict[str, Any]:
     call.check({"project_id": id})
     _known(call, id)
+    most = allowance(call, "")
     with call.world.db.read() as tx:
-        return {"quota_set": {"id": id} | shown(call.version, quotas.limits(tx, call.world.config.quota, ""))}
+        return {"quota_set": {"id": id} | shown(call.version, _limits(tx, most, ""))}
 
 
 @R.put(
@@ -162,11 +166,13 @@ def defaults(call: Call, id: str) -> dict[str, Any]:
 def update(call: Call, id: str) -> dict[str, Any]:
     call.check({"project_id": id})
     _known(call, id)
-    wanted, user = _wanted(call.body.quota_set), _user(call)
+    wanted, user, most = _wanted(call.body.quota_set), _user(call), allowance(call, id)
 
     def record(tx: Tx) -> dict[str, int]:
+        if isinstance(most, Unified):
+            return most.shown()  # it was heard, and is not what holds
         if not truth(call.body.quota_set.force):
-            _at_least_what_is_used(tx, id, user, wanted)
+            _at_least_what_is_used(tx, most, id, user, wanted)
         if user:
             _at_most_the_projects(tx, call, id, user, wanted)
         quotas.set_limits(tx, id, wanted, user or "")
@@ -185,7 +191,8 @@ def update(call: Call, id: str) -> dict[str, Any]:
 )
 def delete(call: Call, id: str) -> None:
     call.check({"project_id": id})
-    call.world.db.run(quotas.forget_limits, id, _user(call))
+    if not call.world.config.unified_limits.enabled:
+        call.world.db.run(quotas.forget_limits, id, _user(call))
 
 
 def _known(call: Call, project: str) -> None:
@@ -201,8 +208,19 @@ def _user(call: Call) -> str | None:
     return call.query.user_id[-1] if call.query.user_id else None
 
 
-def _used(tx: Tx, project: str, user: str | None) -> dict[str, int]:
-    used = msgspec.structs.asdict(quotas.usage(tx, project, user))
+def _limits(tx: Tx, most: Most, project: str, user: str | None = None) -> dict[str, int]:
+    return most.shown() if isinstance(most, Unified) else quotas.limits(tx, most, project, user)
+
+
+def _counted(tx: Tx, most: Most, project: str, user: str | None = None) -> dict[str, int]:
+    if isinstance(most, Unified):
+        used = quotas.held(tx, project)
+        return {word: used.get(NAMES[word], 0) for word in COUNTED}
+    return msgspec.structs.asdict(quotas.usage(tx, project, user))
+
+
+def _used(tx: Tx, most: Most, project: str, user: str | None) -> dict[str, int]:
+    used = _counted(tx, most, project, user)
     used["server_groups"] = server_groups.count(tx, project, user)
     return used | ({"key_pairs": catalog.count_keypairs(tx, user)} if user else {})
 
@@ -219,8 +237,8 @@ def _wanted(wish: msgspec.Struct) -> dict[str, int]:
     return wanted
 
 
-def _at_least_what_is_used(tx: Tx, project: str, user: str | None, wanted: dict[str, int]) -> None:
-    used = _used(tx, project, user)
+def _at_least_what_is_used(tx: Tx, most: Most, project: str, user: str | None, wanted: dict[str, int]) -> None:
+    used = _used(tx, most, project, user)
     given = _given_to_users(tx, project) if user is None else {}
     for m, n in wanted.items():
         least = max(used.get(m, 0), given.get(m, 0))
@@ -273,6 +291,7 @@ class ClassBody(msgspec.Struct, forbid_unknown_fields=True):
 
 @R.get("/v2.1/os-quota-class-sets/{id}", policy="os_compute_api:os-quota-class-sets:show")
 def show_class(call: Call, id: str) -> dict[str, Any]:
+    allowance(call, "")  # asked here, for within a transaction nobody is waited for
     with call.world.db.read() as tx:
         return {"quota_class_set": {"id": id} | _of_class(call, tx, id)}
 
@@ -281,18 +300,22 @@ def show_class(call: Call, id: str) -> dict[str, Any]:
 def update_class(call: Call, id: str) -> dict[str, Any]:
     if len(id) > 58:
         raise Invalid("quota class names are at most 58 characters long")
-    wanted = _wanted(call.body.quota_class_set)
+    wanted, most = _wanted(call.body.quota_class_set), allowance(call, "")
 
     def record(tx: Tx) -> dict[str, int]:
-        quotas.set_limits(tx, f"class:{id}", wanted)
+        if not isinstance(most, Unified):
+            quotas.set_limits(tx, f"class:{id}", wanted)
         return _of_class(call, tx, id)
 
     return {"quota_class_set": call.world.db.run(record)}
 
 
 def _of_class(call: Call, tx: Tx, name: str) -> dict[str, int]:
-    configured = msgspec.structs.asdict(call.world.config.quota)
-    limits_ = configured | quotas.own_limits(tx, f"class:{name}")
+    most = allowance(call, "")
+    if isinstance(most, Unified):
+        limits_ = most.shown()
+    else:
+        limits_ = msgspec.structs.asdict(most) | quotas.own_limits(tx, f"class:{name}")
     groups = ("server_groups", "server_group_members")
     hidden = groups if call.version < 50 else NETWORK
     names = [*OTHERS, *NETWORK, *(FILES if call.version < 57 else ())]

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta, field
 
 from kilonova.api import boot_image, views
+from kilonova.api.allowance import allowance_of, at_most
 from kilonova.api.bodies import Base64, Boolish, DiskConfig, Metadata, Name, Text255, Uuid, address, dashed, decoded
 from kilonova.api.create import File, OneName, ShortName, check_files, hostname_of, keypair_of
 from kilonova.api.refusals import without_tpm
@@ -14,7 +15,7 @@ from kilonova.api.servers import about
 from kilonova.api.topology import same_topology
 from kilonova.contracts.jobs import Rebuild
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import Invalid, OverQuota
+from kilonova.kit.errors import Invalid
 from kilonova.kit.routes import Call, Reply
 from kilonova.kit.versions import UNSET, UnsetType, since, until, was
 from kilonova.kit.workflow import start
@@ -113,13 +114,13 @@ def rebuild(call: Call, id: str) -> Reply:
 
 def _facts(call: Call, wish: Wish, id: str) -> dict[str, Any]:
     """Columns of the row as they shall be, as far as the body alone tells. Raises Invalid, OverQuota."""
-    most = call.world.config.quota.metadata_items
     check_files(call, wish.personality)
     plain = {"name": wish.name, "description": wish.description, "disk_config": wish.disk_config,
              "metadata": wish.metadata, "user_data": wish.user_data, "trusted_certs": wish.certificates}  # fmt: skip
     facts: dict[str, Any] = {name: value for name, value in plain.items() if value is not UNSET}
-    if not isinstance(wish.metadata, UnsetType) and len(wish.metadata) > most >= 0:
-        raise OverQuota(f"Maximum number of metadata items exceeds {most}")
+    if not isinstance(wish.metadata, UnsetType):
+        sentence = f"Maximum number of metadata items exceeds {call.world.config.quota.metadata_items}"
+        at_most(allowance_of(call, id), "metadata_items", len(wish.metadata), sentence)
     if isinstance(wish.user_data, str):
         decoded(wish.user_data, "user_data")
     if isinstance(wish.certificates, list) and len(set(wish.certificates)) < len(wish.certificates):

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from kilonova.api.allowance import allowance
 from kilonova.api.bodies import Digits, Name
 from kilonova.api.notices import told
 from kilonova.api.registry import R, World
@@ -108,8 +109,10 @@ def create(call: Call) -> One:
         max_per_host=_most(wish),
     )
 
+    most = allowance(call)
+
     def record(tx: Tx) -> None:
-        server_groups.create(tx, world.config.quota, group, world.clock.now())
+        server_groups.create(tx, most, group, world.clock.now())
         told(call, tx, "server_group.create", of=lambda: words.server_group(group))
 
     world.db.run(record)

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta, field
 
 from kilonova.api import notices, views
+from kilonova.api.allowance import allowance_of
 from kilonova.api.bodies import DiskConfig, Name, Text255, address
 from kilonova.api.create import OneName, ShortName, hostname_of
 from kilonova.api.registry import R, World, cause, next_link, page_limit, the_server, unlocked
@@ -152,14 +153,14 @@ def force_delete(call: Call, id: str) -> None:
 def restore(call: Call, id: str) -> None:
     """What was soft-deleted counts again, so there must be room for it in the quota."""
     world: World = call.world
+    most = allowance_of(call, id)
 
     def record(tx: Tx) -> str:
         before = the_server(call, tx, id)
         if before.locked and not call.context.is_admin:
             raise Conflict(f"Instance {id} is in an invalid state for 'restore'")
         servers.check(before, VERBS["restore"])
-        f = before.flavor
-        quotas.claim(tx, world.config.quota, before.project_id, before.user_id, f.vcpus, f.memory_mb, 1, 1)
+        quotas.claim_again(tx, most, before)
         now = world.clock.now()
         job = Restore(servers.begin(tx, id, VERBS["restore"], now))
         return start(tx, "restore", job, id=world.ids.uuid(), subject=id, now=now, cause=cause(call, "restore"))

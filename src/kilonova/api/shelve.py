@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, field
 
+from kilonova.api.allowance import allowance_of
 from kilonova.api.bodies import Name
 from kilonova.api.capture import begun, new_image
 from kilonova.api.refusals import without_tpm
@@ -18,7 +19,7 @@ from kilonova.kit.workflow import start
 from kilonova.model import capture
 from kilonova.model.server import Server
 from kilonova.model.states import VERBS, VM
-from kilonova.store import servers, shares
+from kilonova.store import quotas, servers, shares
 
 PATH = "/v2.1/servers/{id}/action"
 
@@ -83,6 +84,7 @@ def unshelve(call: Call, id: str) -> None:
             "Invalid input for field/attribute unshelve. Value: {}. 'availability_zone' is a required property"
         )
     host = None if isinstance(wish.host, UnsetType) else wish.host
+    most = allowance_of(call, id)
 
     def record(tx: Tx) -> str:
         before = the_server(call, tx, id)
@@ -91,6 +93,8 @@ def unshelve(call: Call, id: str) -> None:
         unlocked(call, before)
         now = world.clock.now()
         server = servers.begin(tx, id, VERBS["unshelve"], now)
+        if server.host is None:
+            quotas.claim_room(tx, most, server)
         zone = _zone(call, before, wish, host)
         if zone != server.availability_zone:
             servers.change(tx, id, now, availability_zone=zone)

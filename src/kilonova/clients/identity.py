@@ -3,6 +3,8 @@
 import hashlib
 import logging
 
+import msgspec
+
 from kilonova.clients.session import Session, TokenBody, decoded, part
 from kilonova.kit.clock import Clock, parsed
 from kilonova.kit.errors import Forbidden, Invalid, NotFound, Unavailable, Unknown
@@ -51,6 +53,54 @@ class Identity:
         except (Forbidden, Unavailable) as e:
             logger.info("whether project %s exists cannot be told (%s)", id, e.why or e.said)
         return True
+
+    def limits(self, service_type: str, region: str, project_id: str = "") -> tuple[dict[str, int], dict[str, int]]:
+        """What holds for every project, and for this one instead, of the resources of a service. Raises Unavailable.
+
+        Limits of other regions are others'.
+        """
+        services = self.session.json("GET", "/v3/services", _Services, query={"type": service_type}).services
+        if not services:
+            return {}, {}
+        about = {"service_id": services[0].id}
+        every = self.session.json("GET", "/v3/registered_limits", _Registered, query=about).registered_limits
+        own: list[_Limit] = []
+        if project_id:
+            about |= {"project_id": project_id}
+            own = self.session.json("GET", "/v3/limits", _Limits, query=about).limits
+        return (
+            {x.resource_name: x.default_limit for x in _here(every, region)},
+            {x.resource_name: x.resource_limit for x in _here(own, region) if x.project_id == project_id},
+        )
+
+
+class _Service(msgspec.Struct):
+    id: str
+
+
+class _Services(msgspec.Struct):
+    services: list[_Service]
+
+
+class _Limit(msgspec.Struct):
+    resource_name: str
+    region_id: str | None = None
+    project_id: str | None = None
+    default_limit: int = -1
+    resource_limit: int = -1
+
+
+class _Registered(msgspec.Struct):
+    registered_limits: list[_Limit]
+
+
+class _Limits(msgspec.Struct):
+    limits: list[_Limit]
+
+
+def _here(limits: list[_Limit], region: str) -> list[_Limit]:
+    """Those of no region, and then those of ours, which say otherwise."""
+    return sorted((x for x in limits if x.region_id in (None, region)), key=lambda x: x.region_id is not None)
 
 
 class RemoteIdentity:

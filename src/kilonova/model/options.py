@@ -130,6 +130,22 @@ class Quota(Struct, frozen=True):
     injected_file_path_length: A[int, Meta(description="Length of its path.", ge=-1)] = 255
 
 
+class UnifiedLimits(Struct, frozen=True):
+    """Limits that the identity service keeps, in place of those in [quota] and of quota sets."""
+
+    enabled: A[
+        bool, Meta(description="Ask the identity service; quota sets show what it says, and change nothing.")
+    ] = False
+    resources: A[tuple[str, ...], Meta(description="Resources that the next option is about.")] = ("servers",)
+    strategy: A[
+        Literal["require", "ignore"],
+        Meta(
+            description="Of resources that have no registered limit: those that are named are refused and others are not "
+            "looked at (require), or the other way round (ignore)."
+        ),
+    ] = "require"
+
+
 class Compute(Struct, frozen=True):
     """A host that runs servers."""
 
@@ -819,6 +835,7 @@ class Config(Struct, frozen=True):
     bus: Bus = Bus()
     state: State = State()
     quota: Quota = Quota()
+    unified_limits: UnifiedLimits = UnifiedLimits()
     compute: Compute = Compute()
     evacuation: Evacuation = Evacuation()
     libvirt: Libvirt = Libvirt()

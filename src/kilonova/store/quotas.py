@@ -13,8 +13,12 @@ from kilonova.kit.db import Tx, meta, one_writer
 from kilonova.kit.errors import OverQuota
 from kilonova.kit.ready import ready
 from kilonova.model import options
+from kilonova.model.ask import amounts_of
+from kilonova.model.flavor import Flavor
+from kilonova.model.limits import NAMES, SERVERS, Unified
+from kilonova.model.server import Server
 from kilonova.model.states import VM, Task
-from kilonova.store import servers
+from kilonova.store import placement, servers
 
 LIMITS = sa.Table(
     "quota_limits",
@@ -31,6 +35,7 @@ LOCKS = sa.Table(
     sa.Column("n", sa.Integer, nullable=False),
 )
 DEFAULT_CLASS = "class:default"
+Most = options.Quota | Unified
 
 _t, _b = servers.T.c, sa.bindparam
 USED = ready(
@@ -66,8 +71,11 @@ def usage(tx: Tx, project_id: str, user_id: str | None = None) -> Usage:
     return Usage(n, int(cores or 0), int(ram or 0))
 
 
-def limits(tx: Tx, defaults: options.Quota, project_id: str, user_id: str | None = None) -> dict[str, int]:
-    """What holds: user's, else project's, else class default's, else the configuration's. -1 is no limit."""
+def limits(tx: Tx, defaults: Most, project_id: str, user_id: str | None = None) -> dict[str, int]:
+    """What holds: user's, else project's, else class default's, else the configuration's; or what the identity service
+    says. -1 is no limit."""
+    if isinstance(defaults, Unified):
+        return defaults.quotas()
     owners = [(DEFAULT_CLASS, ""), (project_id, "")] + ([(project_id, user_id)] if user_id else [])
     said: dict[tuple[str, str], dict[str, int]] = {}
     for r in tx.execute(SAID, {"the_owner": project_id}):
@@ -110,32 +118,67 @@ def forget_limits(tx: Tx, owner: str, user_id: str | None = None) -> None:
     tx.execute(sa.delete(LIMITS).where(*where))
 
 
-def claim(
-    tx: Tx, defaults: options.Quota, project_id: str, user_id: str, cores: int, ram_mb: int, least: int, most: int
-) -> int:
+class Size(msgspec.Struct, frozen=True):
+    """Of one server, as quotas count it; `amounts`: all that it takes, by resource class."""
+
+    cores: int
+    ram_mb: int
+    amounts: dict[str, int]
+
+
+def size_of(server: Server) -> Size:
+    return Size(server.flavor.vcpus, server.flavor.memory_mb, amounts_of(server))
+
+
+def claim(tx: Tx, defaults: Most, project_id: str, user_id: str, size: Size, least: int, most: int) -> int:
     """How many servers of this size may be made now: at most `most`, at least `least`. Raises OverQuota.
 
     Holds the project's lock until the transaction ends.
     """
     lock(tx, project_id)
+    if isinstance(defaults, Unified):
+        return _claim_unified(tx, defaults, {SERVERS: 1} | _by_class(size.amounts), least, most)
     fits = most
     for who in (None, user_id):
         own = own_limits(tx, project_id, user_id) if who else None
         if who and not own:
             continue
         allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)
-        fits = min(fits, *_rooms(allowed, used, cores, ram_mb))
+        fits = min(fits, *_rooms(allowed, used, size.cores, size.ram_mb))
         if fits < least:
-            raise _over(allowed, used, cores, ram_mb, most)
+            raise _over(allowed, used, size.cores, size.ram_mb, most)
     return fits
 
 
-def claim_more(tx: Tx, defaults: options.Quota, project_id: str, user_id: str, cores: int, ram_mb: int) -> None:
-    """May a server become larger by so much? What becomes less, or stays, is not asked about. Raises OverQuota.
+def claim_again(tx: Tx, defaults: Most, server: Server) -> None:
+    """A server that was not counted is to be counted again; what it holds of hosts it never gave back. Raises OverQuota."""
+    size = size_of(server)
+    if isinstance(defaults, Unified):
+        size = msgspec.structs.replace(size, amounts={})
+    claim(tx, defaults, server.project_id, server.user_id, size, 1, 1)
+
+
+def claim_room(tx: Tx, defaults: Most, server: Server) -> None:
+    """A server that is counted, and held nothing of any host, is to hold it again: only unified limits ask. Raises OverQuota."""
+    if isinstance(defaults, Unified):
+        lock(tx, server.project_id)
+        _claim_unified(tx, defaults, _by_class(amounts_of(server)), 1, 1)
+
+
+def claim_more(tx: Tx, defaults: Most, server: Server, flavor: Flavor) -> None:
+    """May a server have this flavor? What becomes less, or stays, is not asked about; by unified limits, there must be room
+    for all of it beside what it has. Raises OverQuota.
 
     Holds the project's lock until the transaction ends.
     """
-    cores, ram_mb = max(cores, 0), max(ram_mb, 0)
+    project_id, user_id, old = server.project_id, server.user_id, server.flavor
+    if isinstance(defaults, Unified):
+        lock(tx, project_id)
+        _claim_unified(tx, defaults, _by_class(amounts_of(msgspec.structs.replace(server, flavor=flavor))), 1, 1)
+        return
+    cores, ram_mb = max(flavor.vcpus - old.vcpus, 0), max(flavor.memory_mb - old.memory_mb, 0)
+    if not (cores or ram_mb):
+        return
     lock(tx, project_id)
     for who in (None, user_id):
         if who and not own_limits(tx, project_id, who):
@@ -145,6 +188,47 @@ def claim_more(tx: Tx, defaults: options.Quota, project_id: str, user_id: str, c
         over["ram"] = ram_mb > 0 and 0 <= allowed["ram"] < used.ram + ram_mb
         if any(over.values()):
             raise _exceeded([r for r, is_ in over.items() if is_], {"cores": cores, "ram": ram_mb}, used, allowed)
+
+
+def exceeded(most: Most, word: str, wanted: int, used: int, said: str) -> OverQuota:
+    """Too much of one thing, by the word of quota sets: in their words, or as unified limits say it."""
+    if isinstance(most, Unified):
+        name = NAMES[word]
+        return OverQuota(most.said([name], {name: used}, {name: wanted}))
+    return OverQuota(said)
+
+
+def _claim_unified(tx: Tx, most_: Unified, each: dict[str, int], least: int, most: int) -> int:
+    """How many times `each` there is room for."""
+    used, fits = held(tx, most_.project_id), most
+    for resource, n in each.items():
+        if n > 0 and (limit := most_.most(resource)) >= 0:
+            fits = min(fits, max(0, limit - used.get(resource, 0)) // n)
+    if fits < least:
+        wanted = {r: n * least for r, n in each.items()}
+        raise OverQuota(most_.said(most_.over(used, wanted), used, wanted))
+    return fits
+
+
+def held(tx: Tx, project_id: str) -> dict[str, int]:
+    """As unified limits count: servers; what the project holds of all hosts, and what builds will that have no host yet."""
+    found = _by_class(placement.usage(tx, project_id))
+    for row in tx.execute(BUILDING, {"the_project": project_id}).all():
+        for name, n in _by_class(amounts_of(servers.of(row))).items():
+            found[name] = found.get(name, 0) + n
+    return found | {SERVERS: usage(tx, project_id).instances}
+
+
+def _by_class(amounts: dict[str, int]) -> dict[str, int]:
+    return {f"class:{name}": n for name, n in amounts.items()}
+
+
+BUILDING = servers.SELECT.where(
+    _t.project_id == _b("the_project"),
+    _t.deleted_at.is_(None),
+    _t.vm_state == str(VM.building),
+    ~sa.exists().where(placement.CONSUMERS.c.uuid == _t.id),
+)
 
 
 def _rooms(allowed: dict[str, int], used: Usage, cores: int, ram_mb: int) -> list[int]:

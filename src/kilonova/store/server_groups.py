@@ -10,9 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
-from kilonova.kit.errors import Invalid, NoCapacity, NotFound, OverQuota
+from kilonova.kit.errors import Invalid, NoCapacity, NotFound
 from kilonova.kit.ready import each, ready
-from kilonova.model import options
+from kilonova.model.limits import Unified
 from kilonova.model.server import Server
 from kilonova.model.server_group import Company, ServerGroup, admits
 from kilonova.store import migrations, placement, quotas, servers
@@ -37,15 +37,15 @@ VIOLATED = {
 }
 
 
-def create(tx: Tx, defaults: options.Quota, group: ServerGroup, now: float) -> None:
+def create(tx: Tx, defaults: quotas.Most, group: ServerGroup, now: float) -> None:
     """Raises OverQuota where the project, or the user, has as many as it may."""
     quotas.lock(tx, group.project_id)
     for user in (None, group.user_id):
         if user is not None and not quotas.own_limits(tx, group.project_id, user):
             continue
         allowed = quotas.limits(tx, defaults, group.project_id, user)["server_groups"]
-        if 0 <= allowed <= count(tx, group.project_id, user):
-            raise OverQuota("Quota exceeded, too many server groups.")
+        if 0 <= allowed <= (used := count(tx, group.project_id, user)):
+            raise quotas.exceeded(defaults, "server_groups", 1, used, "Quota exceeded, too many server groups.")
     row = {f: getattr(group, f) for f in ServerGroup.__struct_fields__ if f != "members"}
     tx.execute(sa.insert(T), row | {"claims": 0, "created_at": now})
 
@@ -80,7 +80,7 @@ def count(tx: Tx, project_id: str, user_id: str | None = None) -> int:
     return int(tx.execute(query).scalar_one())
 
 
-def join(tx: Tx, defaults: options.Quota, group: ServerGroup, user_id: str, n: int) -> None:
+def join(tx: Tx, defaults: quotas.Most, group: ServerGroup, user_id: str, n: int) -> None:
     """`n` new servers of this user are to be members: is there room for them? Raises OverQuota, Invalid.
 
     Holds the group until the transaction ends.
@@ -89,9 +89,11 @@ def join(tx: Tx, defaults: options.Quota, group: ServerGroup, user_id: str, n: i
         raise Invalid(f"Instance group {group.id} could not be found.")
     allowed = quotas.limits(tx, defaults, group.project_id, user_id)["server_group_members"]
     s = servers.T.c
-    mine = sa.select(sa.func.count()).where(s.group_id == group.id, s.user_id == user_id, s.deleted_at.is_(None))
-    if 0 <= allowed < int(tx.execute(mine).scalar_one()) + n:
-        raise OverQuota("Quota exceeded, too many servers in group")
+    mine = sa.select(sa.func.count()).where(s.group_id == group.id, s.deleted_at.is_(None))
+    if not isinstance(defaults, Unified):
+        mine = mine.where(s.user_id == user_id)
+    if 0 <= allowed < (used := int(tx.execute(mine).scalar_one())) + n:
+        raise quotas.exceeded(defaults, "server_group_members", n, used, "Quota exceeded, too many servers in group")
 
 
 def company(tx: Tx, server: Server | str, group_id: str) -> Company | None:

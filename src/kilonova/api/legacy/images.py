@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, field
 
+from kilonova.api.allowance import allowance, at_most
 from kilonova.api.bodies import Metadata, MetaKey
 from kilonova.api.registry import R, link, links, next_link
 from kilonova.clients import ImageInfo
 from kilonova.clients.image import NAMED
 from kilonova.kit.clock import iso
-from kilonova.kit.errors import Forbidden, Invalid, NotFound, OverQuota
+from kilonova.kit.errors import Forbidden, Invalid, NotFound
 from kilonova.kit.routes import Call
 from kilonova.kit.versions import UNSET, UnsetType
 
@@ -211,9 +212,7 @@ def delete_metadata(call: Call, image_id: str, id: str) -> None:
 
 def _write(call: Call, image: ImageInfo, wanted: dict[str, str]) -> dict[str, str]:
     """Make its properties these, by as few changes as it takes. What has a name of its own at the image service is none."""
-    most = call.world.config.quota.metadata_items
-    if len(wanted) > most >= 0:
-        raise OverQuota("Image metadata limit exceeded")
+    at_most(allowance(call), "metadata_items", len(wanted), "Image metadata limit exceeded")
     if named := sorted(k for k in wanted if k in NAMED):
         raise Invalid(f"{named[0]} is no property of an image that may be set here.")
     patch: list[dict[str, Any]] = [

@@ -504,14 +504,12 @@ def unreserve(call: Call, id: str) -> Reply:
 
 @R.post(PATH, action="os-begin_detaching", body=Any, ok=202, policy=f"{ACTIONS}:begin_detaching", late=True)
 def begin_detaching(call: Call, id: str) -> Reply:
-    """A volume of several servers stays in-use: it is one of its attachments that ends."""
+    """Also of a volume of several servers: until that attachment has ended none of the others ends."""
     with call.world.db.tx() as tx:
         v = got_to_change(call, tx, id, f"{ACTIONS}:begin_detaching")
         if v.status != "in-use":
             raise invalid_volume(f"Volume {id} status must be in-use to detach it, but it is {v.status}.")
-        several = len(store.attachments_of(tx, [id]).get(id, [])) > 1
-        if not several:
-            store.change(tx, Volume, id, status="detaching", updated_at=call.world.clock.now())
+        store.change(tx, Volume, id, status="detaching", updated_at=call.world.clock.now())
     return Reply(None)
 
 
