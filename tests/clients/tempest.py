@@ -186,7 +186,7 @@ def configuration(cloud: Cloud, made: dict[str, str], directory: Path) -> str:
             conf.add_section(name)
         for option, value in options.items():
             conf.set(name, option, str(value))
-    (directory / "scenario.img").write_bytes(b"\0" * (1 << 20))
+    (directory / "scenario.img").write_bytes(b"a disk, and no archive".ljust(1 << 10, b".") * 1024)
     path = directory / "tempest.conf"
     with path.open("w") as f:
         conf.write(f)
