@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from kilonova.compute.agent import FACTS_EVERY
 from kilonova.model.options import Compute, Config
 from kilonova.store import block_devices
 from tests.cloud import tables
@@ -224,6 +225,19 @@ def test_what_a_stranger_reserved_is_not_ours_to_keep(cloud):
     detach(cloud, s, id)
 
 
+def test_who_says_too_late_that_a_volume_leaves(cloud):
+    """A conductor that stalled asks for it after the detachment was given up, and undone: the volume stays, and can go."""
+    s, id = cloud.boot(networks="none"), made(cloud)
+    attach(cloud, s, id)
+    cloud.neighbours.volume.begin_detaching(id)
+    assert cloud.mend("halfway") == [f"volume {id} was said to be leaving {s.id}"]
+    assert seen(cloud, id)["status"] == "in-use" and cloud.mend("halfway") == []
+    detach(cloud, s, id, settle=False)  # it is on its way now, and somebody is at it
+    assert cloud.mend("halfway") == []
+    cloud.settle()
+    assert seen(cloud, id)["status"] == "available"
+
+
 def test_a_request_that_dies_gives_back_what_it_took(cloud):
     s, id = cloud.boot(networks="none"), made(cloud)
     keep = block_devices.keep
@@ -245,14 +259,20 @@ def test_a_request_that_dies_gives_back_what_it_took(cloud):
     assert seen(cloud, id)["status"] == "available"
 
 
-def test_what_a_host_took_out_unheard_is_put_back(cloud):
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_a_host_took_out_unheard_is_put_back(cloud, moved):
     """It did as it was told, and was gone before anybody heard of it: the detachment was given up, and the volume is the server's."""
     s, id = cloud.boot(), made(cloud)
     attach(cloud, s, id)
+    if moved:
+        cloud.json("POST", f"/servers/{s.id}/action", {"migrate": None}, ok=202, token=cloud.admin)
+        cloud.settle()
+        assert s.status == "VERIFY_RESIZE"
     host = s.row.host
     cloud.driver(host).detach_volume(s.id, id, 0.0, True)
     assert used(s) == []
-    cloud.report()
+    for _ in range(FACTS_EVERY):  # in one of them it says all
+        cloud.report()
     cloud.settle()
     assert [v for _, v in used(s)] == [id]
     assert [a["volumeId"] for a in listed(cloud, s)] == [id]

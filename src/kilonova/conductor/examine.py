@@ -94,7 +94,7 @@ def mended(world: World, key: str) -> Found:
 
 MENDERS: list[Reconciler] = [
     watch.stuck, watch.claims, watch.counts, watch.undecided, watch.strays, watch.misplaced,
-    volumes.promises, volumes.loose, capture.unfinished, shares.open_doors,
+    volumes.promises, volumes.loose, volumes.halfway, capture.unfinished, shares.open_doors,
 ]  # fmt: skip
 
 
@@ -188,6 +188,8 @@ def _ports(world: World) -> Iterator[Finding]:
 def _volumes(world: World) -> Iterator[Finding]:
     for a in volumes.left_over(world):
         yield Finding("volume", a.volume_id, f"its attachment {a.id} was left of {a.server_id}", "loose")
+    for volume, server in volumes.staying(world):
+        yield Finding("volume", volume, f"is said to be leaving {server}, and nobody is at it", "halfway")
 
 
 def _shares(world: World) -> Iterator[Finding]:

@@ -296,4 +296,34 @@ def left_over(world: World) -> list[Attachment]:
     return found
 
 
-RECONCILERS = [promises, loose]
+@reconciler(every_s=300)
+def halfway(world: World) -> list[str]:
+    """Volumes that are said to be leaving a server of ours which nobody is at work on, and which keeps them: who said so
+    came after that had been taken back. They stay, and can be detached again."""
+    said = []
+    for volume, server in staying(world):
+        world.neighbours.volume.roll_detaching(volume)
+        said.append(f"volume {volume} was said to be leaving {server}")
+    return said
+
+
+def staying(world: World) -> list[tuple[str, str]]:
+    """(volume, server) of `halfway`."""
+    if not world.neighbours.volume.there:
+        return []
+    leaving = list(world.neighbours.volume.list(all_projects=True, status="detaching"))
+    of = {(v.id, a.server_id or "") for v in leaving for a in v.attachments}
+    with world.db.read() as tx:
+        known = servers.find(tx, {server for _, server in of})
+        at_work = compare.at_work(tx, {server for _, server in of})
+    return sorted(
+        (volume, server)
+        for volume, server in of
+        if server not in at_work
+        and (s := known.get(server)) is not None
+        and s.deleted_at is None
+        and any(d.volume_id == volume and not d.busy for d in s.devices)
+    )
+
+
+RECONCILERS = [promises, loose, halfway]

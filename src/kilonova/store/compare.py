@@ -176,7 +176,7 @@ FOUND = Among(lambda some: sa.select(*_columns, _t.host, _t.deleted_at).where(_t
 AT_WORK = Among(lambda some: sa.select(_r.subject).where(_r.subject.in_(some), _r.state == "running"))
 PLUGS = Among(lambda some: sa.select(_t.id, _t.plugs).where(_t.id.in_(some), _t.deleted_at.is_(None)))
 DEVICES = Among(lambda some: sa.select(_t.id, _t.devices).where(_t.id.in_(some), _t.deleted_at.is_(None)))
-_whole = each([VM.active, VM.stopped, VM.paused])
+_whole = each([VM.active, VM.stopped, VM.paused, VM.resized])
 SETTLED = Among(
     lambda some: sa.select(_t.id, _t.devices).where(
         _t.id.in_(some), _t.deleted_at.is_(None), _t.vm_state.in_(_whole), _t.task_state.is_(None)
