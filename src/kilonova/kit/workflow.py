@@ -481,7 +481,8 @@ class Engine:
     def _loaded(self, unit: "Unit", id: str) -> "Run":
         tx = unit.opened()
         row = tx.execute(RUN, {"the_id": id}).one()
-        steps: Any = tx.execute(journal.JOURNAL, {"the_id": id})
+        # The epoch moves with every commit: with the first taking there is no step yet.
+        steps: Any = tx.execute(journal.JOURNAL, {"the_id": id}) if row.epoch > 1 else ()
         return Run(self, unit, row, {s[1]: _stored(s) for s in steps})
 
     def _terms(self, id: str) -> dict[str, Any]:

@@ -76,10 +76,21 @@ def limits(tx: Tx, defaults: Most, project_id: str, user_id: str | None = None) 
     says. -1 is no limit."""
     if isinstance(defaults, Unified):
         return defaults.quotas()
-    owners = [(DEFAULT_CLASS, ""), (project_id, "")] + ([(project_id, user_id)] if user_id else [])
+    return _holding(_said(tx, project_id), defaults, project_id, user_id)
+
+
+def _said(tx: Tx, project_id: str) -> dict[tuple[str, str], dict[str, int]]:
+    """What was set, by (owner, user)."""
     said: dict[tuple[str, str], dict[str, int]] = {}
     for r in tx.execute(SAID, {"the_owner": project_id}):
         said.setdefault((r.owner, r.user_id), {})[r.resource] = r.hard_limit
+    return said
+
+
+def _holding(
+    said: dict[tuple[str, str], dict[str, int]], defaults: options.Quota, project_id: str, user_id: str | None
+) -> dict[str, int]:
+    owners = [(DEFAULT_CLASS, ""), (project_id, "")] + ([(project_id, user_id)] if user_id else [])
     found = {f: getattr(defaults, f) for f in options.Quota.__struct_fields__}
     for who in owners:
         found |= {k: v for k, v in said.get(who, {}).items() if k in found}
@@ -133,17 +144,20 @@ def size_of(server: Server) -> Size:
 def claim(tx: Tx, defaults: Most, project_id: str, user_id: str, size: Size, least: int, most: int) -> int:
     """How many servers of this size may be made now: at most `most`, at least `least`. Raises OverQuota.
 
-    Holds the project's lock until the transaction ends.
+    Holds the project's lock until the transaction ends; where nothing is limited nothing is counted, and nobody waits.
     """
-    lock(tx, project_id)
     if isinstance(defaults, Unified):
+        lock(tx, project_id)
         return _claim_unified(tx, defaults, {SERVERS: 1} | _by_class(size.amounts), least, most)
+    said = _said(tx, project_id)
+    asked = [None, user_id] if said.get((project_id, user_id)) else [None]
+    held = [(who, _holding(said, defaults, project_id, who)) for who in asked]
+    if all(allowed[r] < 0 for _, allowed in held for r in ("instances", "cores", "ram")):
+        return most
+    lock(tx, project_id)
     fits = most
-    for who in (None, user_id):
-        own = own_limits(tx, project_id, user_id) if who else None
-        if who and not own:
-            continue
-        allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)
+    for who, allowed in held:
+        used = usage(tx, project_id, who)
         fits = min(fits, *_rooms(allowed, used, size.cores, size.ram_mb))
         if fits < least:
             raise _over(allowed, used, size.cores, size.ram_mb, most)
