@@ -89,6 +89,8 @@ class Hosts:
         self.below: dict[int, Floats] = {}  # of classes that some of them have: what is left there, together
         self.pools: dict[str, Pool] = {}  # providers that share with rows
         self.sharers: dict[int, list[Pool]] = {}  # … by row
+        self.pool_of: Ints = np.zeros((n, 0), np.int64)  # … by number; one beyond the last: nobody
+        self.answers: dict[tuple[str, int, tuple[str, ...]], Bools] = {}  # of `fit_beside`, until a pool moves
         self.beside: dict[int, Floats] = {}  # of their classes: what is left of them for each row, together
         self.around: dict[str, Bools] = {}  # rows with a trait under or beside them
         self.cells = Cells(self)
@@ -115,11 +117,14 @@ class Hosts:
 
     def fit_beside(self, name: str, n: int, forbidden: Collection[str] = ()) -> Bools:
         """Rows with whom somebody shares so much of it, who has none of these traits."""
-        fits = np.zeros(self.n, bool)
-        for pool in self.pools.values():
-            if pool.fits(name, n) and self.marks[pool.uuid].isdisjoint(forbidden):
-                fits[pool.rows] = True
-        return fits
+        asked = name, n, tuple(forbidden)
+        if (found := self.answers.get(asked)) is None:
+            fits = [b.fits(name, n) and self.marks[b.uuid].isdisjoint(forbidden) for b in self.pools.values()]
+            each, found = np.asarray([*fits, False]), np.zeros(self.n, bool)
+            for column in self.pool_of.T:
+                found |= each[column]
+            self.answers[asked] = found
+        return found
 
     def nested(self, ask: Ask) -> bool:
         """Is it a question which providers serve this?"""
@@ -400,20 +405,23 @@ class Hosts:
     def _shared(self, tx: Tx) -> None:
         """With whom those who share do so, and what is where around a host."""
         self.sharers = {}
+        members: dict[str, set[int]] = {}
         if self.pools:
             of = self.row | {uuid: row for row, some in self.children.items() for uuid in some}
-            members: dict[str, set[int]] = {}
             for pool, provider in placement.shared(tx):
                 row = of.get(provider)
                 if row is not None and of.get(pool) != row:  # within its tree it is one of the tree
                     members.setdefault(pool, set()).add(row)
+            self.pools = {uuid: self.pools[uuid] for uuid in sorted(members)}
             for uuid, rows in sorted(members.items()):
-                self.pools[uuid].rows = np.asarray(sorted(rows), np.int64)
                 for row in rows:
                     self.sharers.setdefault(row, []).append(self.pools[uuid])
-            self.pools = {uuid: self.pools[uuid] for uuid in sorted(members)}
-        self.around = {}
-        there = {b.uuid: b.rows.tolist() for b in self.pools.values()}
+        self.around, nobody = {}, len(self.pools)
+        there = {uuid: sorted(rows) for uuid, rows in members.items()}
+        self.pool_of = np.full((self.n, max(map(len, self.sharers.values()), default=0)), nobody, np.int64, order="F")
+        number = {uuid: i for i, uuid in enumerate(self.pools)}
+        for row, mine in self.sharers.items():
+            self.pool_of[row, : len(mine)] = [number[b.uuid] for b in mine]
         there |= {uuid: [*there.get(uuid, ()), row] for row, some in self.children.items() for uuid in some}
         for uuid, rows_ in there.items():
             for t in self.marks.get(uuid, ()):
@@ -423,12 +431,14 @@ class Hosts:
 
     def _summed_beside(self, i: int, name: str) -> None:
         """What is left of a class with those who share it."""
-        if not any(name in b.inventories for b in self.pools.values()):
+        self.answers.clear()
+        if any(name in b.inventories for b in self.pools.values()):
+            each, left = np.asarray([*(b.left(name) for b in self.pools.values()), 0.0]), np.zeros(self.n)
+            for column in self.pool_of.T:
+                left += each[column]
+            self.beside[i] = left
+        else:
             self.beside.pop(i, None)
-            return
-        left = self.beside[i] = np.zeros(self.n)
-        for b in self.pools.values():
-            left[b.rows] += b.left(name)
 
     def _summed(self, row: int) -> None:
         """What is left under this row."""
@@ -474,17 +484,17 @@ class Child:
 class Pool:
     """A provider that shares with hosts, as it was read last. `pending`: what was chosen of it and is not claimed yet."""
 
-    __slots__ = ("generation", "inventories", "pending", "rows", "uuid")
+    __slots__ = ("generation", "inventories", "pending", "uuid")
 
     def __init__(self, uuid: str) -> None:
         self.uuid, self.generation = uuid, -1
-        self.rows: Ints = np.zeros(0, np.int64)
         self.inventories: dict[str, Inventory] = {}
         self.pending: dict[str, int] = {}
 
     def fits(self, name: str, n: int) -> bool:
+        """As `Inventory.fits`, with what is pending."""
         i = self.inventories.get(name)
-        return i is not None and i._replace(used=i.used + self.pending.get(name, 0)).fits(n)
+        return i is not None and self.left(name) >= n and i.min_unit <= n <= i.max_unit and n % i.step_size == 0
 
     def left(self, name: str) -> float:
         if (i := self.inventories.get(name)) is None:

@@ -180,8 +180,8 @@ def devices(hosts: Hosts, ask: Ask, view: View) -> Bools | EllipsisType:
     if not hosts.nested(ask):
         return ...
     query = served(ask)
-    fits, there = np.ones(hosts.n, bool), _room(hosts, ask) & ~_plain(hosts, ask)
-    for row in np.flatnonzero(there).tolist():
+    fits = hosts.somewhere(ask.required)
+    for row in np.flatnonzero(fits & _room(hosts, ask) & ~_plain(hosts, ask)).tolist():
         fits[row] = (
             next(within(hosts.tree(row, _traits_of(query)), query, hosts.places[row].provider), None) is not None
         )
