@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from builds import Bench, Client
 
 from kilonova.kit.clock import iso
+from kilonova.kit.memory import built
 from kilonova.model.devices import Device
 from kilonova.store import servers
 from kilonova.store.servers import T
@@ -28,7 +29,8 @@ PROJECTS, EVERY_S = 20, 10.0  # a server is made every so many seconds
 
 def main(n: int) -> None:
     with tempfile.TemporaryDirectory(prefix="kilonova-lists-") as directory:
-        bench = Bench(Path(directory), None)
+        with built():  # as `up` does
+            bench = Bench(Path(directory), None)
         bench.start()
         client = Client(bench.port)
         image = client.prepare()

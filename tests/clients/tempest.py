@@ -62,6 +62,9 @@ FEATURES = {  # of simulated hosts: all that the API can do, and no guest that a
     "nova_policy_roles": "admin,manager,member,reader",
 }
 
+# Nobody answers who is asked for over the network: that takes no two minutes to know.
+PATIENCE = {"ping_timeout": 3, "connect_timeout": 3, "ssh_timeout": 3}
+
 
 class Cloud:
     """`kilonova up` on simulated hosts."""
@@ -172,7 +175,7 @@ def configuration(cloud: Cloud, made: dict[str, str], directory: Path) -> str:
             "horizon": False,
         },
         "scenario": {"img_file": directory / "scenario.img", "img_disk_format": "raw", "dhcp_client": ""},
-        "validation": {"run_validation": False, "connect_method": "fixed"},
+        "validation": {"run_validation": False, "connect_method": "fixed", **PATIENCE},
         "volume": {
             "volume_type_multiattach": "multiattach",
             "build_timeout": 60,
