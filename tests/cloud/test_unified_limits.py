@@ -183,5 +183,5 @@ def test_nothing_is_made_while_the_identity_service_cannot_say(cloud, monkeypatc
     def away(*args, **more):
         raise Unavailable("The identity service is not available.")
 
-    monkeypatch.setattr(cloud.neighbours.identity.session, "json", away)
+    monkeypatch.setattr(cloud.neighbours.identity.system, "json", away)
     cloud.json("POST", "/servers", wish(cloud), ok=503)

@@ -11,6 +11,8 @@ Where `token` is None a neighbour is asked in our own name (`Account`), else in 
 
 from dataclasses import dataclass
 
+import msgspec
+
 from kilonova.clients.carriers import Absent, Answer, Carrier, Chunks, Inside, Outside
 from kilonova.clients.compute import Compute
 from kilonova.clients.identity import Identity, RemoteIdentity
@@ -60,12 +62,13 @@ def neighbours(
 ) -> Neighbours:
     """All neighbours, with one account of our own for them. A cloud may be without volumes and shares."""
     account = Account(identity, login, clock)
+    system = Account(identity, msgspec.structs.replace(login, system=True), clock)
 
     def session(name: str, carrier: Carrier, *, vouch: bool = False) -> Session:
         return Session(name, carrier, clock, account, vouch=vouch)
 
     return Neighbours(
-        Identity(session("identity", identity)),
+        Identity(session("identity", identity), Session("identity", identity, clock, system)),
         Image(session("image", image)),
         Network(session("network", network)),
         Volumes(session("block-storage", volume or Absent("block-storage"), vouch=True)),

@@ -19,8 +19,9 @@ CONTEXT_S = 300.0
 class Identity:
     """The identity service (Identity API v3), as a service asks it."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, system: Session | None = None) -> None:
+        """`system`: in whose name limits are read; projects see their own only."""
+        self.session, self.system = session, system or session
 
     def authenticate(self, token: str) -> Context:
         """Who has this token. Raises Unknown where it is not good (any more), Unavailable."""
@@ -59,15 +60,15 @@ class Identity:
 
         Limits of other regions are others'.
         """
-        services = self.session.json("GET", "/v3/services", _Services, query={"type": service_type}).services
+        services = self.system.json("GET", "/v3/services", _Services, query={"type": service_type}).services
         if not services:
             return {}, {}
         about = {"service_id": services[0].id}
-        every = self.session.json("GET", "/v3/registered_limits", _Registered, query=about).registered_limits
+        every = self.system.json("GET", "/v3/registered_limits", _Registered, query=about).registered_limits
         own: list[_Limit] = []
         if project_id:
             about |= {"project_id": project_id}
-            own = self.session.json("GET", "/v3/limits", _Limits, query=about).limits
+            own = self.system.json("GET", "/v3/limits", _Limits, query=about).limits
         return (
             {x.resource_name: x.default_limit for x in _here(every, region)},
             {x.resource_name: x.resource_limit for x in _here(own, region) if x.project_id == project_id},

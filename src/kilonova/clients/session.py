@@ -40,13 +40,14 @@ SERVICE_USER = "kilonova"  # our own account, where identity is our own
 
 
 class Login(msgspec.Struct, frozen=True):
-    """Our own account at identity. Domains by name."""
+    """Our own account at identity. Domains by name. `system`: for the whole of it, and not for a project."""
 
     username: str
     password: str
     project_name: str = "service"
     user_domain: str = "Default"
     project_domain: str = "Default"
+    system: bool = False
 
     def __repr__(self) -> str:
         return f"Login({self.username})"
@@ -70,7 +71,8 @@ class Account:
     def _renew(self) -> None:
         login = self.login
         user = {"name": login.username, "domain": {"name": login.user_domain}, "password": login.password}
-        scope = {"project": {"name": login.project_name, "domain": {"name": login.project_domain}}}
+        scope: dict[str, Any] = {"project": {"name": login.project_name, "domain": {"name": login.project_domain}}}
+        scope = {"system": {"all": True}} if login.system else scope
         wish = {"auth": {"identity": {"methods": ["password"], "password": {"user": user}}, "scope": scope}}
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         answer = self.identity.send("POST", "/v3/auth/tokens?nocatalog", headers, msgspec.json.encode(wish))

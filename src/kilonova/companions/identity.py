@@ -157,6 +157,7 @@ def _first_rows(tx: Tx, door: Door, secrets: dict[str, str], own: str) -> First:
         ("admin", "system", store.SYSTEM, "admin"),
         (SERVICE_USER, "project", project["service"], "admin"),
         (SERVICE_USER, "project", project["service"], "service"),
+        (SERVICE_USER, "system", store.SYSTEM, "reader"),  # who reads limits of all projects
     ]
     for who, target, where, what in grants:
         store.grant(tx, Grant("user", user[who], target, where, role[what]))
