@@ -9,7 +9,7 @@ from typing import Any
 from kilonova.conductor import create, evacuate, live_migrate, resize
 from kilonova.kit.errors import Conflict, Invalid, NotFound, OverQuota
 from kilonova.kit.workflow import Step
-from kilonova.sim.world import CALM, FLAVOR, LARGE, PINNED, Api, Faults, Sim
+from kilonova.sim.world import CALM, CROWDED, FLAVOR, LARGE, PINNED, Api, Faults, Sim
 from kilonova.store import servers
 
 VERBS: list[tuple[str, Any]] = [
@@ -27,7 +27,7 @@ VERBS: list[tuple[str, Any]] = [
     ("changePassword", {"adminPass": "of the guest"}),
     ("trigger_crash_dump", None),
 ]
-CALAMITIES = ["", "", "broker", "database", "cut off", "stopped", "without disk"]
+CALAMITIES = ["", "", "broker", "database", "companions", "cut off", "stopped", "without disk"]
 # There and back again.
 ERRANDS: list[list[tuple[str, Any]]] = [
     [("shelve", None), ("unshelve", None)],
@@ -281,12 +281,30 @@ def storm(sim: Sim, round: int = 0) -> None:
             user.later(ends, user.delete, name)
             if sim.config.compute.reclaim_interval_s:
                 second_thoughts(sim, user, name, ends)
+    for n in range(sim.dice.randrange(3) + 2 * (sim.faults is CROWDED)):
+        rush(sim, user, f"r{round}-{n}", sim.dice.uniform(20, 200))
     for _ in range(4):
         user.later(sim.dice.uniform(60, 300), user.evacuate)
     user.later(sim.dice.uniform(0, 200), user.precache)
     if calamity := sim.dice.choice(CALAMITIES):
         sim.at(sim.dice.uniform(20, 250), sim.calamity, calamity, sim.dice.choice([sim.dice.uniform(2, 15), 40, 120]))
     sim.run(sim.now + 300)
+
+
+def rush(sim: Sim, user: User, name: str, at: float) -> None:
+    """Several want the same at the same moment: the last of a quota, a place beside or apart from each other, one volume."""
+    group = sim.dice.choice([None, "anti-affinity", "affinity"])
+    names = [f"{name}{letter}" for letter in "abcd"]
+    for one in names:
+        user.later(at + sim.dice.uniform(0, 0.3), user.create, one, group)
+    later = at + sim.dice.uniform(20, 60)
+    for one in names:
+        user.later(later + sim.dice.uniform(0, 0.3), user.attach_volume, one)
+    for verb, said in sim.dice.sample(VERBS, 2):
+        user.later(later + sim.dice.uniform(30, 30.3), user.act, names[0], verb, said)
+    for one in names:
+        if sim.dice.random() < 0.4:
+            user.later(later + sim.dice.uniform(0, 120), user.delete, one)
 
 
 def journey(sim: Sim, user: User, name: str, at: float) -> None:
@@ -473,9 +491,10 @@ def play(
 ) -> tuple[list[str], Sim]:
     """Storm after storm, each settled and judged, for so many hours of virtual time; one at least.
 
-    In every third cloud deleted servers can be restored.
+    In every third cloud deleted servers can be restored; in every fourth transactions are in each other's way all the time.
     """
     patience = [step.patience_s for step in LONG]
+    faults = faults or (CROWDED if seed % 4 == 1 else None)
     sim = Sim(seed, faults, tell=tell, restorable_s=RESTORABLE_S if seed % 3 == 0 else 0, pooled=seed % 10 == 9)
     began = sim.now
     try:

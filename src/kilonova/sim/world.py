@@ -86,10 +86,12 @@ class Faults(msgspec.Struct, frozen=True):
     unavailable: float = 0.1  # of neighbours, before they act or after
     for_good: float = 0.1  # of a host's crashes
     power_cut: float = 0.2  # of a host's crashes: its guests are off as well
+    fallen: float = 0.012  # of transactions of companions, after which they are no more
     between: float = 0.06  # of statements in a transaction, before which others have their turn
 
 
-CALM = Faults(*[0.0] * 12)
+CALM = Faults(*[0.0] * 13)
+CROWDED = Faults(between=0.3, pause=0.05, slow=0.02)  # all come at once: who looks first and takes then is found out
 
 
 class Sim:
@@ -121,7 +123,7 @@ class Sim:
         self.config = msgspec.structs.replace(
             CONFIG, compute=msgspec.structs.replace(CONFIG.compute, reclaim_interval_s=restorable_s)
         )
-        self.gone = {"broker": 0.0, "database": 0.0}  # until when
+        self.gone = {"broker": 0.0, "database": 0.0, "companions": 0.0}  # until when
         self.wrong: list[str] = []
         self.where, self.crashes, self.history = "?", 0, hashlib.sha256()
         self.patience: dict[Any, float] = {}
@@ -133,22 +135,7 @@ class Sim:
         self.db.restore(template.rows)
         self.db.dice, self.db.between, self.db.wait = self.dice, self._between, self._until
         self.db.sleep = self.pause  # type: ignore[assignment]
-        clock = SimClock(self, None)
-        self.realm = identity.open_realm(self.db, clock, self.ids, QUICK, self.directory)
-        self.images = image.open_store(self.db, clock, self.ids, options.Image(), self.directory / "images")
-        self.networks = network.World(self.db, clock, self.ids, options.Network())
-        self.services = {
-            "identity": identity.service(self.realm),
-            "image": image.service(self.images, self.realm.gate),
-            "network": network.make_service(self.networks, self.realm.gate),
-        }
-        self.volumes = _volumes(self.db, clock, self.ids, self.directory, self.services, self.realm.gate)
-        self.services["volume"] = volume.make_service(self.volumes)
-        shares = share.open_store(
-            self.db, clock, self.ids, options.Share(), self.directory / "shares", authenticate=self.realm.gate
-        )
-        self.services["share"] = share.make_service(shares)
-        self.at(30, self._storage_goes_on)
+        self.companions = Companions(self, "companions")
         with self.db.read() as tx:
             self.user = Context(
                 **msgspec.json.decode((self.directory / "user.json").read_bytes())
@@ -171,15 +158,10 @@ class Sim:
         _spare.append(self.db)
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _storage_goes_on(self) -> None:
-        """As the service does now and then: who asked it may have died while it was at work."""
-        volume.resume(self.volumes)
-        self.at(30, self._storage_goes_on)
-
     # -- calamities: they last a while, and all are over when the storm is
 
     def calamity(self, what: str, seconds: float) -> None:
-        """The broker or the database is gone; or one of those who take part is cut off, stopped, or has no disk left."""
+        """The broker, the database or what companions there are is gone; or one of those who take part is cut off, stopped, or has no disk left."""
         until = self.now + seconds
         if what in self.gone:
             self.tell(f"the {what} is gone for {seconds:.0f} s")
@@ -418,16 +400,19 @@ class SimCarrier:
 
     def __init__(self, process: "Process", name: str) -> None:
         self.process, self.name = process, name
-        self.inside = Inside(process.sim.services[name], f"{URL}/{name}")
 
     def send(self, method: str, path: str, headers: Mapping[str, str], body: Any) -> Answer:
         sim, what = self.process.sim, f"{method} {self.name}"
         acts = method != "GET" and self.name != "identity"
         if acts:
             sim.boundary(self.process, f"before {what}")
-        if sim.chance("unavailable") or sim.lacks("database") or self.process.until["cut off"] > sim.now:
+        gone = not sim.companions.up or sim.lacks("companions") or sim.lacks("database")
+        if sim.chance("unavailable") or gone or self.process.until["cut off"] > sim.now:
             raise Unavailable(f"The {self.name} service does not answer.")
-        answer = self.inside.send(method, path, headers, body)
+        try:
+            answer = sim.companions.doors[self.name].send(method, path, headers, body)
+        except Crash:  # theirs, in the middle of it
+            raise Unavailable(f"The {self.name} service does not answer any more; it may have done it.") from None
         if sim.chance("unavailable"):
             raise Unavailable(f"The {self.name} service does not answer; it may have done it.")
         if acts:
@@ -474,7 +459,7 @@ class Process:
 
     def near(self, clock: Clock) -> Neighbours:
         """Whom this process asks, as it sees them."""
-        carriers: Any = {name: SimCarrier(self, name) for name in self.sim.services}
+        carriers: Any = {name: SimCarrier(self, name) for name in self.sim.companions.services}
         password = (self.sim.directory / "service-password").read_text().strip()
         return neighbours(clock, Login(SERVICE_USER, password), **carriers)
 
@@ -524,6 +509,66 @@ class Process:
                 self.go(turn)
 
         self.sim.at(self.sim.dice.uniform(0, seconds), again)
+
+
+class Companions(Process):
+    """Identity, images, networks, volumes and shares of our own, in a process that may die in the middle of a request."""
+
+    kind = "companions"
+
+    def begin(self) -> None:
+        sim, clock, again = self.sim, SimClock(self.sim, None), self.life > 0
+        db: Any = CompanionsDb(self)
+        realm = identity.open_realm(db, clock, sim.ids, QUICK, sim.directory)
+        images = image.open_store(db, clock, sim.ids, options.Image(), sim.directory / "images")
+        self.services: dict[str, Any] = {
+            "identity": identity.service(realm),
+            "image": image.service(images, realm.gate),
+            "network": network.make_service(network.World(db, clock, sim.ids, options.Network()), realm.gate),
+        }
+        volumes = _volumes(db, clock, sim.ids, sim.directory, self.services, realm.gate)
+        shares = share.open_store(
+            db, clock, sim.ids, options.Share(), sim.directory / "shares", authenticate=realm.gate
+        )
+        self.services |= {"volume": volume.make_service(volumes), "share": share.make_service(shares)}
+        self.doors = {name: Inside(service, f"{URL}/{name}") for name, service in self.services.items()}
+        if again:
+            self.go(self._recover, images, volumes, shares)
+        self.every(30, lambda: volume.resume(volumes), "companions")  # who asked may have died while it was at work
+
+    def _recover(self, images: Any, volumes: Any, shares: Any) -> None:
+        image.recover(images)
+        volume.recover(volumes)
+        share.recover(shares)
+
+    def mortal(self) -> None:
+        """A moment in which it may die, whoever's request it is at."""
+        sim = self.sim
+        if greenlet.getcurrent() is not sim.hub and sim.chance("fallen"):
+            sim.crashes += 1
+            sim.tell(f"{self.name} crash, {sim.where}")
+            self.life, self.up = self.life + 1, False
+            sim.at(sim.dice.choice([1, 5, 20]), self.start)
+            raise Crash
+
+
+class CompanionsDb:
+    """The database as they see it: they may die after each of their transactions."""
+
+    def __init__(self, process: Companions) -> None:
+        self.process, self.inner = process, process.sim.db
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @contextmanager
+    def tx(self) -> Iterator[Tx]:
+        with self.inner.tx() as tx:
+            yield tx
+        self.process.mortal()
+
+    run: Any = Db.run
+    look: Any = Db.look
 
 
 class ConductorProcess(Process):
