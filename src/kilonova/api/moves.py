@@ -47,7 +47,7 @@ def resize(call: Call, id: str) -> None:
         if not isinstance(wish.disk_config, UnsetType):
             servers.change(tx, id, call.world.clock.now(), disk_config=wish.disk_config)
         same = bool(call.world.config.compute.allow_resize_to_same_host)
-        return _leave(call, tx, server, before, "resize", Kind.resize, flavor, same_host=same)
+        return _leave(call, tx, server, "resize", Kind.resize, flavor, same_host=same)
 
     call.world.wake(call.world.db.run(record))
 
@@ -103,16 +103,16 @@ def migrate(call: Call, id: str) -> None:
         before = the_server(call, tx, id, rule=rule)
         server = _taken(call, tx, before, "migrate")
         _known_and_other(call, server, host)
-        return _leave(call, tx, server, before, "migrate", Kind.migration, server.flavor, host=host)
+        return _leave(call, tx, server, "migrate", Kind.migration, server.flavor, host=host)
 
     call.world.wake(call.world.db.run(record))
 
 
 def _taken(call: Call, tx: Tx, before: Server, verb: str) -> Server:
-    """Shares, lock, state, and whether its host can let it go. Raises Conflict."""
-    shares.unshared(tx, before, VERBS[verb])
+    """Lock, state, shares, and whether its host can let it go. Raises Conflict."""
     unlocked(call, before)
     server = servers.begin(tx, before.id, VERBS[verb], call.world.clock.now())
+    shares.unshared(tx, server, VERBS[verb])
     if not call.world.hosts.up(server.host):
         raise Conflict(DOWN, why=f"{server.host} is down")
     return server
@@ -122,7 +122,6 @@ def _leave(
     call: Call,
     tx: Tx,
     server: Server,
-    before: Server,
     verb: str,
     kind: Kind,
     flavor: Flavor,
@@ -139,7 +138,7 @@ def _leave(
     if max(more) > 0:
         size = servers.sized(flavor, old)
         servers.change(tx, server.id, None, vcpus=size["vcpus"], memory_mb=size["memory_mb"])
-    was = str(before.vm_state)
+    was = str(server.vm_state)  # as it was taken: what was read before may be old
     uuid = migrations.begin(
         tx, server, kind, Status.pre_migrating, uuid=world.ids.uuid(), now=now, was=was, flavor=flavor
     )
@@ -184,9 +183,9 @@ def migrate_live(call: Call, id: str) -> None:
 
     def record(tx: Tx) -> str:
         before = the_server(call, tx, id, rule=rule)
-        shares.unshared(tx, before, VERBS["live_migrate"])
         unlocked(call, before)
         server = servers.begin(tx, id, VERBS["live_migrate"], call.world.clock.now())
+        shares.unshared(tx, server, VERBS["live_migrate"])
         if server.power_state not in (PowerState.running, PowerState.paused):
             raise Conflict(f"Cannot 'os-migrateLive' instance {id} while it is in power_state {server.power_state}")
         _known_and_other(call, server, wish.host)
@@ -194,14 +193,14 @@ def migrate_live(call: Call, id: str) -> None:
             for host in (server.host, wish.host):
                 if host is not None and not call.world.hosts.up(host):
                     raise Invalid(f"Compute service of {host} is unavailable at this time.")
-        return _go(call, tx, server, before, wish, forced or (bool(wish.host) and call.version < 30))
+        return _go(call, tx, server, wish, forced or (bool(wish.host) and call.version < 30))
 
     call.world.wake(call.world.db.run(record))
 
 
-def _go(call: Call, tx: Tx, server: Server, before: Server, wish: LiveWish, forced: bool) -> str:
+def _go(call: Call, tx: Tx, server: Server, wish: LiveWish, forced: bool) -> str:
     world: World = call.world
-    now, was_ = world.clock.now(), str(before.vm_state)
+    now, was_ = world.clock.now(), str(server.vm_state)
     uuid = migrations.begin(tx, server, Kind.live, Status.accepted, uuid=world.ids.uuid(), now=now, was=was_)
     block = None if wish.block_migration == "auto" else truth(wish.block_migration)
     most = world.config.compute.max_concurrent_live_migrations
@@ -231,16 +230,16 @@ def evacuate(call: Call, id: str) -> Any:
 
     def record(tx: Tx) -> list[str]:
         before = the_server(call, tx, id)
-        shares.unshared(tx, before, VERBS["evacuate"])
         if host is not None and host not in call.world.hosts:
             raise NotFound(f"Compute host {host} could not be found.")
         if host is not None and host == before.host:
             raise Invalid("The target host can't be the same one.")
         server = servers.begin(tx, id, VERBS["evacuate"], call.world.clock.now())
+        shares.unshared(tx, server, VERBS["evacuate"])
         if call.world.hosts.up(server.host):
             raise Invalid(f"Compute service of {server.host} is still in use.")
         forced = truth(wish.force) or (host is not None and call.version < 29)
-        return _leave_behind(call, tx, server, before, host, forced, password)
+        return _leave_behind(call, tx, server, host, forced, password)
 
     for run in call.world.db.run(record):
         call.world.wake(run)
@@ -258,11 +257,9 @@ def _password(call: Call, wish: EvacuateWish) -> tuple[str, dict[str, str | None
     return password, {"adminPass": password or None} if tells else None
 
 
-def _leave_behind(
-    call: Call, tx: Tx, server: Server, before: Server, host: str | None, forced: bool, password: str
-) -> list[str]:
+def _leave_behind(call: Call, tx: Tx, server: Server, host: str | None, forced: bool, password: str) -> list[str]:
     world: World = call.world
-    now, was_ = world.clock.now(), before.vm_state
+    now, was_ = world.clock.now(), server.vm_state
     others = signal(tx, server.id, "abort")
     uuid = migrations.begin(tx, server, Kind.evacuation, Status.accepted, uuid=world.ids.uuid(), now=now, was=str(was_))
     stopped = was_ == VM.stopped or (call.version >= 95 and was_ != VM.error)

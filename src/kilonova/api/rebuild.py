@@ -87,6 +87,7 @@ def rebuild(call: Call, id: str) -> Reply:
     def record(tx: Tx) -> tuple[Server, views.Shown, str]:
         now = world.clock.now()
         taken = servers.begin(tx, id, VERBS["rebuild"], now)
+        shares.unshared(tx, taken, VERBS["rebuild"], refusal=Invalid)  # somebody may have given it one meanwhile
         servers.change(tx, id, now, **facts)
         server = servers.get(tx, id)
         job = Rebuild(

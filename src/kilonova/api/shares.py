@@ -155,9 +155,10 @@ def delete(call: Call, server_id: str, id: str) -> None:
         server = _free(tx, server_id, "detach_share")
         share = _the_share(tx, server_id, id)
         reachable(world, server, DetachShare.__name__)
-        if not shares.change(tx, share.uuid, ["", "error"], busy="detaching"):
+        was = shares.leave(tx, share.uuid)
+        if was is None:
             raise Conflict(f"Share {share.share_id} is {status(share, server)}: it cannot be detached now.")
-        job, why = DetachJob(server, share, was=share.busy), cause(call, "detach_share")
+        job, why = DetachJob(server, share, was=was), cause(call, "detach_share")
         return start(tx, "detach_share", job, id=world.ids.uuid(), subject=server_id, now=now, cause=why)
 
     world.wake(world.db.run(record))

@@ -40,6 +40,7 @@ def shelve(call: Call, id: str) -> None:
     def record(tx: Tx) -> None:
         now = world.clock.now()
         server = servers.begin(tx, id, VERBS["shelve"], now)
+        shares.unshared(tx, server, VERBS["shelve"])  # somebody may have given it one meanwhile
         at_once = image_id is None or world.config.compute.shelved_offload_time_s == 0
         job = Shelve(server, image_id, capture.disk_format(server), at_once)
         start(tx, "shelve", job, id=run, subject=id, now=now, cause=cause(call, "shelve"))

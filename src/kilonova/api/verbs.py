@@ -21,8 +21,6 @@ def act(call: Call, id: str, verb: str) -> None:
 
     def record(tx: Tx) -> str:
         before = the_server(call, tx, id)
-        if verb == "suspend":
-            shares.unshared(tx, before, VERBS[verb])
         unlocked(call, before)
         return begun(call, tx, before, verb)
 
@@ -33,7 +31,10 @@ def begun(call: Call, tx: Tx, before: Server, verb: str) -> str:
     """The server is claimed for the verb and its run is started; to be woken after the commit. Raises Conflict."""
     world: World = call.world
     now = world.clock.now()
-    job = Act(servers.begin(tx, before.id, VERBS[verb], now), verb, was=str(before.vm_state))
+    server = servers.begin(tx, before.id, VERBS[verb], now)
+    if verb == "suspend":
+        shares.unshared(tx, server, VERBS[verb])
+    job = Act(server, verb, was=str(server.vm_state))  # as it was taken: what was read before may be old
     return start(tx, "act", job, id=world.ids.uuid(), subject=before.id, now=now, cause=cause(call, VERBS[verb].action))
 
 

@@ -75,6 +75,11 @@ def change(tx: Tx, uuid: str, over: Iterable[str] | None = None, **values: Any) 
     return claim(tx, sa.update(T).where(*where).values(values))
 
 
+def leave(tx: Tx, uuid: str) -> str | None:
+    """It is to be detached. What it was, as it is taken: what was read before may be old. None: somebody is at it."""
+    return next((was for was in ("", "error") if change(tx, uuid, [was], busy="detaching")), None)
+
+
 def remove(tx: Tx, uuid: str) -> None:
     tx.execute(sa.delete(T).where(T.c.uuid == uuid))
 
