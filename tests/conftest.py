@@ -1,11 +1,12 @@
 """What every test can count on: an environment without the operator's settings, and the same dice each time."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.engines import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "../shared/spec"
@@ -27,10 +28,7 @@ def spec() -> Path:
     return SPEC
 
 
-@pytest.fixture
-def free_port() -> int:
+@pytest.fixture(name="free_port")
+def _free_port() -> int:
     """A TCP port of loopback that nobody listened on a moment ago. Bind port 0 instead where that is possible."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
+    return free_port()

@@ -1,7 +1,9 @@
 """Private servers for tests: RabbitMQ, PostgreSQL, MariaDB from Debian's packages, each in a directory of its own,
 bound to loopback or to a socket file, and ended by process id."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,9 +18,13 @@ QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVN
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port of loopback that nobody listens on, and that no connection is given for its own end meanwhile: those
+    are from above (`net.ipv4.ip_local_port_range`), and with hundreds of them one in a thousand was taken that way."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def waited(true: Callable[[], object], timeout_s: float, what: str) -> None:

@@ -575,9 +575,9 @@ def silent_hosts(world: World) -> list[str]:
     """A host that nobody should wait for any longer: let those who wait look at once."""
 
     def look_again(tx: Tx) -> list[str]:
-        all = hosts.services(tx, binary=hosts.COMPUTE)
+        all = hosts.all_heard(tx)
         world.forced_down = frozenset(s.host for s in all if s.forced_down)
-        gone = [s.host for s in all if world.gone(tx, s.host)]
+        gone = [s.host for s in all if world.silent(s.host, s)]
         return [id for host in gone for id in wake_host(tx, host)]
 
     world.started(world.db.run(look_again))

@@ -121,10 +121,13 @@ class World:
 
     def gone(self, tx: Tx, host: str) -> bool:
         """Nobody should wait for it: it is forced down, nobody knows it, or it was silent for too long while we listened."""
-        now = self.clock.now()
-        if now - self.well.get(host, -1e18) < HEARD_S:
+        if self.clock.now() - self.well.get(host, -1e18) < HEARD_S:
             return False
-        row = hosts.heard(tx, host)
+        return self.silent(host, hosts.heard(tx, host))
+
+    def silent(self, host: str, row: Any) -> bool:
+        """The same, of what is written of when it was heard: `last_seen` and `forced_down`; None: nothing is."""
+        now = self.clock.now()
         if row is None or row.forced_down:
             return True
         heard = max(row.last_seen or 0.0, self.beats.get(host, 0.0), self.listening_since)

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from kilonova.kit.ready import WIRE
 
 PATIENCE_S = 30.0  # for a connection, while all are in use
+TOGETHER = 100  # statements in one message: their answers must find room on the way while nobody reads
 MOST = 500  # statements prepared on one connection; then it forgets them all
 
 _BEGIN = b"", b"BEGIN"
@@ -202,6 +203,8 @@ class Wire:
         name = self.known.get((text, kinds)) or self._prepared(text, kinds)
         if later:
             self.waiting.append((name, told))
+            if len(self.waiting) >= TOGETHER:
+                self.flush()
             return None
         if not self.waiting:
             return Answer(self, self._good(self.pg.exec_prepared(name, told)))

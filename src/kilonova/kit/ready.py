@@ -224,8 +224,9 @@ class _Compiled:
         if self.text.startswith("SAVEPOINT"):
             return Found(wire.later(self.text.encode()), None)
         try:
-            for values in many or (NOTHING,):
-                answer = wire.send(self.text, self.bound(values), later)
+            for values in many[:-1]:
+                wire.send(self.text, self.bound(values), True)
+            answer = wire.send(self.text, self.bound(many[-1] if many else NOTHING), later)
         except (wire.DataError, UnicodeEncodeError) as e:
             raise misfit(e) from e
         except wire.Error as e:

@@ -306,6 +306,11 @@ def identities(tx: Tx, names: list[str]) -> dict[str, str]:
     return {row.host: row.identity for row in tx.execute(query)}
 
 
+def all_heard(tx: Tx) -> list[Any]:
+    """(host, last_seen, forced_down) of every compute host."""
+    return list(tx.execute(ALL_HEARD))
+
+
 def speakers(tx: Tx, message: str) -> list[Heard]:
     """Compute hosts that know this message; those that were there first at the head."""
     knows = _s.speaks.contains(f'"{message}"', autoescape=True)
@@ -777,6 +782,7 @@ FACTS = ready(
     .values({name: _b(name) for name in ("host_ip", "facts", "updated_at")})
 )
 PAGES = Shapes()
+ALL_HEARD = ready(sa.select(_s.host, _s.last_seen, _s.forced_down).where(_s.binary == sa.bindparam("compute", COMPUTE)))
 HEARD = ready(sa.select(_s.last_seen, _s.forced_down, _s.born).where(_compute))
 WRITTEN = ready(
     sa.select(sa.func.max(sa.func.coalesce(NODES.c.updated_at, NODES.c.created_at))).where(
