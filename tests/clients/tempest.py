@@ -76,6 +76,7 @@ class Cloud:
             "PYTHONPATH": str(ROOT / "src"),
             "KILONOVA_SIM__CPUS": "64",
             "KILONOVA_SIM__DISK_GB": "2000",
+            "KILONOVA_VOLUME__QUOTA_VOLUMES": "100",  # one test fills each host with them
             "KILONOVA_UNIFIED_LIMITS__ENABLED": str(unified).lower(),
         }
         self.out = (directory / "up.out").open("wb")

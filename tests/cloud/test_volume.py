@@ -471,6 +471,16 @@ def test_the_road_of_an_attachment(cloud):
     for path in ("DELETE", f"/volumes/{id}"), ("DELETE", f"/volumes/{id}?force=true"):
         assert cloud.ask(path[0], f"/volume/v3{path[1]}", token=cloud.joe.token).status in (400, 403)
     assert "Compute API" in cloud.no(409, "DELETE", f"/attachments/{a['id']}")
+    for what in (
+        {"os-detach": {}},
+        {"os-terminate_connection": {"connector": {}}},
+        {"os-force_detach": {"attachment_id": a["id"]}},
+    ):
+        for mine in (cloud.joe.token, cloud.admin()):  # who only says that he is a service is none
+            told = cloud.ask("POST", f"/volume/v3/volumes/{id}/action", what, mine, X_Service_Token=mine)
+            assert told.status in ((403, 409) if "os-force_detach" in what and mine == cloud.joe.token else (409,)), (
+                what
+            )
     assert [x["id"] for x in cloud.api("GET", "/attachments?instance_id=server-1")["attachments"]] == [a["id"]]
     assert "connection_info" in cloud.api("GET", f"/attachments/detail?volume_id={id}")["attachments"][0]
     assert cloud.release(a["id"]) == {"attachments": []}
@@ -497,7 +507,8 @@ def test_a_volume_of_several_servers(cloud):
     one, two = cloud.attach(id, "server-1", "h1"), cloud.attach(id, "server-2", "h2")
     assert {a["server_id"] for a in cloud.look(id)["attachments"]} == {"server-1", "server-2"}
     cloud.act(id, "os-begin_detaching")
-    assert cloud.look(id)["status"] == "in-use", "the other one goes on"
+    assert cloud.look(id)["status"] == "detaching"
+    cloud.no(400, "POST", f"/volumes/{id}/action", {"os-begin_detaching": None})  # one after the other
     cloud.release(one)
     assert cloud.look(id)["status"] == "in-use"
     cloud.release(two)
@@ -521,7 +532,7 @@ def test_the_elder_way(cloud):
     cloud.act(id, "os-roll_detaching")
     cloud.act(id, "os-begin_detaching")
     cloud.act(id, "os-terminate_connection", {"connector": {"host": "h1"}})
-    cloud.no(404, "POST", f"/volumes/{id}/action", {"os-detach": {"attachment_id": "x"}})
+    cloud.no(400, "POST", f"/volumes/{id}/action", {"os-detach": {"attachment_id": "x"}})
     cloud.act(id, "os-detach", {"attachment_id": cloud.look(id)["attachments"][0]["attachment_id"]})
     assert cloud.look(id)["status"] == "available"
     said = {"new_volume": other, "error": False}

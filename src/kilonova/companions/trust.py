@@ -6,12 +6,21 @@ from kilonova.kit.routes import Call
 
 def trusted(call: Call) -> bool:
     """Does an operator ask, or a service of the cloud, in its own name or beside a user's?"""
-    if call.context.is_admin or "service" in call.context.roles:
-        return True
+    return call.context.is_admin or bool({"service", "admin"} & _beside(call))
+
+
+def serving(call: Call) -> bool:
+    """Does a service of the cloud ask? Operators are none."""
+    return "service" in _beside(call)
+
+
+def _beside(call: Call) -> frozenset[str]:
+    """The roles of a service that asks in its own name, or beside a user's by a token of its own."""
+    if "service" in call.context.roles:
+        return call.context.roles
     token = call.headers("X-Service-Token")
-    if not token:
-        return False
     try:
-        return bool({"service", "admin"} & call.world.authenticate(token).roles)
+        roles: frozenset[str] = call.world.authenticate(token).roles if token else frozenset()
     except Unknown:
-        return False
+        return frozenset()
+    return roles

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Meta
 
-from kilonova.companions.trust import trusted
+from kilonova.companions.trust import serving
 from kilonova.companions.volume import attachments, frame, quotas, types
-from kilonova.companions.volume.attachments import ATTACHMENTS, settle
+from kilonova.companions.volume.attachments import settle
 from kilonova.companions.volume.frame import Flag, Metadata, Name, R, View, invalid_volume
 from kilonova.companions.volume.volumes import (
     bytes_of,
@@ -582,11 +582,10 @@ def _detached(call: Call, id: str, rule: str) -> Reply:
         if wanted:
             there = [a for a in there if a.id == wanted]
             if not there:
-                raise ATTACHMENTS.missing(wanted)
+                raise Invalid(f"Invalid input received: volume {id} has no attachment {wanted}.")
         if len(there) > 1:
             raise invalid_volume(f"Detach volume {id}: it is attached more than once, name the attachment.")
-        if there and there[0].server_id and there[0].info is not None and not trusted(call):
-            raise Invalid(f"Invalid volume: detach it from server {there[0].server_id} by the Compute API.")
+        _not_of_a_server(call, there)
         for a in there:
             attachments.drop(tx, call.world, v, a)
         if not there:
@@ -621,7 +620,15 @@ def terminate(call: Call, id: str) -> Reply:
     """Nothing was made for the connection, so nothing ends."""
     with call.world.db.read() as tx:
         got(call, tx, id, f"{ACTIONS}:terminate_connection")
+        _not_of_a_server(call, store.attachments_of(tx, [id]).get(id, []))
     return Reply(None)
+
+
+def _not_of_a_server(call: Call, there: list[Attachment]) -> None:
+    """What a server writes to is let go by the Compute service alone, or two may write. Raises Conflict."""
+    held = next((a for a in there if a.server_id and a.info is not None), None)
+    if held is not None and not serving(call):
+        raise Conflict(f"Detach the volume from server {held.server_id} by the Compute API.")
 
 
 @R.post(PATH, action="os-unmanage", body=Any, ok=202, policy=f"{ADMIN}:force_delete", late=True)
