@@ -6,6 +6,7 @@ import pytest
 from kilonova.contracts.compute import ConsoleLog
 from kilonova.kit.bus import opened
 from kilonova.kit.clock import iso
+from kilonova.kit.errors import Unavailable
 from kilonova.model import options
 from kilonova.model.options import Config
 from tests.stories import telling
@@ -429,6 +430,37 @@ def test_ports_claims_and_servers_that_nobody_owns_are_mended(cloud):
     cloud.pass_time(200)
     assert s.status == "ERROR"
     assert s.row.task_state is None
+
+
+class Late:
+    """A way to a service on which one request takes longer than anybody waits for it."""
+
+    def __init__(self, carrier):
+        self.carrier, self.kept = carrier, []
+
+    def send(self, method, path, headers, body):
+        if method == "POST" and path.endswith("/ports") and not self.kept:
+            self.kept.append((method, path, dict(headers), body))
+            raise Unavailable("It did not answer in time.")
+        return self.carrier.send(method, path, headers, body)
+
+
+def test_a_port_that_was_made_after_nobody_waited_for_it_is_let_go_of_soon(cloud):
+    """Once it was found by the great comparison only, which comes every five minutes."""
+    session = cloud.neighbours.network.session
+    late = session.carrier = Late(session.carrier)
+    s = cloud.boot()
+    assert s.status == "ACTIVE" and cloud.check() == []
+    late.carrier.send(*late.kept[0])
+    assert cloud.check()
+    assert cloud.mend("doubtful") == [], "it may still come"
+    cloud.clock.sleep(20)
+    (said,) = cloud.mend("doubtful")
+    assert s.id in said and cloud.check() == []
+    late.carrier.send(*late.kept[0])  # later still
+    cloud.clock.sleep(60)
+    assert len(cloud.mend("doubtful")) == 1 and cloud.check() == []
+    assert cloud.conductor.world.doubts == {}
 
 
 def test_both_sides_may_die_at_any_time(cloud):

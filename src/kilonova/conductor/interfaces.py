@@ -47,7 +47,10 @@ def bind(world: World, key: str, job: AttachInterface, host: str) -> Plugged:
     if w.port_id is not None:
         port = ports.brought(world, job.server, w.port_id, host, zone)
     else:
-        port = (None if first_try() else ports.marked(world, job.server.id, key)) or ports.made(
+        again = not first_try()
+        if again:
+            world.doubt(job.server.id)
+        port = (ports.marked(world, job.server.id, key) if again else None) or ports.made(
             world, key, job.server, w, host, zone, []
         )
     return ports.described(world, job.server, [port], [w.tag])

@@ -34,8 +34,10 @@ def bind(world: World, key: str, job: Build, place: Place) -> Plugged:
     wanted = _wanted(world, job)
     if not wanted:
         return Plugged()
-    network = world.neighbours.network
-    there = [] if first_try() else [p for p in network.ports(servers=[job.server.id]) if _trusted(p, job)]
+    network, again = world.neighbours.network, not first_try()
+    if again:
+        world.doubt(job.server.id)
+    there = [p for p in network.ports(servers=[job.server.id]) if _trusted(p, job)] if again else []
     ports = [_bound(world, key, job, w, place, there) for w in wanted]
     return described(world, job.server, ports, [w.tag for w in wanted])
 
@@ -227,7 +229,11 @@ def made(world: World, key: str, server: Server, w: Wanted, host: str, zone: str
         wish["fixed_ips"] = [{"ip_address": w.fixed_ip}]
     if groups:
         wish["security_groups"] = groups
-    port = world.neighbours.network.create_port(w.network_id, **wish)
+    try:
+        port = world.neighbours.network.create_port(w.network_id, **wish)
+    except Unavailable:
+        world.doubt(server.id)
+        raise
     if port.vif_type == "binding_failed":
         raise Conflict(f"Binding failed for port {port.id}.", why=f"on {host}", code="PortBindingFailed")
     return port

@@ -54,6 +54,7 @@ RUNNING, PAUSED = PowerState.running, PowerState.paused
 DOWN = PowerState.shutdown, PowerState.crashed
 RELEARN_S = 600.0  # then what a host says is written again, though it is the same: others write there, too
 STUCK_S = 60.0  # so long a server may be on its way with nobody at work: no commit takes longer
+DOUBTFUL = 50  # servers that are looked after at a time
 KEEP_HIDDEN_S = 3600.0  # journals of what nobody asked for
 
 KEPT_OFF = frozenset({VM.shelved, VM.soft_deleted})  # they are off, and stay what they are
@@ -623,8 +624,32 @@ def strays(world: World) -> list[str]:
     A conductor that stalls between its look at the lease and its request acts long after another has undone that
     act.  A host remembers what was taken back; a network service does not, so this is compared.
     """
+    return _let_go(world, stray_ports(world))
+
+
+@reconciler(every_s=5)
+def doubtful(world: World) -> list[str]:
+    """The same, soon and of few servers: those for which a port was asked for, and no answer came."""
+    now = world.clock.now()
+    with world.guard:
+        due = sorted(server for server, times in world.doubts.items() if times[0] <= now)[:DOUBTFUL]
+    if not due:
+        return []
+    with world.db.read() as tx:
+        due = sorted(set(due) - compare.at_work(tx, due))
+    found = world.neighbours.network.ports(servers=due) if due else []
+    said = _let_go(world, _strays_of(world, found))
+    with world.guard:
+        for server in due:
+            if not (left := [at for at in world.doubts.pop(server, []) if at > now]):
+                continue
+            world.doubts[server] = left
+    return said
+
+
+def _let_go(world: World, found: list[Port]) -> list[str]:
     said = []
-    for p in stray_ports(world):
+    for p in found:
         ports.let_go(world, p)
         said.append(f"port {p.id} was left of {p.device_id or ''}")
     return said
@@ -632,7 +657,11 @@ def strays(world: World) -> list[str]:
 
 def stray_ports(world: World) -> list[Port]:
     """Those of `strays`."""
-    made = [p for p in _ports_of_servers(world) if ports.ours(p) or p.host]
+    return _strays_of(world, _ports_of_servers(world))
+
+
+def _strays_of(world: World, found: list[Port]) -> list[Port]:
+    made = [p for p in found if ports.ours(p) or p.host]
     with world.db.read() as tx:
         known = compare.plugs(tx, {p.device_id or "" for p in made})
         at_work = compare.at_work(tx, {p.device_id or "" for p in made})
@@ -700,6 +729,7 @@ RECONCILERS = [
     counts,
     undecided,
     strays,
+    doubtful,
     misplaced,
     unfinished,
     lying,

@@ -22,6 +22,7 @@ from kilonova.store.trees import Trees
 
 T = TypeVar("T")
 KEEP_S = 5.0  # what the network service says of networks and groups is not asked for again within that time
+DOUBTS_S = (15.0, 60.0)  # a request whose answer was not waited for any longer may be done so much later
 HEARD_S = 1.0  # the same of a host's health
 SETTLE_S = 10.0  # until all that were heard of are known to schedulers; and hosts find a broker again
 
@@ -49,7 +50,7 @@ class World:
         self.listened = listened  # by whom notifications are, as `conductor/notices.py` sees it
         self.breaks = bus if isinstance(bus, Breaks) else None
         self.born = clock.now()
-        self.guard = threading.Lock()  # of the next five
+        self.guard = threading.Lock()  # of the next six
         self.beats: dict[str, float] = {}  # when each host was last heard of, and it is not written down yet
         self.lives: dict[str, float] = {}  # which life of each host we have met
         self.learned: dict[
@@ -57,11 +58,18 @@ class World:
         ] = {}  # facts of each, when we wrote them, their moment
         self.well: dict[str, float] = {}  # when we last made sure that a host is not gone
         self.identities: dict[str, str] = {}  # which machine each host is
+        self.doubts: dict[str, list[float]] = {}  # when to look again what ports a server has
         self.forced_down: frozenset[str] = frozenset()  # hosts, as a reconciler saw them last
         self.trees, self.met = Trees(), dict[str, Offer]()  # what another Placement service was told of providers
         self.networks = Kept[NetworkInfo](self)
         self.subnets = Kept[list[Subnet]](self)
         self.groups = Kept[SecurityGroup](self)
+
+    def doubt(self, server: str) -> None:
+        """Nobody knows whether a port was made for it: the answer did not come. It may still be made, a while from now."""
+        now = self.clock.now()
+        with self.guard:
+            self.doubts[server] = [now + s for s in DOUBTS_S]
 
     def choose(self, m: Choose) -> Chosen:
         """As `_chosen`; and others are told that it was asked, and that it was answered."""
