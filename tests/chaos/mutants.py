@@ -30,7 +30,7 @@ LATE = "tests/store/test_workflow_faults.py::test_a_commit_that_is_carried_out_l
 PLACES, OWNERS, HOST = "tests/store/test_placement.py", "tests/cloud/test_ownership.py", "tests/pure/test_fences.py"
 GROUPS, CONSOLES = "tests/cloud/test_server_groups.py", "tests/cloud/test_consoles.py"
 
-MOVES = "tests/cloud/test_moves.py"
+MOVES, SHELVES, VOLUMES = "tests/cloud/test_moves.py", "tests/cloud/test_shelve.py", "tests/cloud/test_attach.py"
 
 
 @dataclass(frozen=True)
@@ -143,23 +143,24 @@ MUTANTS = {
     "an evacuation that is undone leaves its machine": Mutant([
         ("conductor/evacuate.py", "return To(goal.place.host, Destroy(server=server.id, epoch=goal.epoch))",
                                   "return To(goal.place.host, Destroy(server=server.id, epoch=-1))")],
-        [MOVES], "delete overtakes evacuate"),
+        [f"{MOVES}::test_deleted_while_it_is_made_anew"], "delete overtakes evacuate"),
     "a shelved server keeps its place": Mutant([
         ("conductor/shelve.py", "    placement.release(tx, server.id, now=now)\n    facts", "    facts")],
-        ["tests/cloud/test_shelve.py"], "shelve, unshelve"),
+        [f"{SHELVES}::test_it_leaves_its_host_and_comes_back"], "shelve, unshelve"),
     "the image of a shelved server stays": Mutant([
         ("conductor/delete.py", "    if found.image is not None:\n        run(forget_image, found.image)\n    run(deleted,", "    run(deleted,")],
-        ["tests/cloud/test_shelve.py"], "delete overtakes shelve"),
+        [f"{SHELVES}::test_nothing_is_left_of_a_deleted_one"], "delete overtakes shelve"),
     "delete forgets volumes": Mutant([
         ("conductor/delete.py", "    if found.volumes:\n", "    if False:\n")],
-        ["tests/cloud/test_attach.py"], "build with volume, delete"),
+        [f"{VOLUMES}::test_one_goes_with_its_server"], "build with volume, delete"),
     "an attachment that failed stays in the machine": Mutant([
         ("conductor/attach.py", 'volume_id=device.volume_id or "", timeout_s=0, anyway=True)',
                                 'volume_id="", timeout_s=0, anyway=True)')],
-        ["tests/cloud/test_attach.py"], "delete overtakes attach volume"),
+        [f"{VOLUMES}::test_delete_overtakes_attach", f"{VOLUMES}::test_a_host_that_refuses_leaves_nothing"],
+        "delete overtakes attach volume"),
     "a volume that could not be attached stays reserved": Mutant([
         ("conductor/attach.py", "        world.neighbours.volume.release(a.id)\n\n\nclass Place", "        pass\n\n\nclass Place")],
-        ["tests/cloud/test_attach.py"], "attach, detach volume"),
+        [f"{VOLUMES}::test_a_host_that_refuses_leaves_nothing"], "attach, detach volume"),
 
     # look first, take then: what READ COMMITTED lets others do in between
     "a server is looked at and then taken": Mutant([

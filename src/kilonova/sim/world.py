@@ -149,9 +149,13 @@ class Sim:
         self.hosts = {f"h{i}": Host(self, f"h{i}") for i in range(hosts)}
         self.conductors = [ConductorProcess(self, f"c{i}") for i in range(conductors)]
         self.run(self.now + 30)  # hosts are met
-        if pooled:
-            with self.db.tx() as tx:
-                _pooled(tx, self.now)
+        while pooled:
+            try:
+                with self.db.tx() as tx:
+                    _pooled(tx, self.now)
+                pooled = False
+            except sa.exc.OperationalError:  # a conductor has one of these rows just now
+                self.run(self.now + 1)
 
     def close(self) -> None:
         self.db.abandon()
