@@ -333,3 +333,21 @@ def test_rubbish_does_not_end_the_proxy(cloud, caplog):
         with connect(f"{url}/?token={key}") as ws:
             read_until(ws, b"login: ")
     assert key not in caplog.text
+
+
+def test_a_serial_line_answers_where_its_server_has_gone(cloud):
+    """What is typed comes back, before a live migration and after it, beside another server on the host that it goes to."""
+    one = cloud.boot("one")
+    two = next(s for s in (cloud.boot(f"two{n}") for n in range(4)) if s.row.host != one.row.host)
+    there = two.row.host
+    move = {"os-migrateLive": {"host": there, "block_migration": "auto"}}
+    for moved in (False, True):
+        if moved:
+            cloud.json("POST", f"/servers/{one.id}/action", move, ok=202, token=cloud.admin)
+            cloud.settle()
+            assert one.row.host == there
+        for s in (one, two):
+            with proxied(cloud) as url, connect(f"{url}/?token={token(cloud, s)}") as ws:
+                read_until(ws, b"login: ")
+                ws.send(b"hello")
+                read_until(ws, b"hello")
