@@ -199,7 +199,8 @@ def test_every_role_says_that_it_lives_and_who_is_of_another_release_is_named(cl
     expected = {f"kilonova-{role}" for role in ours} | {"nova-compute", "nova-conductor", "nova-scheduler"}
     try:
         cloud.wait(lambda: {who.partition(" ")[0] for who in at_work(db, Config())} >= expected, 30, "all say so")
-        old = [who for who in at_work(db, Config()) if not who.endswith(f"({kilonova.__version__})")]
+        new = f"({kilonova.__version__})"
+        old = cloud.wait(lambda: [who for who in at_work(db, Config()) if not who.endswith(new)], 30, "and the old one")
         assert [who.partition(" ")[0] for who in old] == ["kilonova-metadata"] and old[0].endswith("(0.0.1)")
     finally:
         db.close()
