@@ -34,9 +34,10 @@ def allowance_of(call: Call, server_id: str) -> Most:
         return world.config.quota
     try:
         with world.db.read() as tx:
-            return allowance(call, servers.get(tx, server_id).project_id)
+            project_id = servers.get(tx, server_id).project_id
     except NotFound:
         return world.config.quota
+    return allowance(call, project_id)
 
 
 def at_most(most: Most, word: str, wanted: int, said: str) -> None:
