@@ -189,7 +189,7 @@ MUTANTS = {
         ("store/volumes.py", '.where(VOLUMES.c.id == sa.bindparam("the_id")).with_for_update())',
                              '.where(VOLUMES.c.id == sa.bindparam("the_id")))')], ["tests/cloud/test_volume.py"]),
     "what is given back is read without its lock": Mutant([
-        ("store/placement.py", "sa.select(ALLOCATIONS).where(*still).with_for_update()", "sa.select(ALLOCATIONS).where(*still)")],
+        ("store/placement.py", "sa.select(ALLOCATIONS).where(*_still).with_for_update()", "sa.select(ALLOCATIONS).where(*_still)")],
         [PLACES]),
     "a run is looked at and then taken": Mutant([
         ("kit/workflow.py", "        if not unit.opened().execute(TAKE, self._terms(id)).rowcount:",

@@ -150,10 +150,9 @@ def volumes(tx: Tx, ids: Iterable[str]) -> dict[str, set[str]]:
 def shares(tx: Tx, ids: Iterable[str], *, settled: bool = False) -> dict[str, set[str]]:
     """The same of their shared file systems; `settled`: only of those that neither come nor go."""
     found: dict[str, set[str]] = {id: set() for id in ids}
-    c = sharing.T.c
-    busy = [c.busy == ""] if settled else [c.busy != "error"]
-    for server, share in tx.execute(sa.select(c.server, c.share_id).where(c.server.in_(list(found)), *busy)):
-        found[server].add(share)
+    if found:
+        for server, share in tx.execute(*(SETTLED_SHARES if settled else SHARES)(found)):
+            found[server].add(share)
     return found
 
 
@@ -176,6 +175,11 @@ FOUND = Among(lambda some: sa.select(*_columns, _t.host, _t.deleted_at).where(_t
 AT_WORK = Among(lambda some: sa.select(_r.subject).where(_r.subject.in_(some), _r.state == "running"))
 PLUGS = Among(lambda some: sa.select(_t.id, _t.plugs).where(_t.id.in_(some), _t.deleted_at.is_(None)))
 DEVICES = Among(lambda some: sa.select(_t.id, _t.devices).where(_t.id.in_(some), _t.deleted_at.is_(None)))
+_f = sharing.T.c
+SHARES = Among(lambda some: sa.select(_f.server, _f.share_id).where(_f.server.in_(some), _f.busy != _b("but", "error")))
+SETTLED_SHARES = Among(
+    lambda some: sa.select(_f.server, _f.share_id).where(_f.server.in_(some), _f.busy == _b("busy", ""))
+)
 _whole = each([VM.active, VM.stopped, VM.paused, VM.resized])
 SETTLED = Among(
     lambda some: sa.select(_t.id, _t.devices).where(

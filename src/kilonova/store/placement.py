@@ -160,20 +160,18 @@ def release(tx: Tx, consumer: str, provider: str | None = None, *, now: float) -
     for at in in_order(tx, held):
         _moved(tx, at, now)
         # Who was before us has deleted the rows; what we read without a lock does not count.
-        still = ALLOCATIONS.c.consumer == consumer, ALLOCATIONS.c.provider == at
-        rows = tx.execute(sa.select(ALLOCATIONS).where(*still).with_for_update()).all()
+        still = {"of": consumer, "at": at}
+        rows = tx.execute(STILL_HELD, still).all()
         if not rows:
             continue
         given = {r.resource_class: r.amount for r in rows}
         tx.execute(_give(len(given)), {"at": at} | _numbered(given))
-        tx.execute(sa.delete(ALLOCATIONS).where(*still))
+        tx.execute(GIVEN, still)
         gave = True
     if gave:
         dues.note(tx, "consumer", consumer)
-        left = sa.exists().where(ALLOCATIONS.c.consumer == consumer)
-        if not tx.execute(sa.delete(CONSUMERS).where(CONSUMERS.c.uuid == consumer, ~left)).rowcount:
-            again = sa.update(CONSUMERS).where(CONSUMERS.c.uuid == consumer)
-            tx.execute(again.values(generation=CONSUMERS.c.generation + 1, changed_at=now))
+        if not tx.execute(CONSUMER_GONE, {"the_uuid": consumer}).rowcount:
+            tx.execute(CONSUMER_LESS, {"the_uuid": consumer, "changed_at": now})
             tx.execute(sa.delete(SEATS).where(SEATS.c.consumer == consumer, SEATS.c.provider.in_(held)))
     return gave
 
@@ -592,6 +590,13 @@ CHANGES = sa.select(
 CHANGES_SINCE = ready(CHANGES.where(_p.changed_at >= _b("since")))
 ALLOCATE = ready(sa.insert(ALLOCATIONS))
 HELD = ready(sa.select(_a.resource_class).where(_a.consumer == _b("of"), _a.provider == _b("at")))
+_still = _a.consumer == _b("of"), _a.provider == _b("at")
+STILL_HELD = ready(sa.select(ALLOCATIONS).where(*_still).with_for_update())
+GIVEN = ready(sa.delete(ALLOCATIONS).where(*_still))
+CONSUMER_GONE = ready(
+    sa.delete(CONSUMERS).where(_c.uuid == _b("the_uuid"), ~sa.exists().where(_a.consumer == _b("the_uuid")))
+)
+CONSUMER_LESS = ready(sa.update(CONSUMERS).where(_c.uuid == _b("the_uuid")).values(generation=_c.generation + 1))
 MORE = ready(
     sa.update(ALLOCATIONS)
     .where(_a.consumer == _b("of"), _a.provider == _b("at"), _a.resource_class == _b("c"))

@@ -47,6 +47,7 @@ USED = ready(
 )
 USED_BY = ready(USED.where(_t.user_id == _b("the_user")))
 SAID = ready(sa.select(LIMITS).where(LIMITS.c.owner.in_([_b("default", DEFAULT_CLASS), _b("the_owner")])))
+BUMP = ready(sa.update(LOCKS).where(LOCKS.c.project_id == _b("the_project")).values(n=LOCKS.c.n + 1))
 OWN = ready(
     sa.select(LIMITS.c.resource, LIMITS.c.hard_limit).where(
         LIMITS.c.owner == _b("the_owner"), LIMITS.c.user_id == _b("the_user")
@@ -270,10 +271,10 @@ def lock(tx: Tx, project_id: str) -> None:
     """UPDATE quota_locks SET n = n + 1 WHERE project_id = … : whoever comes second waits for the first's end."""
     if one_writer(tx):
         return
-    bump = sa.update(LOCKS).where(LOCKS.c.project_id == project_id).values(n=LOCKS.c.n + 1)
-    if not tx.execute(bump).rowcount:
+    who = {"the_project": project_id}
+    if not tx.execute(BUMP, who).rowcount:
         try:
             with tx.begin_nested():
                 tx.execute(sa.insert(LOCKS), {"project_id": project_id, "n": 0})
         except sa.exc.IntegrityError:
-            tx.execute(bump)
+            tx.execute(BUMP, who)
