@@ -111,8 +111,7 @@ class ComputeHost:
 
     def _tell(self) -> None:
         forgotten = self.clock.now()
-        serves = getattr(self.bus, "serves", lambda name: True)
-        while not serves(self.name) and not self.over.wait(0.1):
+        while not self.bus.serves(self.name) and not self.over.wait(0.1):
             """Whoever hears of us writes to us: there must be a queue."""
         while not self.over.is_set():
             self.news.clear()

@@ -29,6 +29,10 @@ class Bus(Protocol):
 
     def send(self, to: str, raw: bytes) -> None: ...
 
+    def serves(self, address: str) -> bool:
+        """Would somebody take it now, as far as this bus can know?"""
+        ...
+
 
 @runtime_checkable
 class Breaks(Protocol):
@@ -42,10 +46,6 @@ class WholeBus(Bus, Protocol):
     """All that a bus can do: it serves many addresses with one crew, knows who may listen, and ends."""
 
     def serve_many(self, receivers: Mapping[str, Callable[[bytes], None]], threads: int = 1) -> Callable[[], None]: ...
-
-    def serves(self, address: str) -> bool:
-        """Would somebody take it now, as far as this bus can know?"""
-        ...
 
     def close(self) -> None: ...
 

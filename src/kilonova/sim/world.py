@@ -436,6 +436,9 @@ class SimBus:
     def send(self, to: str, raw: bytes) -> None:
         self.process.sim.send(self.process, to, raw)
 
+    def serves(self, address: str) -> bool:
+        return True
+
 
 # ---- who takes part
 
