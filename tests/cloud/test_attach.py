@@ -5,7 +5,7 @@ import pytest
 
 from kilonova.compute.agent import FACTS_EVERY
 from kilonova.model.options import Compute, Config
-from kilonova.store import block_devices
+from kilonova.store import block_devices, volumes
 from tests.cloud import tables
 from tests.cloud.test_volume_boot import boot, made, of_volume, seen
 from tests.stories import telling
@@ -236,6 +236,35 @@ def test_who_says_too_late_that_a_volume_leaves(cloud):
     assert cloud.mend("halfway") == []
     cloud.settle()
     assert seen(cloud, id)["status"] == "available"
+
+
+def test_what_was_led_to_another_host_too_late_is_led_back(cloud):
+    """A conductor that stalled takes another's attachment for its own, and leads it to the host that it had chosen."""
+    s, id = cloud.boot(networks="none"), made(cloud)
+    attach(cloud, s, id)
+    other = next(h for h in ("h0", "h1") if h != s.row.host)
+    volume, (before,) = cloud.neighbours.volume, (d.attachment_id for d in s.row.devices)
+    with cloud.db.tx() as tx:
+        volumes.change(tx, volumes.Attachment, before, host=other)
+    assert cloud.check()
+    assert cloud.mend("astray") == [f"volume {id} of {s.id} was led to {other}"]
+    assert s.row.devices[0].attachment_id != before
+    assert [a.host for a in volume.show(id).attachments] == [s.row.host] and cloud.mend("astray") == []
+    detach(cloud, s, id)
+
+
+def test_a_volume_that_was_attached_meanwhile_takes_nobodys_place(cloud):
+    """It was free when the swap was asked for, and is the server's own when its turn comes."""
+    s, old, new = cloud.boot(networks="none"), made(cloud), made(cloud)
+    attach(cloud, s, old)
+    status = {"os-reset_status": {"migration_status": "migrating"}}
+    cloud.services.json("POST", f"/volume/v3/volumes/{old}/action", status, cloud.admin, ok=202)
+    path = f"/servers/{s.id}/os-volume_attachments/{old}"
+    cloud.json("PUT", path, {"volumeAttachment": {"volumeId": new}}, ok=202, token=cloud.admin)
+    attach(cloud, s, new, settle=False)
+    cloud.settle()
+    assert sorted(v for _, v in used(s)) == sorted([old, new])
+    assert sorted(a["volumeId"] for a in listed(cloud, s)) == sorted([old, new])
 
 
 def test_a_request_that_dies_gives_back_what_it_took(cloud):

@@ -18,7 +18,7 @@ from kilonova.contracts.jobs import ExtendVolume as ExtendJob
 from kilonova.contracts.jobs import SwapVolume as SwapJob
 from kilonova.kit.bus import To
 from kilonova.kit.db import Tx
-from kilonova.kit.errors import NotFound
+from kilonova.kit.errors import Conflict, NotFound, Unavailable
 from kilonova.kit.workflow import FOREVER, Run, command, effect, record, workflow
 from kilonova.model import disks
 from kilonova.model.devices import Device
@@ -256,14 +256,29 @@ def _(world: World, key: str, old: str, new: str) -> None:
 
 @effect
 def take_up(world: World, key: str, server: str, new: Device, host: str) -> Way:
+    """Raises Conflict where the server has that volume by now, Unavailable while a request may be bringing it."""
+    if _of_others(world, server, new):
+        raise Conflict(f"Volume {new.volume_id} is attached to instance {server} already.")
     there = world.neighbours.volume.attachments(server_id=server, volume_id=new.volume_id)
     return _connected(world, volumes.reserved(world, server, new.volume_id or "", there).id, new, host)
 
 
 @take_up.undo
 def _(world: World, key: str, server: str, new: Device, host: str) -> None:
+    others = _of_others(world, server, new)
     for a in world.neighbours.volume.attachments(server_id=server, volume_id=new.volume_id):
-        world.neighbours.volume.release(a.id)
+        if a.id not in others:
+            world.neighbours.volume.release(a.id)
+
+
+def _of_others(world: World, server: str, new: Device) -> set[str]:
+    """Attachments of this very volume that are other devices' of the server. Raises Unavailable while one is promised."""
+    with world.db.read() as tx:
+        if any((p.server, p.volume) == (server, new.volume_id) for p in block_devices.promised(tx)):
+            raise Unavailable(f"Volume {new.volume_id} is being attached.")
+        known = servers.find(tx, [server]).get(server)
+    devices = known.devices if known is not None else []
+    return {d.attachment_id or "" for d in devices if d.volume_id == new.volume_id and d.uuid != new.uuid}
 
 
 @command(patience_s=6 * 3600, event="compute_swap_volume")

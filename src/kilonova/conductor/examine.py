@@ -94,7 +94,7 @@ def mended(world: World, key: str) -> Found:
 
 MENDERS: list[Reconciler] = [
     watch.stuck, watch.claims, watch.counts, watch.undecided, watch.strays, watch.misplaced,
-    volumes.promises, volumes.loose, volumes.halfway, capture.unfinished, shares.open_doors,
+    volumes.promises, volumes.loose, volumes.halfway, volumes.astray, capture.unfinished, shares.open_doors,
 ]  # fmt: skip
 
 
@@ -190,6 +190,8 @@ def _volumes(world: World) -> Iterator[Finding]:
         yield Finding("volume", a.volume_id, f"its attachment {a.id} was left of {a.server_id}", "loose")
     for volume, server in volumes.staying(world):
         yield Finding("volume", volume, f"is said to be leaving {server}, and nobody is at it", "halfway")
+    for host, s, d in volumes.led_elsewhere(world):
+        yield Finding("volume", d.volume_id or "", f"leads to {host}, and its server {s.id} is on {s.host}", "astray")
 
 
 def _shares(world: World) -> Iterator[Finding]:

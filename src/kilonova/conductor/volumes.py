@@ -15,7 +15,8 @@ import msgspec
 from kilonova.clients import Attachment
 from kilonova.clients.volume import given_back
 from kilonova.conductor.world import World
-from kilonova.kit.errors import Conflict, Invalid, NotFound, Unavailable
+from kilonova.kit.db import Tx
+from kilonova.kit.errors import Conflict, Invalid, NotFound, Trouble, Unavailable
 from kilonova.kit.reconcile import reconciler
 from kilonova.kit.workflow import Run, effect, first_try
 from kilonova.model.devices import Device
@@ -326,4 +327,54 @@ def staying(world: World) -> list[tuple[str, str]]:
     )
 
 
-RECONCILERS = [promises, loose, halfway]
+@reconciler(every_s=300)
+def astray(world: World) -> list[str]:
+    """Attachments of servers that lead to another host than theirs: as `watch.misplaced` for ports.
+
+    A conductor that stalled in the middle of leading a volume to a host may find, much later, the attachment by which
+    another has led it elsewhere since, and take it for its own.
+    """
+    said = []
+    for host, server, device in led_elsewhere(world):
+        try:
+            a = world.neighbours.volume.reserve(device.volume_id or "", server.id)
+            world.neighbours.volume.connect(a.id, connector(world, server.host or "") | _mounted(device))
+            world.neighbours.volume.complete(a.id)
+        except Trouble as e:  # what was reserved is loose
+            log.warning("volume %s of %s is led to %s, and stays so: %s", device.volume_id, server.id, host, e.said)
+            continue
+        back = world.db.run(_led_back, server.id, device, a.id, world.clock.now())
+        world.neighbours.volume.release((device.attachment_id or "") if back else a.id)
+        if back:
+            said.append(f"volume {device.volume_id} of {server.id} was led to {host}")
+    return said
+
+
+def led_elsewhere(world: World) -> list[tuple[str, Server, Device]]:
+    """(host, server, device) of `astray`, as far as nobody is at work on the server."""
+    if not world.neighbours.volume.there:
+        return []
+    used = world.neighbours.volume.list(all_projects=True, status="in-use")
+    leads = {a.id: (a.host, a.server_id) for v in used for a in v.attachments if a.host and a.server_id}
+    ids = {id for _, id in leads.values()}
+    with world.db.read() as tx:
+        known, at_work = servers.find(tx, ids), compare.at_work(tx, ids)
+    return [
+        (leads[d.attachment_id][0], s, d)
+        for s in known.values()
+        if s.deleted_at is None and s.host is not None and s.id not in at_work
+        for d in s.devices
+        if d.attachment_id in leads and not d.busy and leads[d.attachment_id][0] != s.host
+    ]
+
+
+def _led_back(tx: Tx, id: str, device: Device, attachment: str, now: float) -> bool:
+    """Unless it has come to something else meanwhile."""
+    s = servers.find(tx, [id]).get(id)
+    if s is None or s.deleted_at is not None or device not in s.devices or compare.at_work(tx, [id]):
+        return False
+    block_devices.change(tx, id, device.uuid, now, attachment_id=attachment)
+    return True
+
+
+RECONCILERS = [promises, loose, halfway, astray]
