@@ -3,6 +3,10 @@
 import msgspec
 import pytest
 
+from kilonova.contracts.jobs import AttachShare
+from kilonova.kit.workflow import start
+from kilonova.model.shares import Sharing
+from kilonova.store import shares
 from kilonova.virt.sim import shared
 from tests.stories import Cloud, telling
 
@@ -141,6 +145,22 @@ def test_who_is_being_deleted_is_not_kept_from_it(cloud):
     cloud.settle()
     assert s.row.vm_state == "deleted" and s.row.task_state is None
     assert [rules(cloud, x) for x in (id, other)] == [[], []]
+
+
+def test_one_that_is_asked_for_while_its_server_goes_goes_along(cloud):
+    """Who deletes the server has looked at its shares by then."""
+    s, id = stopped(cloud), share(cloud)
+    row = s.row
+    s.delete()
+    with cloud.db.tx() as tx:  # the request had seen it alive
+        wanted = Sharing(cloud.ids.uuid(), s.id, id, tag="late", export="127.0.0.1:/late")
+        shares.add(tx, wanted)
+        job = AttachShare(row, wanted)
+        run = start(tx, "attach_share", job, id=cloud.ids.uuid(), subject=s.id, now=cloud.clock.now())
+    cloud.conductor.wake(run)
+    cloud.settle()
+    with cloud.db.read() as tx:
+        assert shares.all(tx) == []
 
 
 def test_two_servers_of_one_host_have_the_same_share(tmp_path):

@@ -35,7 +35,7 @@ LOOKS = 3  # at what is wanted, before others are let go first
 @workflow
 def attach_share(run: Run, job: AttachJob) -> None:
     id, uuid = job.server.id, job.share.uuid
-    run.if_undone(failed, uuid)
+    run.if_undone(failed, id, uuid)
     run.when_alone()
     found = run(place, id, uuid)
     key = run(let_in, found.share)
@@ -101,9 +101,14 @@ def attached(tx: Tx, uuid: str) -> None:
 
 
 @record
-def failed(tx: Tx, uuid: str) -> None:
-    """Nobody is let in for it; its user sees what became of it, and takes it away."""
-    shares.change(tx, uuid, ["attaching"], busy="error", kind="", who="")
+def failed(tx: Tx, id: str, uuid: str) -> None:
+    """Nobody is let in for it; its user sees what became of it, and takes it away. With the server it is gone: who deleted
+    that may have looked before it was asked for."""
+    server = servers.find(tx, [id]).get(id)
+    if server is None or server.deleted_at is not None:
+        shares.remove(tx, uuid)
+    else:
+        shares.change(tx, uuid, ["attaching"], busy="error", kind="", who="")
 
 
 # ---- detach
