@@ -198,7 +198,7 @@ def test_a_server_with_metadata_service(boot: Callable[..., Guest], tmp_path: Pa
     guest.said("^.*Linux version")
     assert guest.said(r"^kilonova: boot (\d+) kernel up [\d.]+ s")[1] == "1"
     guest.said(rf"kilonova: eth0 {GUEST}/24 gw {HOST}")
-    assert guest.said(r"kilonova: instance-id (\S+) from (\S+)").groups() == (UUID, "metadata-service")
+    assert guest.said(r"kilonova: instance-id (\S+) from (\S+)\s").groups() == (UUID, "metadata-service")
     begun = guest.seen
     guest.said(r"kilonova: ready [\d.]+ s")
     for once in ("web-1 login: ", "told to the console by root", "kilonova: user-data ended 3"):
