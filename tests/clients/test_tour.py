@@ -105,7 +105,8 @@ def test_interfaces_come_and_go(cloud: RealCloud) -> None:
     cloud.openstack("server add network cards private")
     found = cloud.json("port list --server cards")
     assert len(found) == 2
-    second = next(p for p in found if "eth1" in (text := cloud.console("cards", "eth1")) and _address(p) in text)
+    line = next(words for words in cloud.console("cards", "eth1 ").splitlines() if "eth1 " in words)
+    second = next(p for p in found if f"eth1 {_address(p)}/" in line)
     shown = cloud.json("server show cards")["addresses"]["private"]
     assert sorted(shown) == sorted(map(_address, found))
     cloud.openstack(f"server remove port cards {second['ID']}")

@@ -27,6 +27,7 @@ from kilonova.store.dues import Due
 
 log = logging.getLogger(__name__)
 TRIES = 5
+WAIT_S = 0.3  # between two of them, where another may be at the same
 IN_ONE_TURN = 200  # debts
 
 
@@ -49,9 +50,14 @@ def among(world: World, ask: Ask) -> list[str] | None:
     groups = {s: g._replace(in_tree=tree, member_of=of if s == first else ()) for s, g in query.groups.items()}
     query, before = query._replace(groups=groups), dict(world.met)
     there = service.candidates(query, most)
-    if not there:
-        meet(world, service)
-        there = service.candidates(query, most) if world.met != before else there
+    for _ in range(TRIES):
+        if there:
+            break
+        wrong = meet(world, service)
+        there = service.candidates(query, most) if wrong or world.met != before else there
+        if there or not wrong:
+            break
+        world.clock.sleep(WAIT_S)  # as a rule another conductor is telling it just the same
     return sorted(there)
 
 
