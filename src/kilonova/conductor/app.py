@@ -98,6 +98,7 @@ class Conductor:
             wake=self.wake,
             bus=bus,
             listened=listened if listened is not None else notices.OnBus(bus),
+            among=outside.among,
         )
         self.engine = Engine(
             me,

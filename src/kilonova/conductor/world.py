@@ -16,6 +16,7 @@ from kilonova.kit.db import Db, Tx
 from kilonova.kit.errors import Unavailable
 from kilonova.kit.journal import Said, tell
 from kilonova.model import notices as words
+from kilonova.model.ask import Ask
 from kilonova.model.options import Config
 from kilonova.store import hosts, server_groups, servers
 from kilonova.store.trees import Trees
@@ -44,9 +45,11 @@ class World:
         wake: Callable[[str], None] = lambda run: None,
         bus: Any = None,
         listened: Any = None,
+        among: "Callable[[World, Ask], list[str] | None]" = lambda world, ask: None,
     ) -> None:
         self.db, self.send, self.neighbours, self.ask_scheduler = db, send, neighbours, choose
         self.clock, self.ids, self.config, self.me, self.wake = clock, ids, config, me, wake
+        self.among = among  # the hosts that another Placement service would give (`conductor/outside.py`); None: any
         self.listened = listened  # by whom notifications are, as `conductor/notices.py` sees it
         self.breaks = bus if isinstance(bus, Breaks) else None
         self.born = clock.now()
@@ -105,9 +108,7 @@ class World:
             ask = msgspec.structs.replace(ask, near=near, far=sorted({at[id] for id in other if id in at}))
         outside = self.neighbours.placement is not None and not ask.in_place
         if outside:
-            from kilonova.conductor.outside import among  # late: it knows what a world is
-
-            ask = msgspec.structs.replace(ask, among=among(self, ask))
+            ask = msgspec.structs.replace(ask, among=self.among(self, ask))
         chosen = self.ask_scheduler(m if ask is m.ask else msgspec.structs.replace(m, ask=ask))
         if outside:
             chosen = msgspec.structs.replace(chosen, outside=True)
