@@ -116,7 +116,8 @@ def _claims(tx: Tx, all: list[Server]) -> list[str]:
         have = sums.pop((i.provider, i.resource_class), 0)
         if i.used != have:
             said.append(f"{of.get(i.provider)}: {i.used} {i.resource_class} used, {have} claimed")
-        if have > (i.total - i.reserved) * i.allocation_ratio:
+        # What gives out nothing any longer (its host's disks lie in a pool by now) keeps what was claimed of it before.
+        if i.reserved < i.total and have > (i.total - i.reserved) * i.allocation_ratio:
             said.append(f"{of.get(i.provider)}: {have} {i.resource_class} claimed of {i.total}")
     said += [f"{n} {name} claimed of {provider}, which has none" for (provider, name), n in sums.items()]
     for s in all:
