@@ -112,7 +112,7 @@ class ComputeHost:
     def _tell(self) -> None:
         forgotten = self.clock.now()
         while not self.bus.serves(self.name) and not self.over.wait(0.1):
-            """Whoever hears of us writes to us: there must be a queue."""
+            pass  # whoever hears of us writes to us: there must be a queue
         while not self.over.is_set():
             self.news.clear()
             try:

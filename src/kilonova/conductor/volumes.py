@@ -315,15 +315,11 @@ def staying(world: World) -> list[tuple[str, str]]:
     leaving = list(world.neighbours.volume.list(all_projects=True, status="detaching"))
     of = {(v.id, a.server_id or "") for v in leaving for a in v.attachments}
     with world.db.read() as tx:
-        known = servers.find(tx, {server for _, server in of})
-        at_work = compare.at_work(tx, {server for _, server in of})
+        rest = compare.at_rest(tx, {server for _, server in of})
     return sorted(
         (volume, server)
         for volume, server in of
-        if server not in at_work
-        and (s := known.get(server)) is not None
-        and s.deleted_at is None
-        and any(d.volume_id == volume and not d.busy for d in s.devices)
+        if server in rest and any(d.volume_id == volume and not d.busy for d in rest[server].devices)
     )
 
 
@@ -356,13 +352,12 @@ def led_elsewhere(world: World) -> list[tuple[str, Server, Device]]:
         return []
     used = world.neighbours.volume.list(all_projects=True, status="in-use")
     leads = {a.id: (a.host, a.server_id) for v in used for a in v.attachments if a.host and a.server_id}
-    ids = {id for _, id in leads.values()}
     with world.db.read() as tx:
-        known, at_work = servers.find(tx, ids), compare.at_work(tx, ids)
+        rest = compare.at_rest(tx, {id for _, id in leads.values()})
     return [
         (leads[d.attachment_id][0], s, d)
-        for s in known.values()
-        if s.deleted_at is None and s.host is not None and s.id not in at_work
+        for s in rest.values()
+        if s.host is not None
         for d in s.devices
         if d.attachment_id in leads and not d.busy and leads[d.attachment_id][0] != s.host
     ]
@@ -370,8 +365,8 @@ def led_elsewhere(world: World) -> list[tuple[str, Server, Device]]:
 
 def _led_back(tx: Tx, id: str, device: Device, attachment: str, now: float) -> bool:
     """Unless it has come to something else meanwhile."""
-    s = servers.find(tx, [id]).get(id)
-    if s is None or s.deleted_at is not None or device not in s.devices or compare.at_work(tx, [id]):
+    s = compare.at_rest(tx, [id]).get(id)
+    if s is None or device not in s.devices:
         return False
     block_devices.change(tx, id, device.uuid, now, attachment_id=attachment)
     return True

@@ -699,17 +699,9 @@ def resting_ports(world: World) -> list[tuple[Port, Server]]:
     """Ports with the servers that they are of, as far as nobody is at work on those."""
     found = [p for p in _ports_of_servers(world) if p.device_id]
     with world.db.read() as tx:
-        known = servers.find(tx, {p.device_id or "" for p in found})
-        at_work = compare.at_work(tx, known)
-    pairs = [(p, s) for p in found if (s := known.get(p.device_id or "")) is not None]
-    return [
-        (p, s)
-        for p, s in pairs
-        if s.deleted_at is None
-        and s.vm_state != VM.building
-        and s.id not in at_work
-        and p.id in {plug.port_id for plug in s.plugs}
-    ]
+        rest = compare.at_rest(tx, {p.device_id or "" for p in found})
+    pairs = [(p, s) for p in found if (s := rest.get(p.device_id or "")) is not None]
+    return [(p, s) for p, s in pairs if s.vm_state != VM.building and p.id in {plug.port_id for plug in s.plugs}]
 
 
 @reconciler(every_s=600)

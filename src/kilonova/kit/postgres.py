@@ -172,11 +172,11 @@ class Wire:
 
     def commit(self) -> None:
         """What waits goes with it; of a transaction that came to nothing the server never hears."""
-        words, self.waiting = self.waiting, []
-        if not words:
+        if not self.waiting:
             self._good(self.pg.exec_(b"COMMIT"))
-        elif words[0] != _BEGIN or any(name for name, _ in words):
-            self._together([*words, (b"", b"COMMIT")])
+        elif self.waiting[0] != _BEGIN or any(name for name, _ in self.waiting):
+            self._together((b"", b"COMMIT"))
+        self.waiting.clear()
 
     def rollback(self) -> None:
         begun = not (self.waiting and self.waiting[0] == _BEGIN)
@@ -208,17 +208,16 @@ class Wire:
             return None
         if not self.waiting:
             return Answer(self, self._good(self.pg.exec_prepared(name, told)))
-        words, self.waiting = self.waiting, []
-        return Answer(self, self._together([*words, (name, told)]))
+        return Answer(self, self._together((name, told)))
 
     def flush(self) -> None:
         """Others speak now, in the same transaction."""
         if self.waiting:
-            words, self.waiting = self.waiting, []
-            self._together(words)
+            self._together()
 
-    def _together(self, words: list[tuple[bytes, Any]]) -> Any:
-        """One way there and back for all. The last one's result; raises the first one's trouble."""
+    def _together(self, *more: tuple[bytes, Any]) -> Any:
+        """One way there and back for what waits, and more. The last one's result; raises the first one's trouble."""
+        words, self.waiting = [*self.waiting, *more], []
         pg, trouble, last = self.pg, None, None
         pg.enter_pipeline_mode()
         for name, told in words:

@@ -5,7 +5,6 @@ it likes.  We make neither.  So nothing is lost in a queue that nobody reads, no
 message that no queue took is known at once: it stays where it was, and is offered again.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +13,6 @@ from amqp.exceptions import NotFound
 
 from kilonova.kit.amqp import BROKEN
 from kilonova.kit.errors import Unavailable
-
-log = logging.getLogger(__name__)
 
 CONFIRM_S = 10.0  # so long a broker may take to say that it has it
 

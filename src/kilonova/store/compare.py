@@ -156,6 +156,13 @@ def shares(tx: Tx, ids: Iterable[str], *, settled: bool = False) -> dict[str, se
     return found
 
 
+def at_rest(tx: Tx, ids: Iterable[str]) -> dict[str, Server]:
+    """Those of these servers that live and that nobody is at work on."""
+    known = servers.find(tx, ids)
+    busy = at_work(tx, known)
+    return {id: s for id, s in known.items() if s.deleted_at is None and id not in busy}
+
+
 def settled(tx: Tx, ids: Iterable[str]) -> dict[str, list[Device]]:
     """Devices with volumes that neither come nor go, of those of these servers whose machines are whole."""
     wanted = list(ids)

@@ -98,6 +98,13 @@ def _holding(
     return found
 
 
+def _binding(tx: Tx, defaults: options.Quota, project_id: str, user_id: str) -> list[tuple[str | None, dict[str, int]]]:
+    """What holds of the whole project (None), and of the user, where something was said of him."""
+    said = _said(tx, project_id)
+    asked = [None, user_id] if said.get((project_id, user_id)) else [None]
+    return [(who, _holding(said, defaults, project_id, who)) for who in asked]
+
+
 def set_limits(tx: Tx, owner: str, wanted: dict[str, int], user_id: str = "") -> None:
     """`owner` is a project or "class:NAME"."""
     for resource, n in wanted.items():
@@ -150,14 +157,12 @@ def claim(tx: Tx, defaults: Most, project_id: str, user_id: str, size: Size, lea
     if isinstance(defaults, Unified):
         lock(tx, project_id)
         return _claim_unified(tx, defaults, {SERVERS: 1} | _by_class(size.amounts), least, most)
-    said = _said(tx, project_id)
-    asked = [None, user_id] if said.get((project_id, user_id)) else [None]
-    held = [(who, _holding(said, defaults, project_id, who)) for who in asked]
-    if all(allowed[r] < 0 for _, allowed in held for r in ("instances", "cores", "ram")):
+    binding = _binding(tx, defaults, project_id, user_id)
+    if all(allowed[r] < 0 for _, allowed in binding for r in ("instances", "cores", "ram")):
         return most
     lock(tx, project_id)
     fits = most
-    for who, allowed in held:
+    for who, allowed in binding:
         used = usage(tx, project_id, who)
         fits = min(fits, *_rooms(allowed, used, size.cores, size.ram_mb))
         if fits < least:
@@ -186,7 +191,7 @@ def claim_more(tx: Tx, defaults: Most, server: Server, flavor: Flavor) -> None:
 
     Holds the project's lock until the transaction ends.
     """
-    project_id, user_id, old = server.project_id, server.user_id, server.flavor
+    project_id, old = server.project_id, server.flavor
     if isinstance(defaults, Unified):
         lock(tx, project_id)
         _claim_unified(tx, defaults, _by_class(amounts_of(msgspec.structs.replace(server, flavor=flavor))), 1, 1)
@@ -195,10 +200,8 @@ def claim_more(tx: Tx, defaults: Most, server: Server, flavor: Flavor) -> None:
     if not (cores or ram_mb):
         return
     lock(tx, project_id)
-    for who in (None, user_id):
-        if who and not own_limits(tx, project_id, who):
-            continue
-        allowed, used = limits(tx, defaults, project_id, who), usage(tx, project_id, who)
+    for who, allowed in _binding(tx, defaults, project_id, server.user_id):
+        used = usage(tx, project_id, who)
         over = {"cores": cores > 0 and 0 <= allowed["cores"] < used.cores + cores}
         over["ram"] = ram_mb > 0 and 0 <= allowed["ram"] < used.ram + ram_mb
         if any(over.values()):
