@@ -373,55 +373,39 @@ class Story:
         self.tell(sim)
 
 
+# What a story can tell of; everything else is the name of an action.
+ACTS: dict[str, tuple[Any, ...]] = {
+    "create": (User.create, "s0"),
+    "create with volume": (User.create, "s0", None, "beside"),
+    "create on volume": (User.create, "s0", None, "root"),
+    "delete": (User.delete, "s0"),
+    "attach": (User.attach, "s0"),
+    "detach": (User.detach, "s0"),
+    "attach volume": (User.attach_volume, "s0"),
+    "detach volume": (User.detach_volume, "s0"),
+    "swap volume": (User.swap_volume, "s0"),
+    "extend volume": (User.extend_volume, "s0"),
+    "branch volume": (User.branch_volume, "s0"),
+    "attach share": (User.attach_share, "s0"),
+    "detach share": (User.detach_share, "s0"),
+    "readdress": (User.readdress, "s0"),
+    "precache": (User.precache,),
+    "abort": (User.abort, "s0"),
+    "evacuate": (User.evacuate,),
+    "its host is down": (lambda user: lose_host(user.sim, user),),
+    "reboot": (User.act, "s0", "reboot", {"type": "SOFT"}),
+    "hard reboot": (User.act, "s0", "reboot", {"type": "HARD"}),
+}
+
+
 def story(*acts: tuple[str, float], restorable_s: int = 0) -> Story:
     """Calm but for one crash: `("create", 0), ("delete", 60)`."""
 
     def tell(sim: Sim) -> None:
         user = User(sim)
         for what, when in acts:
-            match what:
-                case "create":
-                    user.later(when, user.create, "s0")
-                case "delete":
-                    user.later(when, user.delete, "s0")
-                case "attach":
-                    user.later(when, user.attach, "s0")
-                case "detach":
-                    user.later(when, user.detach, "s0")
-                case "create with volume":
-                    user.later(when, user.create, "s0", None, "beside")
-                case "create on volume":
-                    user.later(when, user.create, "s0", None, "root")
-                case "attach volume":
-                    user.later(when, user.attach_volume, "s0")
-                case "detach volume":
-                    user.later(when, user.detach_volume, "s0")
-                case "attach share":
-                    user.later(when, user.attach_share, "s0")
-                case "detach share":
-                    user.later(when, user.detach_share, "s0")
-                case "swap volume":
-                    user.later(when, user.swap_volume, "s0")
-                case "extend volume":
-                    user.later(when, user.extend_volume, "s0")
-                case "branch volume":
-                    user.later(when, user.branch_volume, "s0")
-                case "readdress":
-                    user.later(when, user.readdress, "s0")
-                case "precache":
-                    user.later(when, user.precache)
-                case "abort":
-                    user.later(when, user.abort, "s0")
-                case "its host is down":
-                    user.later(when, lose_host, sim, user)
-                case "evacuate":
-                    user.later(when, user.evacuate)
-                case "hard reboot":
-                    user.later(when, user.act, "s0", "reboot", {"type": "HARD"})
-                case "reboot":
-                    user.later(when, user.act, "s0", "reboot", {"type": "SOFT"})
-                case verb:
-                    user.later(when, user.act, "s0", verb, SAID.get(verb))
+            do, *told = ACTS.get(what) or (User.act, "s0", what, SAID.get(what))
+            user.later(when, do, user, *told)
         sim.run(sim.now + 250)
 
     return Story(tell, restorable_s)
