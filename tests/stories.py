@@ -7,7 +7,7 @@ nothing else can be done.  What must be true of it at rest is `sim.invariants.wr
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -338,6 +338,17 @@ class Cloud:
             at: float | None = tx.execute(sa.select(sa.func.min(RUNS.c.due)).where(RUNS.c.state == "running")).scalar()
             return at
 
+    def crashed(self, at: int) -> "Handle":
+        """A server is built, and resized where it came to be; at that boundary its process dies. Some time later."""
+        self.edges.count, self.edges.crash_at = 0, at
+        s = self.boot(f"s{at}")
+        if s.status == "ACTIVE":
+            s.act("resize", {"flavorRef": "large"})
+        self.edges.crash_at = 0
+        self.pass_time(60)
+        self.settle()
+        return s
+
     def mend(self, name: str) -> list[str]:
         return self.conductor.reconcilers.run_once(name)
 
@@ -446,6 +457,17 @@ class Handle:
         if settle:
             self.cloud.settle()
         return answer
+
+    def moves(self) -> Iterator[None]:
+        """Live, then at rest and confirmed; told of after each."""
+        for told in ({"os-migrateLive": {"host": None, "block_migration": "auto"}}, {"migrate": None}):
+            before = self.row.host
+            self.cloud.json("POST", f"/servers/{self.id}/action", told, ok=202, token=self.cloud.admin)
+            self.cloud.settle()
+            if "migrate" in told:
+                self.act("confirmResize", ok=204)
+            assert self.row.host != before
+            yield
 
     def delete(self, *, settle: bool = True, ok: int = 204) -> None:
         self.cloud.json("DELETE", f"/servers/{self.id}", ok=ok)

@@ -153,13 +153,7 @@ def test_a_crash_anywhere_and_both_agree(tmp_path):
     cloud = Cloud(tmp_path, outside=True)
     cloud.mend("owed")
     for crash_at in range(0, 80, 13):
-        cloud.edges.count, cloud.edges.crash_at = 0, crash_at
-        s = cloud.boot(f"s{crash_at}")
-        if s.status == "ACTIVE":
-            s.act("resize", {"flavorRef": "large"})
-        cloud.edges.crash_at = 0
-        cloud.pass_time(60)
-        cloud.settle()
+        s = cloud.crashed(crash_at)
         agree(cloud)
         s.delete()
     cloud.settle()

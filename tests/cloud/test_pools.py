@@ -68,13 +68,8 @@ def test_disks_of_a_pool_wherever_the_server_goes(cloud):
         assert used(cloud) == small + s.row.flavor.disk_gb  # until it is decided, both are kept
         s.act(last, ok=ok)
         assert used(cloud) == s.row.flavor.disk_gb and cloud.check() == []
-    for told in ({"os-migrateLive": {"host": None, "block_migration": "auto"}}, {"migrate": None}):
-        before = s.row.host
-        cloud.json("POST", f"/servers/{s.id}/action", told, ok=202, token=cloud.admin)
-        cloud.settle()
-        if "migrate" in told:
-            s.act("confirmResize", ok=204)
-        assert s.row.host != before and used(cloud) == s.row.flavor.disk_gb and cloud.check() == []
+    for _ in s.moves():
+        assert used(cloud) == s.row.flavor.disk_gb and cloud.check() == []
     s.act("shelve")
     assert used(cloud) == 0
     s.act("unshelve")
@@ -151,13 +146,7 @@ def test_a_crash_anywhere_and_the_pool_is_as_its_servers_say(tmp_path):
     cloud = Cloud(tmp_path)
     shared(cloud)
     for crash_at in range(0, 80, 13):
-        cloud.edges.count, cloud.edges.crash_at = 0, crash_at
-        s = cloud.boot(f"s{crash_at}")
-        if s.status == "ACTIVE":
-            s.act("resize", {"flavorRef": "large"})
-        cloud.edges.crash_at = 0
-        cloud.pass_time(60)
-        cloud.settle()
+        s = cloud.crashed(crash_at)
         assert cloud.check() == []
         s.delete()
         cloud.settle()
