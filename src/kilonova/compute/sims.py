@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kilonova.compute.agent import ComputeHost, Images
 from kilonova.kit.ask import WholeBus, asked
-from kilonova.kit.bus import Remembers, letter
+from kilonova.kit.bus import Remembers
 from kilonova.kit.clock import Clock
 from kilonova.model.options import Compute, Sim
 from kilonova.virt.sim import Peers, SimDriver, SimState
@@ -102,7 +102,7 @@ class SimHosts:
         """Let all say now how they are whose queues are there."""
         for h in self.hosts.values():
             if self.bus.serves(h.name):
-                self.bus.send(h.conductor, letter(h.report()))
+                h.tell()
 
     def _tell(self) -> None:
         for turn in count():
