@@ -16,7 +16,7 @@ from kilonova.kit.clock import WallClock
 from kilonova.kit.db import Db, Tx, meta
 from kilonova.kit.errors import Refused
 from kilonova.kit.journal import ALONE, RUNS, STEPS
-from kilonova.kit.worker import Worker
+from kilonova.kit.worker import ROUND, Worker
 from kilonova.kit.workflow import Engine, Run, command, effect, record, start, workflow
 
 
@@ -208,11 +208,11 @@ def test_an_ill_database_does_not_end_the_sweeper(db: Db, caplog: pytest.LogCapt
     conductor = engine(db, MemoryBus())
     looks, due = threading.Semaphore(0), conductor.due
 
-    def moody(most: int = 100) -> list[str]:
+    def moody(most: int = 100, fresh_s: float = 0.0) -> list[str]:
         looks.release()
         if len(caplog.records) < 2:
             raise sa.exc.OperationalError("select", {}, Exception("gone away"))
-        return due(most)
+        return due(most, fresh_s)
 
     conductor.due = moody  # type: ignore[method-assign]
     worker = Worker(conductor, threads=1, sweep_s=0.01)
@@ -221,6 +221,29 @@ def test_an_ill_database_does_not_end_the_sweeper(db: Db, caplog: pytest.LogCapt
         assert looks.acquire(timeout=10)
     begin(db, alone_inside, 1, "s", "r")
     wait(lambda: states(db)["done"] == 1)
+    worker.close()
+
+
+def test_what_nobody_has_had_yet_is_left_to_who_was_told_of_it_and_found_when_he_did_not_come(db: Db) -> None:
+    conductor = engine(db, MemoryBus())
+    begin(db, alone_inside, 1, "s", "r")
+    assert conductor.due(fresh_s=1e10) == []
+    assert conductor.due() == ["r"]
+    conductor.carry("r")
+    begin(db, alone_inside, 1, "t", "q")
+    worker = Worker(conductor, threads=1, sweep_s=0.05)
+    worker.start()
+    wait(lambda: states(db)["done"] == 2)
+    worker.close()
+
+
+def test_more_than_a_look_is_for_is_found_by_the_next_looks(db: Db) -> None:
+    conductor, many = engine(db, MemoryBus()), 3 * ROUND
+    for i in range(many):
+        begin(db, alone_inside, 1, f"s{i}", f"r{i}")
+    worker = Worker(conductor, threads=2, sweep_s=0.3)
+    worker.start()
+    wait(lambda: states(db)["done"] == many)
     worker.close()
 
 

@@ -621,6 +621,32 @@ def test_a_build_costs_five_transactions_and_no_more_statements_than_it_did(desk
     assert desk.state() == "done"
 
 
+@effect
+def peep(world: World, key: str, n: int) -> int:
+    world.did.append((key, n))
+    return n + 1
+
+
+@peep.only_looks
+def _(world: World, n: int) -> bool:
+    return n == 1
+
+
+@workflow
+def peeps(run: Run, n: int) -> None:
+    run(write, str(run(peep, n)))
+
+
+def test_who_only_looks_does_not_end_the_transaction_that_he_is_in(desk: Desk) -> None:
+    for n, commits in ((1, 1), (2, 2)):
+        desk.start(peeps, n, id=f"r{n}", carry=False)
+        desk.db.commits = 0
+        desk.engine.carry(f"r{n}")
+        assert desk.db.commits == commits
+        assert desk.row(f"r{n}").state == "done"
+    assert desk.world.did == [("r1/0", 1), ("r2/0", 2)]
+
+
 def test_an_act_rests_on_journaled_facts_only(desk: Desk) -> None:
     """A refusal that only the process knew was acted on; it died; the replay was not refused."""
     desk.start(rests)
@@ -1189,7 +1215,7 @@ def test_the_queries_that_are_asked_all_day_use_an_index(db: Db) -> None:
     from kilonova.kit import workflow as w
 
     asked_all_day: dict[str, tuple[Any, dict[str, Any], str]] = {
-        "due": (w.DUE, {"now": 0.0, "most": 1}, "runs_due"),
+        "due": (w.DUE, {"now": 0.0, "old": 0.0, "most": 1}, "runs_due"),
         "take": (w.TAKE, {"the_id": "", "me": "", "now": 0.0, "till": 0.0}, "sqlite_autoindex_runs"),
         "others": (journal.OPEN_ON, {"the_subject": ""}, "runs_subject"),
         "journal": (journal.JOURNAL, {"the_id": ""}, "sqlite_autoindex_steps"),

@@ -70,7 +70,7 @@ class Job(msgspec.Struct, frozen=True):
 def erect(run: Run, job: Job) -> None:
     run.if_undone(broken, job.server)
     port = run(plug, job.server)
-    for host in run(chosen, job.server):
+    for host in run(emptiest, run(chosen, job.server)):
         with run.attempt():
             run(claim, job.server, host)
             run(spawned, job.server, host, port)
@@ -113,6 +113,18 @@ def _(cloud: "Cloud", key: str, server: str) -> None:
 @command(patience_s=300)
 def chosen(server: str) -> To[list[str]]:
     return To("scheduler", Choose(server=server))
+
+
+@effect
+def emptiest(cloud: "Cloud", key: str, hosts: list[str]) -> list[str]:
+    """It only looks, and sees something else each time."""
+    cloud.looks += 1
+    return hosts[cloud.looks % 2 :] + hosts[: cloud.looks % 2]
+
+
+@emptiest.only_looks
+def _(cloud: "Cloud", hosts: list[str]) -> bool:
+    return True
 
 
 @record
@@ -188,6 +200,7 @@ class Cloud:
         self.refuse: Counter[str] = Counter()
         self.struck = ""  # the boundary it was
         self.gone: set[str] = set()
+        self.looks = 0
         self.lives = count()  # to tell runs apart
         with db.tx() as tx:
             for t in (SERVERS, ROOMS, CLAIMS, RUNS, STEPS, ALONE):

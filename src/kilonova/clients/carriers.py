@@ -2,14 +2,23 @@
 
 import io
 import re
+import socket
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from kilonova.kit.errors import Unavailable
 
 CHUNK_BYTES = 1 << 20
+# A peer that went without a word is noticed after two minutes, though we only wait.
+KEPT_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
 
 Body = bytes | Iterable[bytes] | None
 
@@ -90,40 +99,62 @@ class Inside:
 
 
 class Outside:
-    """Real HTTP to `url`, kept-alive connections, by keystoneauth1. `timeout_s` is for each wait, not for a whole body."""
+    """Real HTTP to `url`, kept-alive connections, by urllib3. `timeout_s` is for each wait, not for a whole body.
+
+    urllib3 itself, because what `requests` and keystoneauth1 put around it was half of all that an API process does
+    for a new server, and a neighbour's answers are judged by our own `Session` anyhow.
+    """
 
     def __init__(self, url: str, *, timeout_s: float = 10, verify: bool | str = True) -> None:
         import requests  # late: only who talks to neighbours elsewhere pays for it
-        from keystoneauth1 import session
+        import urllib3
 
         self.url = re.sub(r"/v[\d.]+/?$", "", url).rstrip("/")
-        # What the environment says of proxies and authorities is asked once: `requests` would at each question, for a
-        # tenth of all that an API process does.
-        line = requests.Session()
-        for scheme in ("http://", "https://"):
-            line.mount(scheme, session.TCPKeepAliveAdapter())
-        around = line.merge_environment_settings(self.url, {}, False, verify, None)
-        line.trust_env, line.proxies = False, dict(around["proxies"])
-        self.http = session.Session(session=line, verify=around["verify"], timeout=timeout_s, user_agent="kilonova")
+        # What the environment says of proxies and authorities is asked once, and as everybody reads it.
+        around = requests.Session().merge_environment_settings(self.url, {}, False, verify, None)
+        verify, proxy = around["verify"], requests.utils.select_proxy(self.url, around["proxies"])
+        how: dict[str, Any] = {
+            "maxsize": 64,  # connections that are kept; more are opened and closed again
+            "timeout": timeout_s,
+            "socket_options": [*urllib3.connection.HTTPConnection.default_socket_options, *KEPT_ALIVE],
+            # Who was led elsewhere goes there; nothing is said twice unless `Session` does so.
+            "retries": urllib3.Retry(total=5, connect=0, read=False, redirect=5, status=0, other=0),
+            "cert_reqs": "CERT_REQUIRED" if verify else "CERT_NONE",
+        }
+        if verify and self.url.startswith("https:"):
+            authorities = requests.utils.DEFAULT_CA_BUNDLE_PATH if verify is True else str(verify)
+            how["ca_cert_dir" if Path(authorities).is_dir() else "ca_certs"] = authorities
+        if proxy:
+            to, known = urllib3.util.parse_url(proxy), {}
+            if to.auth:
+                known = urllib3.make_headers(proxy_basic_auth=urllib.parse.unquote(to.auth))
+            self.http: Any = urllib3.ProxyManager(to._replace(auth=None).url, proxy_headers=known, **how)
+            self.straight: Any = None
+        else:
+            self.http = urllib3.PoolManager(**how)
+            self.straight = self.http.connection_from_url(self.url)
+        self.under = urllib.parse.urlsplit(self.url).path
 
     def send(self, method: str, path: str, headers: Mapping[str, str], body: Body) -> Answer:
-        from keystoneauth1.exceptions import ClientException
-        from requests import RequestException
+        from urllib3.exceptions import HTTPError
 
+        if body is None and method in ("POST", "PUT", "PATCH"):
+            body = b""  # so that its length is said
+        about = {"User-Agent": "kilonova", **headers}
         try:
-            r = self.http.request(
-                self.url + path,
-                method,
-                headers=dict(headers),
-                data=body,
-                raise_exc=False,
-                authenticated=False,
-                stream=True,
-                log=False,
-            )
-        except (ClientException, RequestException) as e:
+            r = self._put(method, path, headers=about, body=body, preload_content=False)
+        except (HTTPError, OSError, ValueError) as e:
             raise Unavailable("A neighbouring service cannot be reached.", why=f"{self.url}: {e}") from None
-        return Answer(r.status_code, {k.lower(): v for k, v in r.headers.items()}, _heard(r, self.url), r.close)
+        return Answer(r.status, {k.lower(): v for k, v in r.headers.items()}, _heard(r, self.url), r.close)
+
+    def _put(self, method: str, path: str, **more: Any) -> Any:
+        """To the one that we know, without looking at the address again; unless he leads us elsewhere."""
+        if self.straight is not None:
+            r = self.straight.urlopen(method, self.under + path, redirect=False, assert_same_host=False, **more)
+            if method not in ("GET", "HEAD") or not r.get_redirect_location():
+                return r
+            r.drain_conn()
+        return self.http.urlopen(method, self.url + path, **more)
 
 
 class Absent:
@@ -166,9 +197,9 @@ def _joined(first: list[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _heard(response: Any, url: str) -> Iterator[bytes]:
-    from requests import RequestException
+    from urllib3.exceptions import HTTPError
 
     try:
-        yield from response.iter_content(CHUNK_BYTES)
-    except RequestException as e:
+        yield from response.stream(CHUNK_BYTES, decode_content=True)
+    except (HTTPError, OSError) as e:
         raise Unavailable("A neighbouring service broke off in the middle.", why=f"{url}: {e}") from None

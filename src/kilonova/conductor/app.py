@@ -37,6 +37,7 @@ from kilonova.conductor.world import World
 from kilonova.contracts.conductor import Greeting, HypervisorAway, PowerChanged, Report, Sending
 from kilonova.contracts.scheduler import Choose, Chosen
 from kilonova.kit.ask import Bus
+from kilonova.kit.bus import Wake
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db
 from kilonova.kit.reconcile import Reconcilers
@@ -141,6 +142,7 @@ class Conductor:
         create.spawn.patience_s = evacuate.spawn.patience_s = workers.build_timeout_s
         for step in verbs.STEPS.values():
             step.patience_s = workers.command_timeout_s
+        self.engine.door.on(Wake, lambda m: self.wake(m.run))  # answers and reports need not wait behind a build
         self.worker.start()
         self.ends.append(self.bus.serve(self.address, self.engine.receive, 2))
         self.reconcilers.start()

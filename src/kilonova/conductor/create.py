@@ -177,6 +177,12 @@ def choose(world: World, key: str, job: Build, tried: list[str], fresh: bool) ->
     return world.choose(Choose(server=job.server.id, ask=wanted, most=attempts - len(tried), fresh=fresh))
 
 
+@choose.only_looks
+def _(world: World, job: Build, tried: list[str], fresh: bool) -> bool:
+    asked = isinstance(job.networks, list) and wishes.asks(world, job.networks)
+    return world.chooses_at_once and not asked
+
+
 class Claimed(msgspec.Struct, frozen=True):
     number: int
     epoch: int

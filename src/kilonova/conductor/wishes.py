@@ -21,6 +21,11 @@ def of_new(world: World, ask: Ask, networks: Sequence[Wanted]) -> Ask:
     return _with(world, ask, ports, [w.network_id for w in networks if w.network_id and not w.port_id])
 
 
+def asks(world: World, networks: Sequence[Wanted]) -> bool:
+    """Is the network service asked about these?"""
+    return world.config.scheduler.routed_networks or any(w.port_id for w in networks)
+
+
 def of_living(world: World, ask: Ask, server: Server) -> Ask:
     """Of one that has its ports."""
     ports = world.neighbours.network.ports(servers=[server.id]) if server.plugs else []

@@ -83,6 +83,12 @@ class World:
         self.db.run(self._told, m, "end")
         return chosen
 
+    @property
+    def chooses_at_once(self) -> bool:
+        """Is nobody asked but our own database, and nobody told?"""
+        told = getattr(self.db.engine.dialect, "heard", None) is not None
+        return not told and not self.config.scheduler.apart and self.neighbours.placement is None
+
     def _told(self, tx: Tx, m: Choose, phase: str) -> None:
         def of(tx: Tx) -> dict[str, Any]:
             return words.wanted(m.server, servers.find(tx, [m.server]).get(m.server), m.ask)

@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from kilonova.kit.errors import Invalid
 
 S = TypeVar("S")
+MANY = 64  # values of an `IN (…)` that is compiled beforehand, at most
 ROWS = 8  # that are written at a time, where that is one statement
 WIRE = "kilonova_wire"  # in a connection's `info`, and on the driver's: the way to PostgreSQL that goes past psycopg's cursors (`kit/postgres.py`)
 
@@ -150,7 +151,7 @@ class Among:
         self.write, self.known = write, dict[int, Any]()
 
     def __call__(self, ids: Collection[str], **more: Any) -> tuple[Any, dict[str, Any]]:
-        if len(ids) > 64:
+        if len(ids) > MANY:
             return self.write(list(ids)), more
         n = 1 << max(0, len(ids) - 1).bit_length()
         statement = self.known.get(n)

@@ -2,6 +2,10 @@
 
 A wake-up is a run's id in a queue.  The same id twice in the queue is one look; a full queue drops it.  Both are
 safe, because a wake-up is a hint: the sweeper finds every run whose time has come, wherever it was started.
+
+What is new is on its way to somebody already, and the sweepers of all conductors see the same.  So that they do not
+take it from under each other's hands, they leave it alone for a while, look for a few at a time, in no order, and
+hardly at all while there is enough to do.
 """
 
 import logging
@@ -11,6 +15,10 @@ from collections import deque
 from kilonova.kit.workflow import Engine
 
 log = logging.getLogger(__name__)
+
+ROUND = 64  # runs that a look is for
+AGAIN_S = 0.05  # until the next look, where there were as many
+FRESH = 4  # looks long a run that nobody has had is left to who was told of it
 
 
 class Worker:
@@ -77,9 +85,13 @@ class Worker:
 
     def _sweep(self) -> None:
         while not self.ended.is_set():
+            found, busy = [], len(self.queue) >= len(self.crew)
             try:
-                for run in self.engine.due(1000):
+                # Though there be enough to do: the oldest may be one that nobody was told of.
+                found = self.engine.due(len(self.crew) if busy else ROUND, fresh_s=FRESH * self.sweep_s)
+                self.engine.dice.shuffle(found)
+                for run in found:
                     self.wake(run)
             except Exception:
                 log.exception("the sweep failed; there will be another")
-            self.ended.wait(self.sweep_s)
+            self.ended.wait(AGAIN_S if len(found) == ROUND else self.sweep_s)

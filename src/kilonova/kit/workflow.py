@@ -143,6 +143,7 @@ class Step(Generic[P, R]):
         self.name = name or do.__name__
         assert len(self.name) <= 59, f"the journal has no room for {self.name}"
         self.undoes: Step[P, Any] | None = None
+        self.looks: Callable[..., bool] | None = None
         self.signals: dict[str, Callable[..., To[Any]]] = {}
         self.decoder: msgspec.json.Decoder[R] | None = None
 
@@ -154,6 +155,15 @@ class Step(Generic[P, R]):
         """What takes this step back. It has all the patience in the world."""
         self.undoes = Step(do, self.kind, FOREVER, None, f"undo {self.name}")
         return self.undoes
+
+    def only_looks(self, when: Callable[Concatenate[Any, P], bool]) -> Callable[Concatenate[Any, P], bool]:
+        """`when(world, *args)`: this effect changes nothing then, and asks nobody who may be slow. So it need not be alone:
+
+        the transaction that we are in goes on over it, and its answer is kept with what comes next.
+        """
+        assert self.kind == "effect" and self.undoes is None
+        self.looks = when
+        return when
 
     def on(self, signal: str) -> Callable[[Callable[..., To[Any]]], Callable[..., To[Any]]]:
         """While the host is at this command, pass `signal` on to it as the message made here."""
@@ -396,14 +406,16 @@ class Engine:
 
         self._bring(id, take)
 
-    def due(self, most: int = 100) -> list[str]:
+    def due(self, most: int = 100, fresh_s: float = 0.0) -> list[str]:
         """What somebody should look at: new, unanswered, waiting for better times, or left by one who died.
 
-        Everything that wakes a run is a hint.  This is the promise.
+        Everything that wakes a run is a hint.  This is the promise.  `fresh_s`: so long what nobody has had yet is left
+        to those who were told of it.
         """
         self._let_go()
+        now = self.clock.now()
         with self.db.read() as tx:
-            return list(tx.execute(DUE, {"now": self.clock.now(), "most": most}).scalars())
+            return list(tx.execute(DUE, {"now": now, "old": now - fresh_s, "most": most}).scalars())
 
     def sweep(self, most: int = 100) -> int:
         """Carry what is due."""
@@ -743,9 +755,11 @@ class Run:
         """Its row is written with the next commit: should we die before, it happens twice, as it may.
 
         But what it rests on must be in the journal.  A refusal that only this process knows can be another answer
-        on replay, and then the act was done on a way that was never taken.
+        on replay, and then the act was done on a way that was never taken.  Who only looks may rest on anything.
         """
-        if self.dirty or self.unit.tx or self.engine.clock.now() > self.held_until - self.engine.lease_s / 2:
+        looks = step.looks is not None and step.looks(self.engine.world, *args, **more)
+        late = self.engine.clock.now() > self.held_until - self.engine.lease_s / 2
+        if late or (not looks and (self.dirty or self.unit.tx)):
             self._held()
             self._commit(self.held_until)  # nor act on the last half of a lease
         self.dirty[past.n] = past
@@ -1040,7 +1054,7 @@ PARK = ready(HOLD.where(_r.wakes == _b("seen")).values(lease=0.0, due=_b("at")))
 DROP = ready(HOLD.values(lease=0.0, due=0.0))
 END = ready(HOLD.values(lease=0.0))
 END_WHOLE = ready(END.values(args="null"))  # what it was told may be large, or secret; nobody will play it again
-DUE = ready(sa.select(_r.id).where(_free).order_by(_r.due).limit(_b("most")))
+DUE = ready(sa.select(_r.id).where(_free, (_r.epoch > 0) | (_r.due <= _b("old"))).order_by(_r.due).limit(_b("most")))
 RUN = ready(sa.select(RUNS).where(_r.id == _b("the_id")))
 WAITING = ready(
     sa.select(_s.run)

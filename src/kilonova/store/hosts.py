@@ -15,7 +15,7 @@ from kilonova.contracts.conductor import Report
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, Invalid, NotFound
 from kilonova.kit.journal import Said, tell
-from kilonova.kit.ready import Shapes, ready
+from kilonova.kit.ready import MANY, Among, Shapes, ready
 from kilonova.model import notices as words
 from kilonova.model.host import HostFacts, Stock
 from kilonova.store import placement, servers
@@ -24,6 +24,7 @@ COMPUTE, CONDUCTOR, SCHEDULER = "nova-compute", "nova-conductor", "nova-schedule
 ZONE = "availability_zone"  # the key of an aggregate's metadata that makes it one
 DISABLED = "COMPUTE_STATUS_DISABLED"
 DAY_S = 86_400.0
+SAME_S = 2  # hosts that were heard of within that were heard of at the same moment
 
 _NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 SERVICES = sa.Table(
@@ -288,11 +289,17 @@ def lives(tx: Tx, host: str, role: str, *, uuid: Callable[[], str], now: float, 
     )
 
 
-def seen(tx: Tx, beats: Iterable[tuple[str, float]]) -> None:
-    """These hosts were heard of, then."""
-    told = [{"the_host": host, "at": at} for host, at in beats]
-    if told:
-        tx.execute(SEEN, told)
+def seen(tx: Tx, beats: Mapping[str, float]) -> None:
+    """These hosts were heard of, then: `last_seen` is never later than that, and at most SAME_S earlier.
+
+    Many in a statement, as if they had been heard of at the same moment: a fleet that does nothing writes little else.
+    """
+    same: dict[int, list[str]] = {}
+    for host in sorted(beats):  # in one order: others do the same just now
+        same.setdefault(int(beats[host] // SAME_S), []).append(host)
+    for names in same.values():
+        for some in (names[i : i + MANY] for i in range(0, len(names), MANY)):
+            tx.execute(*SEEN(some, at=min(beats[host] for host in some)))
 
 
 def heard(tx: Tx, host: str) -> Any:
@@ -789,7 +796,7 @@ WRITTEN = ready(
         NODES.c.host == _b("the_host")
     )
 )
-SEEN = ready(sa.update(SERVICES).where(_compute).values(last_seen=_b("at")))
+SEEN = Among(lambda some: sa.update(SERVICES).where(_s.host.in_(some), _s.binary == COMPUTE).values(last_seen=_b("at")))
 SUCCEEDED = ready(sa.update(SERVICES).where(_compute, _s.failures > 0).values(failures=0))
 BEAT = ready(
     sa.update(SERVICES)

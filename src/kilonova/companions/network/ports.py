@@ -261,10 +261,10 @@ def new(tx: Tx, world: World, project: str, place: store.Place, told: dict[str, 
     groups = _groups(tx, world, project, told, secured, place.default_group)
     check_secured(port, groups)
     wanted = _wanted(place, told, mac)
-    store.charge(tx, project, "port", 1, world.config.quota_port)
     store.add(tx, port)
     held = addresses.grant(tx, world, network.id, place.subnets, (port.id, mac), wanted) if wanted else []
     store.group_port(tx, port.id, groups)
+    store.charge(tx, project, "port", 1, world.config.quota_port)  # last: all ports of a project wait for this row
     return Whole(port, held, groups)
 
 
