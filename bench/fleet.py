@@ -127,6 +127,17 @@ class Counts:
         return one, two, three
 
 
+def machine() -> str:
+    """How much there is of it just now: cores are shared with who knows whom, and CPU time is longer or shorter for it."""
+    took = []
+    for _ in range(5):
+        began = time.process_time()
+        for i in range(1_000_000):
+            _ = i * i % 7
+        took.append(time.process_time() - began)
+    return f"load {os.getloadavg()[0]:.1f}, a loop of a million takes {statistics.median(took) * 1000:.0f} ms of CPU"
+
+
 # ---- the measures
 
 
@@ -287,9 +298,7 @@ def main() -> None:
 
 
 def measured(fleet: Wide, database: Postgres | MariaDb, broker: Rabbit, chosen: Any) -> None:
-    print(
-        f"{chosen.engine}, load of the machine before: {os.getloadavg()[0]:.1f}\n\n| what | figure | aim |\n|---|--:|--:|"
-    )
+    print(f"{chosen.engine}, before it: {machine()}\n\n| what | figure | aim |\n|---|--:|--:|")
     row(f"{chosen.hosts} hosts are there after", f"{fleet.up(timeout_s=300):.0f} s")
     client = fleet.client()
     client.put(f"/network/v2.0/quotas/{client.project_id}", {"quota": {"port": -1}})
@@ -306,12 +315,12 @@ def measured(fleet: Wide, database: Postgres | MariaDb, broker: Rabbit, chosen: 
     builds(fleet, db, use, counts, image, "none", 50, 0)
     for networks in ("none", [{"uuid": network}]):
         builds(fleet, db, use, counts, image, networks, chosen.builds, 0)
-    if chosen.rate:
-        builds(fleet, db, use, counts, image, [{"uuid": network}], int(chosen.builds), chosen.rate)
+        if chosen.rate:
+            builds(fleet, db, use, counts, image, networks, chosen.builds, chosen.rate)
     if chosen.fill:
         filled(fleet, db, image, chosen.fill)
         lists(fleet, counts)
-    print(f"\nload of the machine after: {os.getloadavg()[0]:.1f}")
+    print(f"\nafter it: {machine()}")
     db.close()
 
 
