@@ -87,7 +87,12 @@ MUTANTS = {
     "a judgement overwrites an answer": Mutant([
         ("kit/workflow.py", '& (_s.n == _b("the_n")) & _s.finished.is_(None)', '& (_s.n == _b("the_n"))')], [ENGINE]),
     "an effect may rest on what is not journaled": Mutant([
-        ("kit/workflow.py", "if self.dirty or self.unit.tx or", "if self.unit.tx or")], [ENGINE]),
+        ("kit/workflow.py", "(not looks and (self.dirty or self.unit.tx))", "(not looks and self.unit.tx)")], [ENGINE]),
+    "every effect only looks": Mutant([
+        ("kit/workflow.py", "looks = step.looks is not None and", "looks = step.looks is None or")], [ENGINE]),
+    "a bare build forgets whose it is": Mutant([
+        ("conductor/create.py", "    placed(run, job, spawn_on, Task.spawning)\n", "    placed(run, job, spawn_on, Task.networking)\n")],
+        [FLOWS], "build bare, delete"),
     "an abort tries the next host": Mutant([
         ("kit/workflow.py", "except Aborted:\n            raise", "except ZeroDivisionError:\n            raise")],
         [ENGINE], "delete overtakes build"),

@@ -20,6 +20,8 @@ STORIES = [
     "build",
     "build, delete",
     "delete overtakes build",
+    "build bare, delete",
+    "delete overtakes bare build",
     "reboot",
     "hard reboot",
     "stop, start",

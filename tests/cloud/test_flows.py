@@ -62,6 +62,15 @@ def test_what_is_on_the_way_is_seen(cloud):
     assert (s.status, s.row.task_state) == ("ACTIVE", None)
 
 
+def test_without_a_port_nothing_lies_between_the_claim_and_the_spawn(cloud):
+    s = cloud.boot(settle=False, networks="none")
+    cloud.conductor.engine.sweep()
+    assert s.row.task_state == "spawning" and s.row.host and not s.row.plugs
+    cloud.settle()
+    assert (s.status, s.row.task_state, s.show()["addresses"]) == ("ACTIVE", None, {})
+    assert s.events() == [(BUILD, "Success")]
+
+
 def test_a_burst_spreads_over_the_hosts(cloud):
     many = [cloud.boot(f"s{i}", settle=False) for i in range(9)]
     cloud.settle()

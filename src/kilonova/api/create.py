@@ -504,7 +504,7 @@ def _record(
         runs.append(
             (
                 known[s.id],
-                start(tx, "build", job, id=world.ids.uuid(), subject=s.id, now=now, cause=cause(call, "create")),
+                start(tx, job.flow, job, id=world.ids.uuid(), subject=s.id, now=now, cause=cause(call, "create")),
             )
         )
     return runs

@@ -46,7 +46,7 @@ from kilonova.kit.workflow import Engine, Workflow
 from kilonova.model.options import Config
 
 FLOWS: list[Workflow[Any]] = [
-    create.build, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
+    create.build, create.build_bare, verbs.act, delete.delete, watch.mend, watch.heal, addresses.readdress, resize.resize, resize.confirm,
     resize.revert, capture.capture, capture_volumes.capture_volumes, interfaces.attach_interface, interfaces.detach_interface,
     live_migrate.live_migrate,
     evacuate.evacuate,

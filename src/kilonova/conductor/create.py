@@ -1,6 +1,7 @@
 """Build: choose a host and claim it, bind ports there, let it spawn; where a host refuses, try the next."""
 
 from contextlib import suppress
+from typing import Protocol
 
 import msgspec
 
@@ -42,6 +43,23 @@ HOPELESS = Conflict, Forbidden, Invalid, NotFound, OverQuota  # said by the netw
 
 @workflow
 def build(run: Run, job: Build) -> None:
+    placed(run, job, settle_on, Task.networking)
+
+
+@workflow
+def build_bare(run: Run, job: Build) -> None:
+    """The same where it has neither ports nor volumes: nobody is asked for anything between its claim and its spawn."""
+    placed(run, job, spawn_on, Task.spawning)
+
+
+class Settle(Protocol):
+    """The rest of the way, when it is claimed."""
+
+    def __call__(self, run: Run, job: Build, place: Place, claimed: "Claimed") -> None: ...
+
+
+def placed(run: Run, job: Build, settle: Settle, then: Task) -> None:
+    """On the first host that takes it; `then` is what it is at when it is claimed."""
     run.if_undone(broken, job.server, run.id, run.now)
     if volumes.has_volumes(job.server):
         run(hold, job.server)
@@ -57,10 +75,10 @@ def build(run: Run, job: Build) -> None:
         for place in chosen.places:
             epoch += 1
             with run.attempt():
-                claimed = run(claim, job.server, place, epoch, run.now)
+                claimed = run(claim, job.server, place, epoch, run.now, then)
                 try:
                     outside.agreed(run, chosen, job.server.id)
-                    settle_on(run, job, place, claimed)
+                    settle(run, job, place, claimed)
                     return
                 except Trouble as e:
                     last = e
@@ -90,6 +108,11 @@ def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
             run.no_return()  # else nobody would know it for ours
             with suppress(Trouble):
                 run(volumes.hand_over, d.volume_id or "")
+
+
+def spawn_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
+    done = run(spawn, job, place, claimed, Plugged())
+    run(built, job.server, place, done.power_state, run.now)
 
 
 def no_host(job: Build, tried: list[str], last: Trouble | None, chosen: Chosen) -> Trouble:
@@ -190,15 +213,15 @@ class Claimed(msgspec.Struct, frozen=True):
 
 
 @record
-def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> Claimed:
+def claim(tx: Tx, server: Server, place: Place, epoch: int, now: float, then: Task) -> Claimed:
     server_groups.admit(tx, server, place.host, place.provider)
     seat = seats.claim(tx, server, place.provider, now=now, shared=place.shared, new=epoch == server.epoch + 1)
-    servers.settle(tx, server, place.host, place.node, epoch, str(Task.networking), now)
+    servers.settle(tx, server, place.host, place.node, epoch, str(then), now)
     return Claimed(server.number or servers.get(tx, server.id).number, epoch, seat)
 
 
 @claim.undo
-def _(tx: Tx, server: Server, place: Place, epoch: int, now: float) -> None:
+def _(tx: Tx, server: Server, place: Place, epoch: int, now: float, then: Task) -> None:
     placement.release(tx, server.id, place.provider, now=now)
     servers.unsettle(tx, server.id, place.host, now)
 

@@ -19,10 +19,10 @@ jobs = Contract("jobs")
 
 @jobs
 class Build(msgspec.Struct, frozen=True):
-    """ "build": choose a host, claim, make ports, spawn. `server` as it was written, still building.
+    """ "build": choose a host, claim, make ports, spawn; "build_bare" the same where it has neither ports nor volumes.
 
-    `networks`: "auto" and "none" as the API has them, "" for what a caller left to us (one network that he can
-    see, else a conflict was answered), or what he listed.  `security_groups` are ids.
+    `server` as it was written, still building.  `networks`: "auto" and "none" as the API has them, "" for what a caller
+    left to us (one network that he can see, else a conflict was answered), or what he listed.  `security_groups` are ids.
     """
 
     server: Server
@@ -33,6 +33,12 @@ class Build(msgspec.Struct, frozen=True):
     node: str | None = None
     forced: bool = False  # no rule is asked
     files: list[tuple[str, str]] = []
+
+    @property
+    def flow(self) -> str:
+        """The workflow that it is a job for."""
+        bare = self.networks == "none" and not any(d.is_volume for d in self.server.devices)
+        return "build_bare" if bare else "build"
 
 
 @jobs

@@ -65,12 +65,13 @@ class User:
         self.groups = dict[str, str]()
         self.migrating = set[str]()  # volumes, as their service sees it
 
-    def create(self, name: str, group: str | None = None, volume: str = "") -> None:
+    def create(self, name: str, group: str | None = None, volume: str = "", bare: bool = False) -> None:
         """`group`: a policy; the servers that name the same are in one group. `volume`: one is made with it, and goes
-        with it; its "root" or another, "beside" that."""
+        with it; its "root" or another, "beside" that. `bare`: without a port, as others are by their names."""
         image = self.sim.image_id
         flavor = PINNED if name.endswith(("3", "7")) else FLAVOR  # some have a CPU of their own
-        wish: dict[str, Any] = {"name": name, "flavorRef": flavor.id, "imageRef": image, "networks": "auto"}
+        nets = "none" if bare or name.endswith(("2", "5")) else "auto"
+        wish: dict[str, Any] = {"name": name, "flavorRef": flavor.id, "imageRef": image, "networks": nets}
         if volume == "beside":
             wish["block_device_mapping_v2"] = [ROOT | {"uuid": image}, BLANK]
         elif volume == "root":
@@ -376,6 +377,7 @@ class Story:
 # What a story can tell of; everything else is the name of an action.
 ACTS: dict[str, tuple[Any, ...]] = {
     "create": (User.create, "s0"),
+    "create bare": (User.create, "s0", None, "", True),
     "create with volume": (User.create, "s0", None, "beside"),
     "create on volume": (User.create, "s0", None, "root"),
     "delete": (User.delete, "s0"),
@@ -423,6 +425,8 @@ STORIES: dict[str, Story] = {
     "build": story(("create", 5)),
     "build, delete": story(("create", 5), ("delete", 100)),
     "delete overtakes build": story(("create", 5), ("delete", 15)),
+    "build bare, delete": story(("create bare", 5), ("delete", 100)),
+    "delete overtakes bare build": story(("create bare", 5), ("delete", 15)),
     "reboot": story(("create", 5), ("reboot", 100)),
     "hard reboot": story(("create", 5), ("hard reboot", 100)),
     "stop, start": story(("create", 5), ("os-stop", 100), ("os-start", 150)),
