@@ -2,13 +2,15 @@
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from kilonova.contracts.compute import ConsoleLog
-from kilonova.kit.bus import opened
+from kilonova.kit.bus import letter, opened
 from kilonova.kit.clock import iso
 from kilonova.kit.errors import Unavailable
 from kilonova.model import options
 from kilonova.model.options import Config
+from kilonova.store import servers
 from tests.stories import telling
 
 NO_HOST = "No valid host was found. There are not enough hosts available."
@@ -381,6 +383,31 @@ def test_an_orphan_is_swept(cloud):
     cloud.settle()
     assert machine.id not in cloud.states["h0"].machines
     assert s.status == "ACTIVE"
+
+
+def test_what_a_host_says_again_in_the_same_words_is_compared_with_each_whole_report_only(cloud):
+    s = cloud.boot()
+    h = cloud.hosts.hosts[s.row.host]
+
+    def says(*, whole: bool) -> int:
+        """How many statements that was."""
+        while ((told := h.report()).facts is not None) is not whole:
+            pass
+        before = cloud.db.statements
+        cloud.bus.send("conductor", letter(told))
+        cloud.tick()
+        return cloud.db.statements - before
+
+    says(whole=True)
+    assert says(whole=False) > 0 and says(whole=False) == 0
+    with cloud.db.tx() as tx:
+        tx.execute(sa.update(servers.T).where(servers.T.c.id == s.id).values(power_state=4))
+    assert says(whole=False) == 0
+    says(whole=True)
+    assert s.show()["OS-EXT-STS:power_state"] == 1
+    s.state.machines.clear()
+    assert says(whole=False) > 0
+    assert s.status == "ERROR"
 
 
 def test_a_machine_that_vanished_is_an_error(cloud):

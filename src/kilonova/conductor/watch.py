@@ -88,12 +88,20 @@ def reported(world: World, r: Report) -> None:
         with world.guard:
             world.lives[r.host] = r.born
             world.well.pop(r.host, None)
+            world.fits.pop(r.host, None)
             if facts:
                 world.learned[r.host] = facts, now, written
         world.started(runs)
         return
+    # What fitted when it was said before is compared again with the next whole report: each minute, as a rule.
+    holds = b"" if r.facts else _digest([r.holds, r.busy])
+    if holds and world.fits.get(r.host) == holds:
+        return
     with world.db.read() as tx:
-        suspects = _suspects(tx, world, r)
+        odd = _odd(tx, world, r)
+        suspects = _idle(tx, r, odd)
+    with world.guard:
+        world.fits[r.host] = b"" if odd else holds
     if suspects:
         world.started(world.db.run(_look_into, world, r.host, suspects, False))
 
@@ -103,6 +111,10 @@ def _facts(r: Report) -> bytes:
     if r.facts is None:
         return b""
     said = (msgspec.structs.replace(r.facts, uptime=""), r.stocks, sorted(r.speaks), r.version, r.host_ip, r.identity)
+    return _digest(said)
+
+
+def _digest(said: Any) -> bytes:
     return hashlib.blake2b(msgspec.msgpack.encode(said), digest_size=16).digest()
 
 
@@ -148,7 +160,7 @@ def _met(tx: Tx, world: World, r: Report, now: float) -> list[str]:
     _told_of_evacuations(tx, r, now)
     reborn = before is not None and before.born != r.born
     woken = wake_host(tx, r.host) if reborn else []
-    suspects = _suspects(tx, world, r) if before is not None else []
+    suspects = _idle(tx, r, _odd(tx, world, r)) if before is not None else []
     return woken + _look_into(tx, world, r.host, suspects, reborn)
 
 
@@ -171,8 +183,8 @@ def _outlived(tx: Tx, r: Report) -> list[tuple[str, int]]:
     return [(id, held[id]) for id in sorted(gone)]
 
 
-def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
-    """Servers of which the host has something else than it should, and that nobody is at work on."""
+def _odd(tx: Tx, world: World, r: Report) -> list[str]:
+    """Servers of which the host has something else than it should."""
     held = {h.server: h for h in r.holds}  # of two, the newer
     here = compare.on_host(tx, r.host)
     loose, beside = [h for h in r.holds if h.server not in here], [h for h in r.holds if h is not held[h.server]]
@@ -186,12 +198,17 @@ def _suspects(tx: Tx, world: World, r: Report) -> list[str]:
         if lost := [id for id in strange if id not in moved]:
             log.warning("%s has machines that no server of it owns: %s", r.host, ", ".join(lost))
         strange = sorted(moved)
-    wanted = [id for id in strange + odd if id not in r.busy]
+    return list(dict.fromkeys(strange + odd))
+
+
+def _idle(tx: Tx, r: Report, odd: list[str]) -> list[str]:
+    """Those of them that nobody is at work on."""
+    wanted = [id for id in odd if id not in r.busy]
     known = hosts.heard(tx, r.host) if wanted else None
     if known is not None and known.forced_down:
         return []  # nothing can be told to it
     at_work = compare.at_work(tx, wanted)
-    return [id for id in dict.fromkeys(wanted) if id not in at_work]
+    return [id for id in wanted if id not in at_work]
 
 
 def _differs(row: Any, held: HeldHere | None) -> bool:

@@ -53,13 +53,14 @@ class World:
         self.listened = listened  # by whom notifications are, as `conductor/notices.py` sees it
         self.breaks = bus if isinstance(bus, Breaks) else None
         self.born = clock.now()
-        self.guard = threading.Lock()  # of the next six
+        self.guard = threading.Lock()  # of the next seven
         self.beats: dict[str, float] = {}  # when each host was last heard of, and it is not written down yet
         self.lives: dict[str, float] = {}  # which life of each host we have met
         self.learned: dict[
             str, tuple[bytes, float, float | None]
         ] = {}  # facts of each, when we wrote them, their moment
         self.well: dict[str, float] = {}  # when we last made sure that a host is not gone
+        self.fits: dict[str, bytes] = {}  # what each host said last of what it holds, where that is as it should be
         self.identities: dict[str, str] = {}  # which machine each host is
         self.doubts: dict[str, list[float]] = {}  # when to look again what ports a server has
         self.forced_down: frozenset[str] = frozenset()  # hosts, as a reconciler saw them last
