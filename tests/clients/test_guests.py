@@ -53,8 +53,11 @@ def test_two_guests(cloud: RealCloud, tmp_path: Path) -> None:
     assert ssh(cloud, key, floating, "hostname").strip() == "one"
     shown = cloud.json("server show one")["addresses"]["private"]
     assert floating in shown
-    said = ssh(cloud, key, floating, "wget -q -O - http://169.254.169.254/latest/meta-data/public-ipv4")
-    assert said.strip() == floating
+
+    def told() -> str:
+        return ssh(cloud, key, floating, "wget -q -O - http://169.254.169.254/latest/meta-data/public-ipv4").strip()
+
+    cloud.wait(lambda: told() == floating, 30, "the guest is not told of it")  # it asked before: that is kept a while
 
     # The two hear each other.
     assert "0% packet loss" in ssh(cloud, key, floating, f"ping -c 2 -W 2 {address['two']}")

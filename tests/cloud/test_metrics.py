@@ -54,8 +54,8 @@ def test_the_figures(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
         tx.execute(sa.insert(RUNS), stuck)
     said = figures(cloud)
     assert said['kilonova_servers{task_state="",vm_state="active"}'] == 1
-    assert said['kilonova_runs{state="stuck",workflow="build"}'] == 1
-    assert 500 <= said['kilonova_runs_oldest_seconds{state="stuck",workflow="build"}'] < 600
+    assert said['kilonova_runs{state="stuck",workflow="build_bare"}'] == 1
+    assert 500 <= said['kilonova_runs_oldest_seconds{state="stuck",workflow="build_bare"}'] < 600
     assert 0 <= said["kilonova_runs_late_seconds"] < 60 and said["kilonova_runs_queued"] >= 0
     assert said['kilonova_hosts{state="up"}'] == 2 and said['kilonova_hosts{state="down"}'] == 0
     assert 0 <= said['kilonova_host_silence_seconds{quantile="1.0"}'] < 60

@@ -132,7 +132,7 @@ def furnished(dice: random.Random, isolated: set[str]) -> tuple[House, list[Plai
     house.clock.at += 100  # all are silent now, but those that are heard
     for h in all:
         h.silent = dice.random() < 0.05
-    house.tx(hosts.seen, [(h.name, house.clock.at) for h in all if not h.silent])
+    house.tx(hosts.seen, {h.name: house.clock.at for h in all if not h.silent})
     return house, all
 
 

@@ -163,7 +163,7 @@ def test_disabled_and_silent_hosts(house):
     house.tx(hosts.set_service, a.uuid, 1.0, disabled=False)
     assert house.names() == {"a", "c"}
     house.clock.at += 100
-    house.tx(hosts.seen, [("a", house.clock.at)])
+    house.tx(hosts.seen, {"a": house.clock.at})
     assert house.names() == {"a"}
     house.clock.at += 100
     assert house.choose().why == {"up": 3}
