@@ -38,7 +38,7 @@ CLIENTS = 8
 SETTINGS = {
     "report_interval_s = 1": "report_interval_s = 10",
     "host_down_after_s = 8": "host_down_after_s = 60",
-    "lease_s = 12": "lease_s = 30",
+    "lease_s = 12\nthreads = 4": "lease_s = 30\nthreads = 2",  # two cores are everybody's
     "[sim]\n": "[sim]\nhosts = {each}\ncpus = 1000\nmemory_mb = 100000000\ndisk_gb = 10000000\n",
     "[network]\n": '[network]\nprivate_cidr = "10.0.0.0/16"\n',
 }
@@ -314,9 +314,8 @@ def measured(fleet: Wide, database: Postgres | MariaDb, broker: Rabbit, chosen: 
     idle(fleet, use, counts, chosen.idle)
     builds(fleet, db, use, counts, image, "none", 50, 0)
     for networks in ("none", [{"uuid": network}]):
-        builds(fleet, db, use, counts, image, networks, chosen.builds, 0)
-        if chosen.rate:
-            builds(fleet, db, use, counts, image, networks, chosen.builds, chosen.rate)
+        for rate in [chosen.rate, 0] if chosen.rate else [0]:
+            builds(fleet, db, use, counts, image, networks, chosen.builds, rate)
     if chosen.fill:
         filled(fleet, db, image, chosen.fill)
         lists(fleet, counts)
