@@ -1,7 +1,7 @@
 """Build: choose a host and claim it, bind ports there, let it spawn; where a host refuses, try the next."""
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
 
 import msgspec
 
@@ -52,16 +52,10 @@ def build_bare(run: Run, job: Build) -> None:
     placed(run, job, spawn_on, Task.spawning)
 
 
-class Settle(Protocol):
-    """The rest of the way, when it is claimed."""
-
-    def __call__(self, run: Run, job: Build, place: Place, claimed: "Claimed") -> None: ...
-
-
-def placed(run: Run, job: Build, settle: Settle, then: Task) -> None:
-    """On the first host that takes it; `then` is what it is at when it is claimed."""
+def placed(run: Run, job: Build, settle: Callable[[Run, Build, Place, "Claimed"], None], then: Task) -> None:
+    """On the first host that takes it. `settle` is the rest of the way when it is claimed, `then` what it is at by then."""
     run.if_undone(broken, job.server, run.id, run.now)
-    if volumes.has_volumes(job.server):
+    if job.server.has_volumes:
         run(hold, job.server)
         job = msgspec.structs.replace(job, server=fill(run, job.server))
     tried: list[str] = []
@@ -93,7 +87,7 @@ def placed(run: Run, job: Build, settle: Settle, then: Task) -> None:
 
 def settle_on(run: Run, job: Build, place: Place, claimed: "Claimed") -> None:
     plugged = run(plug, job, place)
-    if volumes.has_volumes(job.server):
+    if job.server.has_volumes:
         run(mapping, job.server, run.now)
         connected = volumes.connected(run, job.server, place.host)
         run(spawning, job.server, plugged, run.now, connected.devices)

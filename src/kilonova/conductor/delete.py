@@ -74,7 +74,7 @@ def standing(tx: Tx, id: str) -> Standing:
     doomed = [d.volume_id for d in s.devices if d.is_volume and d.volume_id and d.delete_on_termination]
     others = {m.source for m in migrations.holding(tx, id) if m.type != Kind.evacuation and m.source} - {s.host}
     image = s.system_metadata.get(SHELVED_IMAGE)
-    return Standing(s.host, volumes.has_volumes(s), doomed, sorted(others), image, shared.of(tx, id))
+    return Standing(s.host, s.has_volumes, doomed, sorted(others), image, shared.of(tx, id))
 
 
 @command(patience_s=FOREVER, event="compute_terminate_instance")

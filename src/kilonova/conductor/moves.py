@@ -133,7 +133,7 @@ def machine(server: Server, goal: Goal, joined: Joined, **more: Any) -> Machine:
 
 def carry(run: Run, server: Server, to: Place) -> Connected | None:
     """Its volumes can be used there as well."""
-    return run(volumes.carry, server, to.host) if volumes.has_volumes(server) else None
+    return run(volumes.carry, server, to.host) if server.has_volumes else None
 
 
 def carried(run: Run, joined: Joined) -> None:

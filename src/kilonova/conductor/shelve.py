@@ -163,7 +163,7 @@ def leave(run: Run, s: Server, host: str) -> None:
         pass
     run.no_return()
     run(unbind, s)
-    devices = run(volumes.rest, s) if volumes.has_volumes(s) else None
+    devices = run(volumes.rest, s) if s.has_volumes else None
     run(offloaded, s, devices, run.now)
 
 
@@ -259,7 +259,7 @@ def land(run: Run, job: Unshelve, image: Image | None) -> None:
                 except Trouble as e:
                     last = e
                     raise
-    if tried and volumes.has_volumes(s):
+    if tried and s.has_volumes:
         run(kept, s, run(volumes.rest, s), run.now)
     raise nowhere(last, tried, chosen)
 
@@ -268,7 +268,7 @@ def settle_on(run: Run, s: Server, image: Image | None, chosen: Chosen, place: P
     seat = run(claim, s, place, epoch, run.now)
     outside.agreed(run, chosen, s.id)
     plugged = run(plug, s, place)
-    connected = volumes.connected(run, s, place.host) if volumes.has_volumes(s) else None
+    connected = volumes.connected(run, s, place.host) if s.has_volumes else None
     run(on_its_way, s, Task.spawning, run.now)
     done = run(spawn, s, image, place, epoch, plugged, connected, seat)
     run.no_return()

@@ -39,10 +39,6 @@ class Connected(msgspec.Struct, frozen=True):
         return f"Connected({[d.volume_id for d in self.devices]})"  # how may hold passwords
 
 
-def has_volumes(server: Server) -> bool:
-    return any(d.is_volume for d in server.devices)
-
-
 # ---- all of a server, for flows that give it to a host
 
 

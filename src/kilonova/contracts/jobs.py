@@ -37,8 +37,7 @@ class Build(msgspec.Struct, frozen=True):
     @property
     def flow(self) -> str:
         """The workflow that it is a job for."""
-        bare = self.networks == "none" and not any(d.is_volume for d in self.server.devices)
-        return "build_bare" if bare else "build"
+        return "build_bare" if self.networks == "none" and not self.server.has_volumes else "build"
 
 
 @jobs

@@ -119,6 +119,10 @@ class Server(msgspec.Struct, frozen=True):
         return any(d.boot_index == 0 and d.is_volume for d in self.devices)
 
     @property
+    def has_volumes(self) -> bool:
+        return any(d.is_volume for d in self.devices)
+
+    @property
     def locked(self) -> bool:
         return self.locked_by is not None
 
