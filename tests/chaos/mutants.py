@@ -37,7 +37,7 @@ MOVES, SHELVES, VOLUMES = "tests/cloud/test_moves.py", "tests/cloud/test_shelve.
 class Mutant:
     """`cuts`: (file, text, what stands there instead); each text is there once. `tests`: who should know first.
 
-    `story`: of `kilonova.sim.storms.STORIES`, to be told with a crash at every boundary.
+    `story`: of `kilonova.sim.storms.STORIES`, to be told with a crash at every boundary, and with slow reconcilers from each on.
     """
 
     cuts: list[tuple[str, str, str]]
@@ -118,6 +118,15 @@ MUTANTS = {
         ("conductor/watch.py", "dict.fromkeys(strange + odd)", "dict.fromkeys([])")], [f"{FLOWS}::test_an_orphan_is_swept"]),
     "nobody compares ports": Mutant([
         ("conductor/watch.py", "    return _let_go(world, stray_ports(world))\n", "    return []\n")], [f"{FLOWS}::test_ports_claims_and_servers_that_nobody_owns_are_mended"]),
+
+    "ports are known before it is asked who is at work": Mutant([
+        ("conductor/watch.py", "        at_work = compare.at_work(tx, servers)\n        known = compare.plugs(tx, servers)\n",
+                               "        known = compare.plugs(tx, servers)\n        at_work = compare.at_work(tx, servers)\n")],
+        [], "attach, detach"),
+    "attachments are known before it is asked who is at work": Mutant([
+        ("conductor/volumes.py", "        at_work = compare.at_work(tx, ids)\n        known = servers.find(tx, ids)\n",
+                                 "        known = servers.find(tx, ids)\n        at_work = compare.at_work(tx, ids)\n")],
+        [], "attach, swap volume"),
 
     # moves
     "the source is believed": Mutant([
@@ -228,6 +237,7 @@ for n, found in crash_everywhere(STORIES[sys.argv[1]]):
     if found:
         sys.exit(print(f"crash at {n}: {found[0]}"))
 """
+LOOK = CRASH.replace("crash_everywhere", "look_everywhere").replace("crash at", "looked at from")
 STORM = """
 import logging, sys
 logging.disable()
@@ -241,8 +251,8 @@ for seed in range(1, int(sys.argv[1]) + 1):
 def main(words: list[str]) -> int:
     """0 if every chosen mutant was noticed."""
     names = [w for w in words if not w.startswith("--")]
-    watchers = [tests, seeds, crashes]
-    for word, only in (("--sim", [seeds, crashes]), ("--seeds", [seeds]), ("--tests", [tests])):
+    watchers = [tests, seeds, crashes, looks]
+    for word, only in (("--sim", [seeds, crashes, looks]), ("--seeds", [seeds]), ("--tests", [tests])):
         watchers = only if word in words else watchers
     unseen = 0
     for name, mutant in MUTANTS.items():
@@ -291,6 +301,11 @@ def seeds(there: Path, mutant: Mutant) -> str | None:
 def crashes(there: Path, mutant: Mutant) -> str | None:
     """The first boundary at which nobody may die."""
     return _heard(f"story “{mutant.story}”", asked(there, CRASHES_S, "-c", CRASH, mutant.story))
+
+
+def looks(there: Path, mutant: Mutant) -> str | None:
+    """The first boundary from which on nobody may look slowly."""
+    return _heard(f"story “{mutant.story}”", asked(there, CRASHES_S, "-c", LOOK, mutant.story))
 
 
 OUT_OF_TIME = "(out of time)"

@@ -93,6 +93,9 @@ print(f"boundaries: {n - 1}")
 """
 
 
+LOOK = CRASH.replace("crash_everywhere", "look_everywhere").replace("crash at", "looked at from")
+
+
 def python(*argv: str, timeout_s: float = 900) -> str:
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONHASHSEED": "0"}
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, timeout=timeout_s)
@@ -149,6 +152,17 @@ def test_a_crash_at_every_boundary_of_every_story() -> None:
     assert not [line for text in said.values() for line in text.splitlines() if not line.startswith("boundaries: ")]
     counts = {name: int(re.findall(r"boundaries: (\d+)", text)[0]) for name, text in said.items()}
     assert all(n >= 15 for n in counts.values()), f"stories became too short to mean anything: {counts}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_reconcilers_that_look_slowly_in_the_midst_of_every_story() -> None:
+    """At every thirteenth boundary; a run that ends between two of a reconciler's questions is what it must not misjudge."""
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        said = list(pool.map(lambda name: python("-c", LOOK, name, "13"), STORIES))
+    lines = "".join(said).splitlines()
+    assert not [line for line in lines if not line.startswith("boundaries: ")]
+    assert sum(line.startswith("boundaries: ") for line in lines) == len(STORIES)
 
 
 def test_a_seed_tells_the_same_alone_and_after_others_and_beside_others() -> None:

@@ -147,7 +147,7 @@ def _each(db: Db) -> Iterator[Finding]:
     """All living servers at rest, a page at a time: claims are as their flavors say, and who is in error says why."""
     last = 0
     while True:
-        with db.read() as tx:
+        with db.snapshot() as tx:
             query = servers.SELECT.where(servers.T.c.number > last, servers.T.c.deleted_at.is_(None))
             rows = tx.execute(query.order_by(servers.T.c.number).limit(PAGE)).all()
             all = [servers.of(r) for r in rows]

@@ -274,10 +274,11 @@ def left_over(world: World) -> list[Attachment]:
     if not world.neighbours.volume.there:
         return []
     seen = [a for a in world.neighbours.volume.attachments() if a.server_id]
-    with world.db.read() as tx:
+    ids = {a.server_id or "" for a in seen}
+    with world.db.read() as tx:  # a promise is followed by a run, and that by what is written
         open = {(p.server, p.volume) for p in block_devices.promised(tx)}
-        known = servers.find(tx, {a.server_id or "" for a in seen})
-        at_work = compare.at_work(tx, {a.server_id or "" for a in seen})
+        at_work = compare.at_work(tx, ids)
+        known = servers.find(tx, ids)
     found = []
     for a in seen:
         server = known.get(a.server_id or "")

@@ -679,9 +679,10 @@ def stray_ports(world: World) -> list[Port]:
 
 def _strays_of(world: World, found: list[Port]) -> list[Port]:
     made = [p for p in found if ports.ours(p) or p.host]
+    servers = {p.device_id or "" for p in made}
     with world.db.read() as tx:
-        known = compare.plugs(tx, {p.device_id or "" for p in made})
-        at_work = compare.at_work(tx, {p.device_id or "" for p in made})
+        at_work = compare.at_work(tx, servers)
+        known = compare.plugs(tx, servers)
     return [p for p in made if (id := p.device_id or "") not in at_work and p.id not in known.get(id, set())]
 
 

@@ -479,11 +479,13 @@ def play(
 ) -> tuple[list[str], Sim]:
     """Storm after storm, each settled and judged, for so many hours of virtual time; one at least.
 
-    In every third cloud deleted servers can be restored; in every fourth transactions are in each other's way all the time.
+    In every third cloud deleted servers can be restored; in every fourth transactions are in each other's way all the time;
+    in every fifth reconcilers have their turns all the time.
     """
     patience = [step.patience_s for step in LONG]
     faults = faults or (CROWDED if seed % 4 == 1 else None)
-    sim = Sim(seed, faults, tell=tell, restorable_s=RESTORABLE_S if seed % 3 == 0 else 0, pooled=seed % 10 == 9)
+    restorable_s = RESTORABLE_S if seed % 3 == 0 else 0
+    sim = Sim(seed, faults, tell=tell, restorable_s=restorable_s, pooled=seed % 10 == 9, hasty=seed % 5 == 2)
     began = sim.now
     try:
         for round in itertools.count():
@@ -501,6 +503,20 @@ def play(
         for step, before in zip(LONG, patience, strict=True):
             step.patience_s = before
         sim.close()
+
+
+def look_everywhere(tell: Story, *, step: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """The story again and again, each time compared with what should be from the next boundary on, slowly, in the midst of it."""
+    for k in itertools.count(1, step):
+        sim = Sim(k, CALM, look_at=k, conductors=1, restorable_s=tell.restorable_s)
+        tell(sim)
+        looks = sim.looks
+        sim.settle()
+        found = sim.check()
+        sim.close()
+        yield k, found
+        if not looks:
+            return
 
 
 def crash_everywhere(tell: Story, *, step: int = 1) -> Iterator[tuple[int, list[str]]]:

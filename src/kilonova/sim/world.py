@@ -60,6 +60,8 @@ URL = "http://cloud.sim"
 POOL = "70000000-0000-4000-8000-000000000007"
 PASSWORD = "of the simulator"
 MOST = 7  # servers of the only project
+DAWDLE_S = 3.0
+HASTE = 4  # reconcilers that have a turn before their time
 QUIET = frozenset({"Report", "report", "turn"})  # these would drown the others
 CONFIG = options.Config(
     compute=options.Compute(max_concurrent_builds=0),
@@ -98,6 +100,8 @@ class Sim:
     """One cloud. `crash_at`: the one boundary at which somebody dies, counted from 1; 0: only by the dice.
 
     `restorable_s`: so long a deleted server can be restored; 0: not at all. `pooled`: hosts get their disks of a pool.
+    `look_at`: the one boundary at which all reconcilers begin to look, and dawdle: much happens between two of their questions.
+    `hasty`: what is compared every few minutes is so every few seconds, in the middle of everything.
     """
 
     def __init__(
@@ -106,13 +110,16 @@ class Sim:
         faults: Faults | None = None,
         *,
         crash_at: int = 0,
+        look_at: int = 0,
         hosts: int = 4,
         conductors: int = 2,
         restorable_s: int = 0,
         pooled: bool = False,
+        hasty: bool = False,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         self.dice, self.faults, self.tell_ = random.Random(seed), faults or Faults(), tell
+        self.hasty, self.look_at, self.looks = hasty, look_at, 0
         self.crash_at, self.boundaries, self.seen = crash_at, 0, collections.Counter[str]()
         self.now, self.heap, self.order, self.hub = (
             BEGAN,
@@ -123,6 +130,7 @@ class Sim:
         self.config = msgspec.structs.replace(
             CONFIG, compute=msgspec.structs.replace(CONFIG.compute, reclaim_interval_s=restorable_s)
         )
+        self.conductors: list[ConductorProcess] = []
         self.gone = {"broker": 0.0, "database": 0.0, "companions": 0.0}  # until when
         self.wrong: list[str] = []
         self.where, self.crashes, self.history = "?", 0, hashlib.sha256()
@@ -147,7 +155,7 @@ class Sim:
         self.share_id = (self.directory / "share").read_text()
         self.states: dict[str, SimState] = {}  # of all hosts whose hypervisors can be reached
         self.hosts = {f"h{i}": Host(self, f"h{i}") for i in range(hosts)}
-        self.conductors = [ConductorProcess(self, f"c{i}") for i in range(conductors)]
+        self.conductors += [ConductorProcess(self, f"c{i}") for i in range(conductors)]
         self.run(self.now + 30)  # hosts are met
         while pooled:
             try:
@@ -225,18 +233,27 @@ class Sim:
             raise sa.exc.OperationalError("", {}, Exception("connection refused"))
         if self.chance("between") and greenlet.getcurrent() is not self.hub:
             self.pause(self.dice.expovariate(2.0))
+        self._dawdle()
+
+    def _dawdle(self) -> None:
+        """Who looks slowly."""
+        if getattr(greenlet.getcurrent(), "slow", False):
+            self.pause(self.dice.uniform(0, DAWDLE_S))
 
     # -- faults
 
     def boundary(self, process: "Process", what: str) -> None:
         quiet = self.where in QUIET
-        if self.crash_at or self.faults is not CALM:
+        if self.crash_at or self.look_at or self.faults is not CALM:
             self.boundaries += not quiet
             self.seen[f"{process.kind} {self.where} {what}"] += 1
         if (self.boundaries == self.crash_at > 0 == self.crashes and not quiet) or self.chance("crash"):
             self.crashes += 1
             self.tell(f"{process.name} crashes, {self.where} {what}")
             raise Crash
+        if self.boundaries >= self.look_at > 0 == self.looks and self.conductors and not quiet:
+            self.looks = self.conductors[0].look_slowly()
+        self._dawdle()
         if self.chance("pause"):
             self.pause(self.dice.expovariate(1.0) if self.dice.random() < 0.9 else self.dice.uniform(0, 50))
 
@@ -613,10 +630,28 @@ class ConductorProcess(Process):
         self.conductor.world.wake = lambda run: sim.send(self, "conductor", letter(Wake(run=run)))
         self.go(self.conductor.engine.recover)
         self.every(2, self.conductor.engine.sweep, "sweep")
-        self.every(5, self.conductor.reconcilers.turn, "turn")
+        self.every(5, self._turn, "turn")
 
     def receive(self, raw: bytes) -> None:
         self.conductor.engine.receive(raw)
+
+    def _turn(self) -> None:
+        reconcilers = self.conductor.reconcilers
+        if self.sim.hasty:
+            for name in self.sim.dice.sample(sorted(reconcilers.next), HASTE):
+                reconcilers.next[name] = 0.0
+        reconcilers.turn()
+
+    def look_slowly(self) -> int:
+        """All reconcilers, each in a thread of its own. How many they are."""
+        for name in sorted(self.conductor.reconcilers.all):
+            self.sim.at(0, self.go, self._slowly, name)
+        return len(self.conductor.reconcilers.all)
+
+    def _slowly(self, name: str) -> None:
+        me: Any = greenlet.getcurrent()
+        me.slow = True
+        self.conductor.reconcilers.run_once(name)
 
     def _at(self, flow: str, step: str) -> None:
         self.sim.where = f"{flow}.{step}"
@@ -643,7 +678,7 @@ class SimHypervisor(SimDriver):
     def _act(self, what: str, may_fail: bool = True) -> None:
         sim = self.process.sim
         sim.boundary(self.process, f"before {what}")
-        if sim.faults is not CALM or sim.crash_at:
+        if sim.faults is not CALM or sim.crash_at or sim.look_at:
             sim.pause(sim.dice.uniform(0.5, 1) * {"spawn": 20}.get(what, 3))
         else:
             sim.pause(1)
