@@ -115,7 +115,7 @@ MUTANTS = {
         ("conductor/watch.py", "row.generation != job.generation or row.task_state is not None or row.vm_state",
                                "row.vm_state")], [OWNERS, FLOWS]),
     "nobody compares what hosts hold": Mutant([
-        ("conductor/watch.py", "dict.fromkeys(strange + odd)", "dict.fromkeys([])")], [f"{FLOWS}::test_an_orphan_is_swept"]),
+        ("conductor/watch.py", "dict.fromkeys(odd[r.host] + [id", "dict.fromkeys([id")], [f"{FLOWS}::test_an_orphan_is_swept"]),
     "nobody compares ports": Mutant([
         ("conductor/watch.py", "    return _let_go(world, stray_ports(world))\n", "    return []\n")], [f"{FLOWS}::test_ports_claims_and_servers_that_nobody_owns_are_mended"]),
 
@@ -206,12 +206,12 @@ MUTANTS = {
         ("store/placement.py", "sa.select(ALLOCATIONS).where(*_still).with_for_update()", "sa.select(ALLOCATIONS).where(*_still)")],
         [PLACES]),
     "a run is looked at and then taken": Mutant([
-        ("kit/workflow.py", "        if not unit.opened().execute(TAKE, self._terms(id)).rowcount:",
+        ("kit/workflow.py", "        row = _taken(unit.opened(), TAKE, TAKE_ROW, self._terms(id))",
          '        now, r = self.clock.now(), unit.opened().execute(RUN, {"the_id": id}).first()\n'
          '        if r is None or r.state != "running" or r.due > now or r.lease > now:\n            return None\n'
-         "        if not unit.opened().execute(TAKE, self._terms(id)).rowcount:"),
-        ("kit/workflow.py", 'TAKE = ready(sa.update(RUNS).where(_r.id == _b("the_id"), _free)',
-                            'TAKE = ready(sa.update(RUNS).where(_r.id == _b("the_id"), _b("now") > 0)')], [ENGINE]),
+         "        row = _taken(unit.opened(), TAKE, TAKE_ROW, self._terms(id))"),
+        ("kit/workflow.py", '_take = sa.update(RUNS).where(_r.id == _b("the_id"), _free)',
+                            '_take = sa.update(RUNS).where(_r.id == _b("the_id"), _b("now") > 0)')], [ENGINE]),
 
     # the store
     "where it runs is not told to a later verb": Mutant([

@@ -33,6 +33,7 @@ from kilonova.conductor import (
     volumes,
     watch,
 )
+from kilonova.conductor.reports import Reports
 from kilonova.conductor.world import World
 from kilonova.contracts.conductor import Greeting, HypervisorAway, PowerChanged, Report, Sending
 from kilonova.contracts.scheduler import Choose, Chosen
@@ -115,7 +116,7 @@ class Conductor:
             turns=_turns(db, config),
         )
         self.engine.door.on(Greeting, lambda m: meet.greeted(self.world, m))
-        self.engine.door.on(Report, lambda m: watch.reported(self.world, m))
+        self.engine.door.on(Report, lambda m: watch.reported(self.world, [m]))
         self.engine.door.on(Sending, lambda m: watch.sending(self.world, m))
         self.engine.door.on(HypervisorAway, lambda m: watch.hypervisor_away(self.world, m))
         self.engine.door.on(PowerChanged, lambda m: watch.power_changed(self.world, m))
@@ -134,6 +135,7 @@ class Conductor:
             clock=clock,
             dice=dice,
         )
+        self.reports = Reports(self.world)
         self.ends: list[Callable[[], None]] = []
 
     def start(self) -> None:
@@ -143,6 +145,8 @@ class Conductor:
         for step in verbs.STEPS.values():
             step.patience_s = workers.command_timeout_s
         self.engine.door.on(Wake, lambda m: self.wake(m.run))  # answers and reports need not wait behind a build
+        self.engine.door.on(Report, self.reports.take)
+        self.reports.start()
         self.worker.start()
         self.ends.append(self.bus.serve(self.address, self.engine.receive, 2))
         self.reconcilers.start()
@@ -160,6 +164,7 @@ class Conductor:
         self.reconcilers.close()
         for end in self.ends:
             end()
+        self.reports.close()
         self.worker.close()
         self.world.listened.close()
 

@@ -6,6 +6,7 @@ behind whatever is being done to that server, and judges in one transaction, on 
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 RUNNING, PAUSED = PowerState.running, PowerState.paused
 DOWN = PowerState.shutdown, PowerState.crashed
 RELEARN_S = 600.0  # then what a host says is written again, though it is the same: others write there, too
+AGO_S = 1.0  # longer than what is said is on its way, and gathered
 STUCK_S = 60.0  # so long a server may be on its way with nobody at work: no commit takes longer
 DOUBTFUL = 50  # servers that are looked after at a time
 KEEP_HIDDEN_S = 3600.0  # journals of what nobody asked for
@@ -67,49 +69,63 @@ REVIVE = Verb("revive", frozenset({VM.active}), Task.powering_on, VM.active, "st
 # ---- what hosts say
 
 
-def reported(world: World, r: Report) -> None:
-    """A host lives, and holds this. What does not fit is looked into."""
-    if meet.another(world, r):
-        return
+def reported(world: World, reports: Sequence[Report]) -> None:
+    """Hosts live, and hold this. What does not fit is looked into."""
+    reports = [r for r in reports if not meet.another(world, r)]
     now = world.clock.now()
     with world.guard:
-        world.beats[r.host] = max(now, world.beats.get(r.host, 0.0))
-    if r.host in world.forced_down:
-        for server, epoch in world.db.look(_outlived, r):
-            world.send(r.host, letter(Destroy(server=server, epoch=epoch), about=server))
-    facts = _facts(r)
-    if world.lives.get(r.host) != r.born or (facts and not _known(world, r.host, facts, now)):
-        try:
-            runs = world.db.run(_met, world, r, now)
-        except Conflict:
-            meet.turn_away(world, r)
-            return
-        written = world.db.look(hosts.written, r.host) if facts else None
-        with world.guard:
-            world.lives[r.host] = r.born
-            world.well.pop(r.host, None)
-            world.fits.pop(r.host, None)
-            if facts:
-                world.learned[r.host] = facts, now, written
-        world.started(runs)
+        for r in reports:
+            world.beats[r.host] = max(now, world.beats.get(r.host, 0.0))
+    for r in reports:
+        if r.host in world.forced_down:
+            for server, epoch in world.db.look(_outlived, r):
+                world.send(r.host, letter(Destroy(server=server, epoch=epoch), about=server))
+    facts = {r.host: _facts(r) for r in reports if r.facts is not None}
+    known, rest = _known(world, facts, now), dict[str, Report]()
+    for r in reports:
+        if world.lives.get(r.host) != r.born or (r.facts is not None and r.host not in known):
+            _learned(world, r, facts.get(r.host, b""), now)
+        else:
+            rest[r.host] = r
+    _compared(world, list(rest.values()), now)
+
+
+def _learned(world: World, r: Report, facts: bytes, now: float) -> None:
+    try:
+        runs = world.db.run(_met, world, r, now)
+    except Conflict:
+        meet.turn_away(world, r)
         return
-    # What fitted when it was said before is compared again with the next whole report: each minute, as a rule.
-    holds = b"" if r.facts else _digest([r.holds, r.busy])
-    if holds and world.fits.get(r.host) == holds:
+    written = world.db.look(hosts.written, [r.host]).get(r.host) if facts else None
+    with world.guard:
+        world.lives[r.host] = r.born
+        world.well.pop(r.host, None)
+        world.fits.pop(r.host, None)
+        if facts:
+            world.learned[r.host] = facts, now, written
+    world.started(runs)
+
+
+def _compared(world: World, reports: list[Report], now: float) -> None:
+    """What fitted when it was said before is compared again with the next whole report: each minute, as a rule."""
+    holds = {r.host: b"" if r.facts else _digest([r.holds, r.busy]) for r in reports}
+    reports = [r for r in reports if not holds[r.host] or world.fits.get(r.host) != holds[r.host]]
+    if not reports:
         return
     with world.db.read() as tx:
-        odd = _odd(tx, world, r)
-        suspects = _idle(tx, r, odd)
+        odd, moved = _odd(tx, world, reports, now - AGO_S)
+        suspects = {r.host: _idle(tx, r, odd[r.host]) for r in reports if odd[r.host]}
     with world.guard:
-        world.fits[r.host] = b"" if odd else holds
-    if suspects:
-        world.started(world.db.run(_look_into, world, r.host, suspects, False))
+        for r in reports:
+            world.fits[r.host] = b"" if odd[r.host] or r.host in moved else holds[r.host]
+    for host, some in suspects.items():
+        if some:
+            world.started(world.db.run(_look_into, world, host, some, False))
 
 
 def _facts(r: Report) -> bytes:
-    """What it says of what lasts, as one value; nothing where it says nothing of that."""
-    if r.facts is None:
-        return b""
+    """What it says of what lasts, as one value."""
+    assert r.facts is not None
     said = (msgspec.structs.replace(r.facts, uptime=""), r.stocks, sorted(r.speaks), r.version, r.host_ip, r.identity)
     return _digest(said)
 
@@ -118,13 +134,18 @@ def _digest(said: Any) -> bytes:
     return hashlib.blake2b(msgspec.msgpack.encode(said), digest_size=16).digest()
 
 
-def _known(world: World, host: str, facts: bytes, now: float) -> bool:
-    """It said the same a while ago, nobody has written other facts since, and nothing waits for its being back."""
-    said, at, written = world.learned.get(host, (b"", 0.0, None))
-    if said != facts or written is None or not 0 <= now - at < RELEARN_S:
-        return False
+def _known(world: World, facts: dict[str, bytes], now: float) -> set[str]:
+    """Who said the same a while ago; nobody has written other facts since, and nothing waits for their being back."""
+    same = {}
+    for host, mine in facts.items():
+        said, at, written = world.learned.get(host, (b"", 0.0, None))
+        if said == mine and written is not None and 0 <= now - at < RELEARN_S:
+            same[host] = written
+    if not same:
+        return set()
     with world.db.read() as tx:
-        return hosts.written(tx, host) == written and not migrations.evacuated(tx, host)
+        there, left = hosts.written(tx, same), migrations.left(tx, same)
+    return {host for host, written in same.items() if there.get(host) == written and host not in left}
 
 
 def power_changed(world: World, m: PowerChanged) -> None:
@@ -160,7 +181,7 @@ def _met(tx: Tx, world: World, r: Report, now: float) -> list[str]:
     _told_of_evacuations(tx, r, now)
     reborn = before is not None and before.born != r.born
     woken = wake_host(tx, r.host) if reborn else []
-    suspects = _idle(tx, r, _odd(tx, world, r)) if before is not None else []
+    suspects = _idle(tx, r, _odd(tx, world, [r])[0][r.host]) if before is not None else []
     return woken + _look_into(tx, world, r.host, suspects, reborn)
 
 
@@ -183,22 +204,52 @@ def _outlived(tx: Tx, r: Report) -> list[tuple[str, int]]:
     return [(id, held[id]) for id in sorted(gone)]
 
 
-def _odd(tx: Tx, world: World, r: Report) -> list[str]:
-    """Servers of which the host has something else than it should."""
-    held = {h.server: h for h in r.holds}  # of two, the newer
-    here = compare.on_host(tx, r.host)
-    loose, beside = [h for h in r.holds if h.server not in here], [h for h in r.holds if h is not held[h.server]]
-    kept = migrations.kept(tx, r.host) if loose or beside else {}
-    strange = [h.server for h in loose if kept.get(h.server) != h.epoch]
-    odd = [id for id, row in here.items() if _differs(row, held.get(id))]
-    odd += [h.server for h in beside if kept.get(h.server) != h.epoch]
-    odd += _otherwise_plugged(tx, [held[id] for id, row in here.items() if id in held and row.task_state is None])
+def _odd(
+    tx: Tx, world: World, reports: list[Report], ago: float = float("inf")
+) -> tuple[dict[str, list[str]], set[str]]:
+    """Of each host the servers of which it has something else than it should; and hosts of which that cannot be said yet.
+
+    `ago`: of a server that was changed since, and after the report, that one knows nothing; the next one will.
+    """
+    here = compare.on_hosts(tx, [r.host for r in reports])
+    odd, moved, whole = dict[str, list[str]](), set[str](), list[HeldHere]()
+    for r in reports:
+        held = {h.server: h for h in r.holds}  # of two, the newer
+        before = max(r.at, ago)
+        mine = {id: row for id, row in here[r.host].items() if not _since(row, before)}
+        loose = [h for h in r.holds if h.server not in here[r.host]]
+        beside = [h for h in r.holds if h is not held[h.server]]
+        kept = migrations.kept(tx, r.host) if loose or beside else {}
+        strange, fresh = _strange(tx, world, r.host, [h for h in loose if kept.get(h.server) != h.epoch], before)
+        differ = [id for id, row in mine.items() if _differs(row, held.get(id))]
+        odd[r.host] = strange + differ + [h.server for h in beside if kept.get(h.server) != h.epoch]
+        whole += [held[id] for id, row in mine.items() if id in held and row.task_state is None]
+        if fresh or len(mine) < len(here[r.host]):
+            moved.add(r.host)
+    plugged = set(_otherwise_plugged(tx, whole))
+    for r in reports:
+        odd[r.host] = list(dict.fromkeys(odd[r.host] + [id for id in here[r.host] if id in plugged]))
+    return odd, moved
+
+
+def _since(row: Any, before: float) -> bool:
+    return (row.updated_at or 0.0) > before
+
+
+def _strange(tx: Tx, world: World, host: str, loose: list[HeldHere], before: float) -> tuple[list[str], bool]:
+    """Those of these machines that are of no server here, and have not been for a while; are there others?"""
+    if not loose:
+        return [], False
+    epochs = {h.server: h.epoch for h in loose}
+    rows = compare.found(tx, epochs)
+    strange = [id for id in epochs if id not in rows or not _since(rows[id], before)]
+    fresh = len(strange) < len(epochs)
     if strange and world.config.compute.lost_server == "log":
-        moved = compare.moved_away(tx, r.host, {id: held[id].epoch for id in strange})
+        moved = compare.moved_away(tx, host, {id: epochs[id] for id in strange})
         if lost := [id for id in strange if id not in moved]:
-            log.warning("%s has machines that no server of it owns: %s", r.host, ", ".join(lost))
+            log.warning("%s has machines that no server of it owns: %s", host, ", ".join(lost))
         strange = sorted(moved)
-    return list(dict.fromkeys(strange + odd))
+    return strange, fresh
 
 
 def _idle(tx: Tx, r: Report, odd: list[str]) -> list[str]:

@@ -204,6 +204,7 @@ class _Service:
 
     def __init__(self, bus: AmqpBus, receivers: dict[str, Callable[[bytes], None]], threads: int) -> None:
         self.bus, self.receivers, self.threads = bus, receivers, threads
+        self.ahead = max(4 * threads, 8)  # letters that the broker sends before it is told of one that was dealt with
         self.over = threading.Event()
         self.news = threading.Condition()  # of the next
         self.todo: deque[tuple[Callable[[bytes], None], bytes, Any, int]] = deque()
@@ -253,8 +254,12 @@ class _Service:
                 with self.news:
                     self.under_work -= 1
                     self.done.append((message, life))
-                with contextlib.suppress(BlockingIOError):  # he has enough to wake up for
-                    self.mouth.send(b".")
+                    enough = len(self.done) >= self.ahead // 2 or self.over.is_set()
+                if (
+                    enough
+                ):  # else they are acknowledged when the wire wakes for something else, in a second at the latest
+                    with contextlib.suppress(BlockingIOError):  # he has enough to wake up for
+                        self.mouth.send(b".")
 
     # -- the wire
 
@@ -272,7 +277,7 @@ class _Service:
                         line.channel(),
                         [],
                         accept=["application/msgpack"],
-                        prefetch_count=max(2 * self.threads, 4),
+                        prefetch_count=self.ahead,
                     ) as consumer:
                         self._ask_for_all(consumer)
                         self.bus.found(True)
@@ -307,7 +312,7 @@ class _Service:
             self.heard.add(address)
 
     def _drain(self, line: kombu.Connection) -> None:
-        """Until the end, or until the wire breaks. What was dealt with is acknowledged as soon as it was."""
+        """Until the end, or until the wire breaks."""
         while not self.over.is_set():
             self._wait(line, IDLE_S)
         until = self.bus.clock.now() + LAST_S

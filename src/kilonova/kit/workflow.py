@@ -396,13 +396,13 @@ class Engine:
 
         def take(unit: "Unit", id: str) -> "Run | None":
             tx = unit.opened()  # the run's row before the step's, as everywhere: two orders are a deadlock
-            ours = tx.execute(TAKE_WOKEN, self._terms(id)).rowcount
-            if not ours:
+            row = _taken(tx, TAKE_WOKEN, TAKE_WOKEN_ROW, self._terms(id))
+            if row is None:
                 tx.execute(journal.WAKE, {"the_id": id})
             if not tx.execute(ANSWER, told | {"finished": self.clock.now()}).rowcount:
                 unit.rollback()  # heard before, or judged meanwhile
                 return None
-            return self._loaded(unit, id) if ours else None
+            return None if row is None else self._run_of(unit, row)
 
         self._bring(id, take)
 
@@ -473,15 +473,14 @@ class Engine:
                 self.clock.sleep(self.dice.uniform(0, 0.02) * tries)
 
     def _take(self, unit: "Unit", id: str) -> "Run | None":
-        if not unit.opened().execute(TAKE, self._terms(id)).rowcount:
-            return None
-        return self._loaded(unit, id)
+        row = _taken(unit.opened(), TAKE, TAKE_ROW, self._terms(id))
+        return None if row is None else self._run_of(unit, row)
 
     def _wake(self, unit: "Unit", id: str) -> "Run | None":
         """Something happened to it: take it if it is free, though it be not due; else let its owner know."""
         tx = unit.opened()
-        if tx.execute(TAKE_WOKEN, self._terms(id)).rowcount:
-            return self._loaded(unit, id)
+        if (row := _taken(tx, TAKE_WOKEN, TAKE_WOKEN_ROW, self._terms(id))) is not None:
+            return self._run_of(unit, row)
         tx.execute(journal.WAKE, {"the_id": id})
         return None
 
@@ -491,10 +490,11 @@ class Engine:
         return self._loaded(unit, run.id) if unit.opened().execute(RETAKE, terms).rowcount else None
 
     def _loaded(self, unit: "Unit", id: str) -> "Run":
-        tx = unit.opened()
-        row = tx.execute(RUN, {"the_id": id}).one()
+        return self._run_of(unit, unit.opened().execute(RUN, {"the_id": id}).one())
+
+    def _run_of(self, unit: "Unit", row: Any) -> "Run":
         # The epoch moves with every commit: with the first taking there is no step yet.
-        steps: Any = tx.execute(journal.JOURNAL, {"the_id": id}) if row.epoch > 1 else ()
+        steps: Any = unit.opened().execute(journal.JOURNAL, {"the_id": row.id}) if row.epoch > 1 else ()
         return Run(self, unit, row, {s[1]: _stored(s) for s in steps})
 
     def _terms(self, id: str) -> dict[str, Any]:
@@ -1018,6 +1018,13 @@ def _changes(p: Past) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _taken(tx: Tx, take: Any, take_row: Any, terms: dict[str, Any]) -> Any:
+    """The run's row as it is now that it is ours, in one statement where the database can; None: it is not ours."""
+    if tx.dialect.name == "postgresql":
+        return tx.execute(take_row, terms).first()
+    return tx.execute(RUN, {"the_id": terms["the_id"]}).one() if tx.execute(take, terms).rowcount else None
+
+
 _FIELDS = [f for f in Past.__struct_fields__ if f not in ("stored", "loaded")]
 _FAULT = msgspec.json.Decoder(Fault)
 
@@ -1034,12 +1041,14 @@ _left = (_r.id == _b("the_id")) & (_r.owner == _b("ours")) & (_r.state == "runni
 
 # UPDATE runs SET owner = :me, lease = :till, epoch = epoch + 1 WHERE id = :the_id AND it is due AND nobody's
 _mine = {"owner": _b("me"), "lease": _b("till"), "epoch": _r.epoch + 1}
-TAKE = ready(sa.update(RUNS).where(_r.id == _b("the_id"), _free).values(_mine))
-TAKE_WOKEN = ready(
+_take = sa.update(RUNS).where(_r.id == _b("the_id"), _free).values(_mine)
+_take_woken = (
     sa.update(RUNS)
     .where(_r.id == _b("the_id"), _r.state == "running", _r.lease <= _b("now"))
     .values(_mine | {"due": 0.0, "wakes": _r.wakes + 1})
 )
+TAKE, TAKE_WOKEN = ready(_take), ready(_take_woken)
+TAKE_ROW, TAKE_WOKEN_ROW = ready(_take.returning(*_r)), ready(_take_woken.returning(*_r))
 RETAKE = ready(sa.update(RUNS).where(_left).values(lease=_b("till"), epoch=_r.epoch + 1))
 LET_GO = ready(sa.update(RUNS).where(_left).values(lease=0.0, due=0.0, epoch=_r.epoch + 1))
 RECOVER = ready(

@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.float64]
 FRESH_S = 0.25  # so old may be what we know of claims
 SEEN_S = 3.0  # … of who is alive
 WHOLE_S = 60.0  # everything is read again: clocks of those who write may differ by more than OVERLAP_S
-OVERLAP_S = 5.0
+OVERLAP_S = 2.0  # a transaction's time, and what clocks of those who write differ by
 IN_ONE = 500  # providers in one question
 PENDING_S = 10.0  # a choice that was not claimed by then never will be
 

@@ -34,6 +34,7 @@ from kilonova.compute.examine import tell_holdings
 from kilonova.conductor.app import Conductor
 from kilonova.conductor.examine import Finding, against, examined
 from kilonova.contracts.compute import TellHoldings
+from kilonova.contracts.conductor import Report
 from kilonova.kit.bus import Letter, Wake, letter
 from kilonova.kit.clock import Clock, Ids
 from kilonova.kit.db import Db, Tx, meta
@@ -630,6 +631,8 @@ class ConductorProcess(Process):
         self.conductor.world.wake = lambda run: sim.send(self, "conductor", letter(Wake(run=run)))
         self.go(self.conductor.engine.recover)
         self.every(2, self.conductor.engine.sweep, "sweep")
+        self.conductor.engine.door.on(Report, self.conductor.reports.take)
+        self.every(0.5, self.conductor.reports.turn, "Report")
         self.every(5, self._turn, "turn")
 
     def receive(self, raw: bytes) -> None:

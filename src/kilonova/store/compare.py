@@ -3,7 +3,7 @@
 Each is one query, and finds nothing in a healthy cloud.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,8 +20,16 @@ from kilonova.store.migrations import Kind, Migration, Status
 
 
 def on_host(tx: Tx, host: str) -> dict[str, Any]:
-    """The servers that are on this host, by id: rows of (id, vm_state, task_state, power_state, generation, epoch)."""
+    """The servers that are on this host, by id: rows of (id, vm_state, task_state, power_state, generation, epoch, updated_at)."""
     return {r.id: r for r in tx.execute(ON_HOST, {"the_host": host})}
+
+
+def on_hosts(tx: Tx, hosts: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The same of each of these hosts."""
+    all: dict[str, dict[str, Any]] = {host: {} for host in hosts}
+    for r in tx.execute(*ON_HOSTS(all)) if all else ():
+        all[r.host][r.id] = r
+    return all
 
 
 def found(tx: Tx, ids: Iterable[str]) -> dict[str, Any]:
@@ -174,10 +182,11 @@ def settled(tx: Tx, ids: Iterable[str]) -> dict[str, list[Device]]:
 HOLD = [str(s) for s in (Status.finished, Status.done)]
 _m = migrations.T.c
 _t, _r, _a, _n, _b = servers.T.c, RUNS.c, placement.ALLOCATIONS.c, hosts.NODES.c, sa.bindparam
-_columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.epoch
+_columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.epoch, _t.updated_at
 _busy = sa.exists().where(_r.subject == _t.id, _r.state == "running")
 
 ON_HOST = ready(sa.select(*_columns).where(_t.host == _b("the_host"), _t.deleted_at.is_(None)))
+ON_HOSTS = Among(lambda some: sa.select(*_columns, _t.host).where(_t.host.in_(some), _t.deleted_at.is_(None)))
 FOUND = Among(lambda some: sa.select(*_columns, _t.host, _t.deleted_at).where(_t.id.in_(some)))
 AT_WORK = Among(lambda some: sa.select(_r.subject).where(_r.subject.in_(some), _r.state == "running"))
 AT_REST = Among(lambda some: servers.SELECT.where(_t.id.in_(some), _t.deleted_at.is_(None), ~_busy))

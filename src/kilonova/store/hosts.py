@@ -5,7 +5,7 @@ disable it, force it down, delete it.  A node is the hypervisor behind a compute
 of its resource provider.  Moments are seconds since 1970.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -325,18 +325,21 @@ def speakers(tx: Tx, message: str) -> list[Heard]:
     return [Heard(*row) for row in tx.execute(query)]
 
 
+class _Kind(msgspec.Struct):
+    """Of what a host says, its hypervisor's type."""
+
+    hypervisor_type: str
+
+
 def speech(tx: Tx, host: str) -> tuple[list[str], str]:
     """The messages that a compute host knows, and the type of its hypervisor; nothing, "" of one that nobody knows."""
-    joined = SERVICES.join(NODES, NODES.c.host == _s.host)
-    query = sa.select(_s.speaks, NODES.c.facts).select_from(joined).where(_s.host == host, _s.binary == COMPUTE)
-    row = tx.execute(query.limit(1)).first()
-    return ([], "") if row is None else (_NAMES.decode(row.speaks), _FACTS.decode(row.facts).hypervisor_type)
+    row = tx.execute(SPEECH, {"the_host": host}).first()
+    return ([], "") if row is None else (_NAMES.decode(row.speaks), _KIND.decode(row.facts).hypervisor_type)
 
 
-def written(tx: Tx, host: str) -> float | None:
-    """When what lasts of a host was last written; None: nothing is."""
-    at: float | None = tx.execute(WRITTEN, {"the_host": host}).scalar()
-    return at
+def written(tx: Tx, hosts: Collection[str]) -> dict[str, float]:
+    """When what lasts of these hosts was last written, as far as it is."""
+    return {r.host: r.at for r in tx.execute(*WRITTEN(hosts))} if hosts else {}
 
 
 def connector(tx: Tx, host: str) -> dict[str, Any]:
@@ -753,6 +756,7 @@ def _text(value: Any) -> str:
 
 _FACTS = msgspec.json.Decoder(HostFacts)
 _NAMES = msgspec.json.Decoder(list[str])
+_KIND = msgspec.json.Decoder(_Kind)
 _s, _g, _b = SERVICES.c, AGGREGATES.c, sa.bindparam
 
 NODE = sa.select(
@@ -791,9 +795,17 @@ FACTS = ready(
 PAGES = Shapes()
 ALL_HEARD = ready(sa.select(_s.host, _s.last_seen, _s.forced_down).where(_s.binary == sa.bindparam("compute", COMPUTE)))
 HEARD = ready(sa.select(_s.last_seen, _s.forced_down, _s.born).where(_compute))
-WRITTEN = ready(
-    sa.select(sa.func.max(sa.func.coalesce(NODES.c.updated_at, NODES.c.created_at))).where(
-        NODES.c.host == _b("the_host")
+SPEECH = ready(
+    sa.select(_s.speaks, NODES.c.facts)
+    .select_from(SERVICES.join(NODES, NODES.c.host == _s.host))
+    .where(_s.host == _b("the_host"), _s.binary == COMPUTE)
+    .limit(1)
+)
+WRITTEN = Among(
+    lambda some: (
+        sa.select(NODES.c.host, sa.func.max(sa.func.coalesce(NODES.c.updated_at, NODES.c.created_at)).label("at"))
+        .where(NODES.c.host.in_(some))
+        .group_by(NODES.c.host)
     )
 )
 SEEN = Among(lambda some: sa.update(SERVICES).where(_s.host.in_(some), _s.binary == COMPUTE).values(last_seen=_b("at")))

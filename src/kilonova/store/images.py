@@ -98,9 +98,11 @@ MEMBERS = sa.Table(
 )
 COLUMNS = [c.name for c in IMAGES.columns]
 ONE = ready(sa.select(IMAGES).where(IMAGES.c.id == sa.bindparam("the_id")))
-TAGS_OF = ready(sa.select(TAGS.c.tag).where(TAGS.c.image_id == sa.bindparam("the_id")).order_by(TAGS.c.tag))
-PROPERTIES_OF = ready(
-    sa.select(PROPERTIES.c.name, PROPERTIES.c.value).where(PROPERTIES.c.image_id == sa.bindparam("the_id"))
+SAID_OF = ready(  # its properties and, without a value, its tags
+    sa.union_all(
+        sa.select(PROPERTIES.c.name, PROPERTIES.c.value).where(PROPERTIES.c.image_id == sa.bindparam("the_id")),
+        sa.select(TAGS.c.tag, sa.null()).where(TAGS.c.image_id == sa.bindparam("the_id")),
+    )
 )
 
 
@@ -121,9 +123,9 @@ def look(tx: Tx, id: str) -> Image | None:
     row = tx.execute(ONE, {"the_id": id}).first()
     if row is None:
         return None
-    tags = list(tx.execute(TAGS_OF, {"the_id": id}).scalars())
-    properties = {r.name: r.value for r in tx.execute(PROPERTIES_OF, {"the_id": id})}
-    return Image(**row._mapping, tags=tags, properties=properties)
+    said = tx.execute(SAID_OF, {"the_id": id}).all()
+    tags = sorted(r.name for r in said if r.value is None)
+    return Image(**row._mapping, tags=tags, properties={r.name: r.value for r in said if r.value is not None})
 
 
 def change(tx: Tx, image: Image) -> None:

@@ -5,6 +5,7 @@ and the old machine lies there: `kept`.  The share of a host that was evacuated 
 is back and holds nothing.
 """
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Any
 
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import NotFound
-from kilonova.kit.ready import each, ready
+from kilonova.kit.ready import Among, each, ready
 from kilonova.model.flavor import Flavor
 from kilonova.model.server import Server
 
@@ -221,6 +222,11 @@ def evacuated(tx: Tx, host: str) -> list[Migration]:
     return [of(r) for r in tx.execute(EVACUATED, {"the_host": host})]
 
 
+def left(tx: Tx, hosts: Collection[str]) -> set[str]:
+    """Those of these hosts that such servers left."""
+    return set(tx.execute(*LEFT(hosts)).scalars()) if hosts else set()
+
+
 def in_progress(tx: Tx, host: str) -> bool:
     """Does anything that comes or goes still need this host?"""
     going = _t.source.in_([host]) | _t.dest.in_([host]), _t.status.not_in([str(s) for s in OVER])
@@ -298,9 +304,9 @@ _t, _b = T.c, sa.bindparam
 _DECODER = msgspec.json.Decoder(Flavor)
 _FLAVORS = [Migration.__struct_fields__.index(f) for f in ("old_flavor", "new_flavor")]
 SELECT = sa.select(*[T.c[f] for f in Migration.__struct_fields__])
-EVACUATED = ready(
-    SELECT.where(_t.source == sa.bindparam("the_host"), _t.status == str(Status.done), _t.type == str(Kind.evacuation))
-)
+_evacuated = _t.status == str(Status.done), _t.type == str(Kind.evacuation)
+EVACUATED = ready(SELECT.where(_t.source == sa.bindparam("the_host"), *_evacuated))
+LEFT = Among(lambda some: sa.select(_t.source).where(_t.source.in_(some), *_evacuated).distinct())
 KEPT = ready(
     sa.select(_t.server, _t.source_epoch)
     .where(_t.source == _b("the_host"), _t.status.in_(each(KEEPING)))
