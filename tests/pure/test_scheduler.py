@@ -19,7 +19,7 @@ from kilonova.kit.errors import Invalid
 from kilonova.model import fit
 from kilonova.model.ask import Ask, amounts, ask
 from kilonova.model.flavor import Flavor
-from kilonova.model.host import HostFacts
+from kilonova.model.host import HostFacts, Stock
 from kilonova.model.options import Compute
 from kilonova.model.options import Scheduler as Options
 from kilonova.model.server import Image, Server
@@ -247,6 +247,26 @@ def test_a_host_that_comes_later_is_seen(house):
     house.choose()
     house.host("d")
     assert house.names() == {"a", "b", "c", "d"}
+
+
+@pytest.mark.parametrize("lately", [0, 1000])
+def test_a_look_sees_what_is_claimed_of_a_host_and_under_it(house, lately):
+    """Whether little has changed lately and all of that is read, or much and it is first asked what we do not know."""
+    node = next(n for n in house.tx(hosts.nodes) if n.host == "a")
+    gpu = Stock("CUSTOM_GPU", 4)
+    house.tx(placement.offer, "under a", "gpu", [gpu], [], now=house.clock.at, parent=node.uuid)
+    house.tx(house.scheduler.hosts.load, house.clock.at)
+    house.clock.at += 10
+    house.claim("a", {"VCPU": 3}, "x")
+    house.tx(placement.claim, "y", "under a", {"CUSTOM_GPU": 2}, now=house.clock.at, project_id="p", user_id="u")
+    house.clock.at += 1
+    house.scheduler.hosts.lately = lately
+    assert house.choose(most=1).places
+    columns = house.scheduler.hosts
+    row = columns.row[node.uuid]
+    assert columns.used[row, columns.classes["VCPU"]] == 3
+    assert columns.children[row]["under a"].inventories["CUSTOM_GPU"].used == 2
+    assert columns.lately < 1000
 
 
 # ---- what is asked

@@ -32,6 +32,7 @@ SEEN_S = 3.0  # … of who is alive
 WHOLE_S = 60.0  # everything is read again: clocks of those who write may differ by more than OVERLAP_S
 OVERLAP_S = 2.0  # a transaction's time, and what clocks of those who write differ by
 IN_ONE = 500  # providers in one question
+FEW = 60  # changes that are read anew rather than asked about first
 PENDING_S = 10.0  # a choice that was not claimed by then never will be
 
 
@@ -327,19 +328,25 @@ class Hosts:
     def _moved(self, tx: Tx, now: float) -> None:
         """What changed lately, in one question; where that was much, first who has another generation than we know."""
         since = max(self.cursor, self.looked) - OVERLAP_S
-        if self.lately <= IN_ONE:
+        if self.lately <= FEW:
             self._again(list(placement.changes(tx, since=since)), now)
             return
         moved, self.lately = [], 0
         for provider, generation, changed_at in placement.moved(tx, since):
             self.lately += 1
-            i = self.row.get(provider)
-            if i is not None and generation != self.generation[i]:
+            if generation != self._known(provider):
                 moved.append(provider)
             self.cursor = max(self.cursor, changed_at)
         for at in range(0, len(moved), IN_ONE):
             self._again(list(placement.changes(tx, moved[at : at + IN_ONE])), now, count=False)
         self.looked = now
+
+    def _known(self, provider: str) -> int | None:
+        """The generation that we know of it; of those under a host we keep no list, and they are read again."""
+        if (i := self.row.get(provider)) is not None:
+            return int(self.generation[i])
+        pool = self.pools.get(provider)
+        return None if pool is None else pool.generation
 
     def _again(self, stocks: list[Any], now: float, *, count: bool = True) -> None:
         """What is not said of a provider that moved is there no more."""

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
 from kilonova.kit.errors import Conflict, NoCapacity, NotFound
-from kilonova.kit.ready import ready
+from kilonova.kit.ready import Among, ready
 from kilonova.model.ask import amounts_of
 from kilonova.model.candidates import SHARES
 from kilonova.model.host import Stock
@@ -447,7 +447,9 @@ def changes(tx: Tx, providers: Collection[str] | None = None, *, since: float | 
     """
     if since is not None:
         return tx.execute(CHANGES_SINCE, {"since": since})
-    return tx.execute(CHANGES if providers is None else CHANGES.where(_p.uuid.in_(list(providers))))
+    if providers is None:
+        return tx.execute(CHANGES)
+    return tx.execute(*CHANGES_OF(providers)) if providers else ()
 
 
 def bears(tx: Tx, provider: str, trait: str) -> bool:
@@ -587,6 +589,7 @@ CHANGES = sa.select(
     _p.root,
     _p.parent,
 ).outerjoin(INVENTORIES, _i.provider == _p.uuid)
+CHANGES_OF = Among(lambda some: CHANGES.where(_p.uuid.in_(some)))
 CHANGES_SINCE = ready(CHANGES.where(_p.changed_at >= _b("since")))
 ALLOCATE = ready(sa.insert(ALLOCATIONS))
 HELD = ready(sa.select(_a.resource_class).where(_a.consumer == _b("of"), _a.provider == _b("at")))
