@@ -6,6 +6,7 @@ import threading
 from kilonova.conductor import watch
 from kilonova.conductor.world import World
 from kilonova.contracts.conductor import Report
+from kilonova.kit.db import ill
 
 log = logging.getLogger(__name__)
 
@@ -21,22 +22,38 @@ class Reports:
     def __init__(self, world: World) -> None:
         self.world = world
         self.news = threading.Condition()  # of the next
-        self.came: list[Report] = []
+        self.came: dict[tuple[str, bool], Report] = {}  # the last of each host that tells what it is, and that does not
         self.over = threading.Event()
         self.thread: threading.Thread | None = None
 
     def take(self, r: Report) -> None:
         with self.news:
-            self.came.append(r)
+            self.came.pop(said := (r.host, r.facts is not None), None)
+            self.came[said] = r
             if len(self.came) == 1:
                 self.news.notify()
 
     def turn(self) -> None:
-        """Look at all that came."""
+        """Look at all that came. What cannot be looked at is no harm to the others; it is raised at the end."""
         with self.news:
-            came, self.came = self.came, []
-        if came:
-            watch.reported(self.world, came)
+            came, self.came = list(self.came.values()), {}
+        try:
+            if came:
+                watch.reported(self.world, came)
+        except Exception as e:
+            if len(came) < 2 or ill(e):
+                raise
+            self._one_by_one(came)
+
+    def _one_by_one(self, came: list[Report]) -> None:
+        trouble = None
+        for r in came:
+            try:
+                watch.reported(self.world, [r])
+            except Exception as e:
+                trouble = e
+        if trouble is not None:
+            raise trouble
 
     def start(self) -> None:
         """Let a thread do it from now on."""
