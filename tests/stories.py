@@ -333,6 +333,14 @@ class Cloud:
             self.conductor.engine.sweep(1000)
             self.tick()
 
+    def go_on(self, seconds: float) -> None:
+        """What was begun is carried on, and no host says what it has: what is left then was not swept away."""
+        until = self.clock.now() + seconds
+        while self.clock.now() < until:
+            self.clock.sleep(5.0)
+            self.at_work("conductor", self.conductor.engine.sweep, 1000)
+            self.tick()
+
     def next_due(self) -> float | None:
         with self.db.read() as tx:
             at: float | None = tx.execute(sa.select(sa.func.min(RUNS.c.due)).where(RUNS.c.state == "running")).scalar()

@@ -8,8 +8,10 @@ import pytest
 import sqlalchemy as sa
 
 from kilonova.kit.db import Tx, meta
+from kilonova.kit.errors import NoCapacity
+from kilonova.model.host import Stock
 from kilonova.sim.database import Memory
-from kilonova.store import quotas, volumes
+from kilonova.store import placement, quotas, volumes
 
 T = quotas.LOCKS
 ONE = sa.select(T.c.n).where(T.c.project_id == "p")
@@ -195,3 +197,64 @@ def test_a_locked_volume_is_one_of_those_that_lock(db: Memory) -> None:
     with db.tx() as tx:
         volumes.lock(tx, "none")
         assert "FOR UPDATE" not in str(volumes._LOCKED.known) and db.sent[-1][1].endswith("/*locks volumes*/")
+
+
+# ---- what of ours would be lost between two looks
+
+
+@pytest.fixture
+def host(db: Memory) -> Memory:
+    """With a provider "h" that has room for one, and a volume "v"."""
+    with db.tx() as tx:
+        placement.offer(tx, "h", "h", [Stock("VCPU", 1)], [], now=1.0)
+        who = {"project_id": "p", "user_id": "u"}
+        volumes.add(
+            tx, volumes.Volume(id="v", created_at=1.0, updated_at=1.0, size_gb=1, type_id="t", zone="nova", **who)
+        )
+    return db
+
+
+def used(db: Memory) -> float:
+    with db.read() as tx:
+        return float(tx.execute(sa.select(placement.INVENTORIES.c.used)).scalar_one())
+
+
+def claimed(db: Memory, consumer: str) -> bool:
+    try:
+        with db.tx(open=True) as tx:
+            placement.claim(tx, consumer, "h", {"VCPU": 1}, now=2.0, project_id="p", user_id="u")
+        return True
+    except NoCapacity:
+        return False
+
+
+def test_the_last_room_is_taken_once(host: Memory) -> None:
+    got = []
+    Turns(host).play(*[lambda who=who: got.append(claimed(host, who)) for who in ("a", "b", "c")])
+    assert (sorted(got), used(host)) == ([False, False, True], 1)
+
+
+def test_what_two_give_back_is_given_back_once(host: Memory) -> None:
+    assert claimed(host, "a")
+    gave = []
+
+    def give() -> None:
+        with host.tx(open=True) as tx:
+            gave.append(placement.release(tx, "a", now=3.0))
+
+    Turns(host).play(give, give)
+    assert (sorted(gave), used(host)) == ([False, True], 0)
+
+
+def test_of_two_who_look_at_a_volume_and_take_it_the_second_sees_what_the_first_made_of_it(host: Memory) -> None:
+    saw = []
+
+    def take() -> None:
+        with host.tx(open=True) as tx:
+            found = volumes.lock(tx, "v")
+            assert found is not None
+            saw.append(found.status)
+            volumes.change(tx, volumes.Volume, "v", status="reserved")
+
+    Turns(host).play(take, take)
+    assert saw == ["creating", "reserved"]

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from kilonova.compute.agent import FACTS_EVERY
+from kilonova.kit.bus import opened
 from kilonova.model.options import Compute, Config
 from kilonova.store import block_devices, volumes
 from tests.cloud import tables
@@ -212,6 +213,20 @@ def test_delete_overtakes_attach(cloud):
     attach(cloud, s, id, settle=False)
     s.delete()
     assert (s.row.vm_state, seen(cloud, id)["status"]) == ("deleted", "available")
+
+
+def test_one_that_was_lost_while_it_was_plugged_in_is_taken_out_again(cloud):
+    """By the run that plugged it in; that it would be swept away one day is another matter."""
+    s, id = cloud.boot(networks="none"), made(cloud)
+    cloud.bus.lose = lambda to, raw: to == "conductor" and opened(raw).name == "Answered"
+    attach(cloud, s, id, settle=False)
+    cloud.tick()
+    assert used(s) == [("vdb", id)]
+    for a in cloud.neighbours.volume.attachments(server_id=s.id):
+        cloud.neighbours.volume.release(a.id)
+    cloud.bus.lose = lambda to, raw: False
+    cloud.go_on(120)
+    assert (used(s), s.row.devices, seen(cloud, id)["status"]) == ([], [], "available")
 
 
 def test_what_a_stranger_reserved_is_not_ours_to_keep(cloud):

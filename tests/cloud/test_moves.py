@@ -737,6 +737,27 @@ def test_deleted_while_it_is_made_anew(cloud, steps):
     assert not any(state.machines for state in cloud.states.values())
 
 
+def test_what_was_made_anew_and_cannot_have_its_volume_is_destroyed(cloud):
+    """By the run that had it made; that it would be swept away one day is another matter."""
+    s, id = cloud.boot(), made(cloud)
+    attach(cloud, s, id)
+    source = s.row.host
+    before = {a.id for a in cloud.neighbours.volume.attachments(server_id=s.id)}
+    fail(cloud, source)
+    cloud.bus.lose = lambda to, raw: to == "conductor" and opened(raw).name == "Answered"
+    evacuate(cloud, s, settle=False)
+    cloud.tick()
+    (target,) = [host for host, state in cloud.states.items() if s.id in state.machines and host != source]
+    for a in cloud.neighbours.volume.attachments(server_id=s.id):
+        if a.id not in before:
+            cloud.neighbours.volume.release(a.id)
+    cloud.bus.lose = lambda to, raw: False
+    cloud.go_on(120)
+    assert s.id not in cloud.states[target].machines
+    assert (s.row.host, last_move(cloud, s).status) == (source, "error")
+    cloud.dead.clear()
+
+
 def test_a_host_that_keeps_what_nobody_owns_is_swept_all_the_same_when_the_server_has_moved(tmp_path):
     config = Config(compute=options.Compute(lost_server="log"))
     with telling(tmp_path, hosts=2, config=config) as cloud:
