@@ -5,6 +5,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+RARELY = 5_000, 20, 50  # what a request or a run makes goes when it ends, without a search
+
 
 @contextmanager
 def built() -> Iterator[None]:
@@ -19,6 +21,7 @@ def built() -> Iterator[None]:
     finally:
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*RARELY)
         gc.enable()
         with suppress(OSError, AttributeError):  # glibc's; another C library does as it does
             ctypes.CDLL(None).malloc_trim(0)
