@@ -617,7 +617,8 @@ def test_a_build_costs_five_transactions_and_no_more_statements_than_it_did(desk
     desk.start(like_a_build)
     desk.answer("r/1", 1)
     desk.answer("r/3", 1)
-    assert (desk.db.commits, desk.db.statements) == (5, 22)
+    takings = 0 if desk.db.engine.dialect.name == "postgresql" else 3  # it says at once what was taken
+    assert (desk.db.commits, desk.db.statements) == (5, 19 + takings)
     assert desk.state() == "done"
 
 

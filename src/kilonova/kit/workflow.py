@@ -1063,7 +1063,9 @@ PARK = ready(HOLD.where(_r.wakes == _b("seen")).values(lease=0.0, due=_b("at")))
 DROP = ready(HOLD.values(lease=0.0, due=0.0))
 END = ready(HOLD.values(lease=0.0))
 END_WHOLE = ready(END.values(args="null"))  # what it was told may be large, or secret; nobody will play it again
-DUE = ready(sa.select(_r.id).where(_free, (_r.epoch > 0) | (_r.started <= _b("old"))).order_by(_r.due).limit(_b("most")))
+DUE = ready(
+    sa.select(_r.id).where(_free, (_r.epoch > 0) | (_r.started <= _b("old"))).order_by(_r.due).limit(_b("most"))
+)
 RUN = ready(sa.select(RUNS).where(_r.id == _b("the_id")))
 WAITING = ready(
     sa.select(_s.run)
