@@ -235,9 +235,7 @@ class Wire:
         if not self.broken:
             pg.exit_pipeline_mode()
         if trouble is not None or last is None:
-            raise (
-                self.Broken("the connection was lost") if trouble is None else self.error_of(trouble, encoding="utf-8")
-            )
+            raise self.Broken("the connection was lost") if trouble is None else self._trouble(trouble)
         return last
 
     def _next(self) -> Any:
@@ -275,5 +273,10 @@ class Wire:
 
     def _good(self, result: Any) -> Any:
         if result.status not in self.good:
-            raise self.error_of(result, encoding="utf-8")
+            raise self._trouble(result)
         return result
+
+    def _trouble(self, result: Any) -> Exception:
+        """What the server says bears a SQLSTATE; without one it is libpq's own word, and that is that the server is gone."""
+        e: Exception = self.error_of(result, encoding="utf-8")
+        return e if getattr(e, "sqlstate", None) else self.Broken(str(e))
