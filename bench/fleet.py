@@ -207,7 +207,7 @@ def builds(fleet: Wide, db: Db, use: Use, counts: Counts, image: str, networks: 
 
 def looked_at(db: Db) -> None:
     """What PostgreSQL does by itself within a minute of the first servers: until then it plans for empty tables."""
-    if not db.sqlite and db.engine.dialect.name == "postgresql":
+    if db.engine.dialect.name == "postgresql":
         with db.read() as tx:
             tx.exec_driver_sql("ANALYZE")
 

@@ -204,12 +204,12 @@ MUTANTS = {
         ("store/volumes.py", '.where(VOLUMES.c.id == sa.bindparam("the_id")).with_for_update())',
                              '.where(VOLUMES.c.id == sa.bindparam("the_id")))')], [TURNS]),
     "a run is looked at and then taken": Mutant([
-        ("kit/workflow.py", "        row = _taken(unit.opened(), TAKE, TAKE_ROW, self._terms(id))",
+        ("kit/workflow.py", "        row = _taken(unit.opened(), TAKE, self._terms(id))",
          '        now, r = self.clock.now(), unit.opened().execute(RUN, {"the_id": id}).first()\n'
          '        if r is None or r.state != "running" or r.due > now or r.lease > now:\n            return None\n'
-         "        row = _taken(unit.opened(), TAKE, TAKE_ROW, self._terms(id))"),
-        ("kit/workflow.py", '_take = sa.update(RUNS).where(_r.id == _b("the_id"), _free)',
-                            '_take = sa.update(RUNS).where(_r.id == _b("the_id"), _b("now") > 0)')], [ENGINE]),
+         "        row = _taken(unit.opened(), TAKE, self._terms(id))"),
+        ("kit/workflow.py", 'TAKE = _taking(sa.update(RUNS).where(_r.id == _b("the_id"), _free)',
+                            'TAKE = _taking(sa.update(RUNS).where(_r.id == _b("the_id"), _b("now") > 0)')], [ENGINE]),
 
     # the store
     "where it runs is not told to a later verb": Mutant([

@@ -43,7 +43,8 @@ def cut(tx: Tx) -> None:
     """As if its server were no more."""
     driver: Any = tx.connection.dbapi_connection
     line = driver.pgconn.socket if hasattr(driver, "pgconn") else driver._sock.fileno()
-    socket.socket(fileno=os.dup(line)).shutdown(socket.SHUT_RDWR)
+    with socket.socket(fileno=os.dup(line)) as same:
+        same.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("engine", [postgres, mariadb])

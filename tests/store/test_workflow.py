@@ -1217,7 +1217,7 @@ def test_the_queries_that_are_asked_all_day_use_an_index(db: Db) -> None:
 
     asked_all_day: dict[str, tuple[Any, dict[str, Any], str]] = {
         "due": (w.DUE, {"now": 0.0, "old": 0.0, "most": 1}, "runs_due"),
-        "take": (w.TAKE, {"the_id": "", "me": "", "now": 0.0, "till": 0.0}, "sqlite_autoindex_runs"),
+        "take": (w.TAKE[0], {"the_id": "", "me": "", "now": 0.0, "till": 0.0}, "sqlite_autoindex_runs"),
         "others": (journal.OPEN_ON, {"the_subject": ""}, "runs_subject"),
         "journal": (journal.JOURNAL, {"the_id": ""}, "sqlite_autoindex_steps"),
         "answer": (w.ANSWER, {"the_run": "", "the_n": 0, "answer": ""}, "sqlite_autoindex_steps"),

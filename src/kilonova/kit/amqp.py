@@ -255,9 +255,8 @@ class _Service:
                     self.under_work -= 1
                     self.done.append((message, life))
                     enough = len(self.done) >= self.ahead // 2 or self.over.is_set()
-                if (
-                    enough
-                ):  # else they are acknowledged when the wire wakes for something else, in a second at the latest
+                # Fewer are acknowledged when the wire wakes for something else, in a second at the latest.
+                if enough:
                     with contextlib.suppress(BlockingIOError):  # he has enough to wake up for
                         self.mouth.send(b".")
 

@@ -396,7 +396,7 @@ class Engine:
 
         def take(unit: "Unit", id: str) -> "Run | None":
             tx = unit.opened()  # the run's row before the step's, as everywhere: two orders are a deadlock
-            row = _taken(tx, TAKE_WOKEN, TAKE_WOKEN_ROW, self._terms(id))
+            row = _taken(tx, TAKE_WOKEN, self._terms(id))
             if row is None:
                 tx.execute(journal.WAKE, {"the_id": id})
             if not tx.execute(ANSWER, told | {"finished": self.clock.now()}).rowcount:
@@ -473,13 +473,13 @@ class Engine:
                 self.clock.sleep(self.dice.uniform(0, 0.02) * tries)
 
     def _take(self, unit: "Unit", id: str) -> "Run | None":
-        row = _taken(unit.opened(), TAKE, TAKE_ROW, self._terms(id))
+        row = _taken(unit.opened(), TAKE, self._terms(id))
         return None if row is None else self._run_of(unit, row)
 
     def _wake(self, unit: "Unit", id: str) -> "Run | None":
         """Something happened to it: take it if it is free, though it be not due; else let its owner know."""
         tx = unit.opened()
-        if (row := _taken(tx, TAKE_WOKEN, TAKE_WOKEN_ROW, self._terms(id))) is not None:
+        if (row := _taken(tx, TAKE_WOKEN, self._terms(id))) is not None:
             return self._run_of(unit, row)
         tx.execute(journal.WAKE, {"the_id": id})
         return None
@@ -487,10 +487,8 @@ class Engine:
     def _retaken(self, unit: "Unit", run: "Run") -> "Run | None":
         """Our own run again, whether or not our last commit came to be."""
         terms = self._terms(run.id) | {"ours": run.row.owner}
-        return self._loaded(unit, run.id) if unit.opened().execute(RETAKE, terms).rowcount else None
-
-    def _loaded(self, unit: "Unit", id: str) -> "Run":
-        return self._run_of(unit, unit.opened().execute(RUN, {"the_id": id}).one())
+        row = _taken(unit.opened(), RETAKE, terms)
+        return None if row is None else self._run_of(unit, row)
 
     def _run_of(self, unit: "Unit", row: Any) -> "Run":
         # The epoch moves with every commit: with the first taking there is no step yet.
@@ -1018,8 +1016,14 @@ def _changes(p: Past) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _taken(tx: Tx, take: Any, take_row: Any, terms: dict[str, Any]) -> Any:
+def _taking(take: sa.Update) -> tuple[sa.Update, Any]:
+    """A statement by which a run is taken; and the same, which says what it took."""
+    return ready(take), ready(take.returning(*RUNS.c))
+
+
+def _taken(tx: Tx, taking: tuple[sa.Update, Any], terms: dict[str, Any]) -> Any:
     """The run's row as it is now that it is ours, in one statement where the database can; None: it is not ours."""
+    take, take_row = taking
     if tx.dialect.name == "postgresql":
         return tx.execute(take_row, terms).first()
     return tx.execute(RUN, {"the_id": terms["the_id"]}).one() if tx.execute(take, terms).rowcount else None
@@ -1041,15 +1045,13 @@ _left = (_r.id == _b("the_id")) & (_r.owner == _b("ours")) & (_r.state == "runni
 
 # UPDATE runs SET owner = :me, lease = :till, epoch = epoch + 1 WHERE id = :the_id AND it is due AND nobody's
 _mine = {"owner": _b("me"), "lease": _b("till"), "epoch": _r.epoch + 1}
-_take = sa.update(RUNS).where(_r.id == _b("the_id"), _free).values(_mine)
-_take_woken = (
+TAKE = _taking(sa.update(RUNS).where(_r.id == _b("the_id"), _free).values(_mine))
+TAKE_WOKEN = _taking(
     sa.update(RUNS)
     .where(_r.id == _b("the_id"), _r.state == "running", _r.lease <= _b("now"))
     .values(_mine | {"due": 0.0, "wakes": _r.wakes + 1})
 )
-TAKE, TAKE_WOKEN = ready(_take), ready(_take_woken)
-TAKE_ROW, TAKE_WOKEN_ROW = ready(_take.returning(*_r)), ready(_take_woken.returning(*_r))
-RETAKE = ready(sa.update(RUNS).where(_left).values(lease=_b("till"), epoch=_r.epoch + 1))
+RETAKE = _taking(sa.update(RUNS).where(_left).values(lease=_b("till"), epoch=_r.epoch + 1))
 LET_GO = ready(sa.update(RUNS).where(_left).values(lease=0.0, due=0.0, epoch=_r.epoch + 1))
 RECOVER = ready(
     sa.update(RUNS)

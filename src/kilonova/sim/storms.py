@@ -507,27 +507,26 @@ def play(
 
 def look_everywhere(tell: Story, *, step: int = 1) -> Iterator[tuple[int, list[str]]]:
     """The story again and again, each time compared with what should be from the next boundary on, slowly, in the midst of it."""
-    for k in itertools.count(1, step):
-        sim = Sim(k, CALM, look_at=k, conductors=1, restorable_s=tell.restorable_s)
-        tell(sim)
-        looks = sim.looks
-        sim.settle()
-        found = sim.check()
-        sim.close()
-        yield k, found
-        if not looks:
-            return
+    how: dict[str, Any] = {"conductors": 1, "restorable_s": tell.restorable_s}
+    return _everywhere(tell, lambda k: Sim(k, CALM, look_at=k, **how), lambda sim: sim.looks, step)
 
 
 def crash_everywhere(tell: Story, *, step: int = 1) -> Iterator[tuple[int, list[str]]]:
     """The story again and again, each time with a crash at the next boundary, until there is none left."""
+    how: dict[str, Any] = {"conductors": 1, "restorable_s": tell.restorable_s}
+    return _everywhere(tell, lambda k: Sim(1, CALM, crash_at=k, **how), lambda sim: sim.crashes, step)
+
+
+def _everywhere(
+    tell: Story, make: Callable[[int], Sim], happened: Callable[[Sim], int], step: int
+) -> Iterator[tuple[int, list[str]]]:
+    """(boundary, what is wrong in the end), as long as the story has a boundary at which it happens."""
     for k in itertools.count(1, step):
-        sim = Sim(1, CALM, crash_at=k, conductors=1, restorable_s=tell.restorable_s)
+        sim = make(k)
         tell(sim)
-        crashed = sim.crashes
         sim.settle()
         found = sim.check()
         sim.close()
         yield k, found
-        if not crashed:
+        if not happened(sim):
             return

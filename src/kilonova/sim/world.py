@@ -315,7 +315,7 @@ class Sim:
 
     def settle(self, limit_s: float = 20_000) -> None:
         """The storm is over: whoever can returns, and everything must come to rest."""
-        faults, self.faults, self.crash_at = self.faults, CALM, 0
+        faults, self.faults, self.crash_at, self.look_at = self.faults, CALM, 0, 0
         self.gone = dict.fromkeys(self.gone, 0.0)
         for p in (*self.hosts.values(), *self.conductors):
             p.until.clear()

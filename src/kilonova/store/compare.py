@@ -21,7 +21,7 @@ from kilonova.store.migrations import Kind, Migration, Status
 
 def on_host(tx: Tx, host: str) -> dict[str, Any]:
     """The servers that are on this host, by id: rows of (id, vm_state, task_state, power_state, generation, epoch, updated_at)."""
-    return {r.id: r for r in tx.execute(ON_HOST, {"the_host": host})}
+    return on_hosts(tx, [host])[host]
 
 
 def on_hosts(tx: Tx, hosts: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -185,7 +185,6 @@ _t, _r, _a, _n, _b = servers.T.c, RUNS.c, placement.ALLOCATIONS.c, hosts.NODES.c
 _columns = _t.id, _t.vm_state, _t.task_state, _t.power_state, _t.generation, _t.epoch, _t.updated_at
 _busy = sa.exists().where(_r.subject == _t.id, _r.state == "running")
 
-ON_HOST = ready(sa.select(*_columns).where(_t.host == _b("the_host"), _t.deleted_at.is_(None)))
 ON_HOSTS = Among(lambda some: sa.select(*_columns, _t.host).where(_t.host.in_(some), _t.deleted_at.is_(None)))
 FOUND = Among(lambda some: sa.select(*_columns, _t.host, _t.deleted_at).where(_t.id.in_(some)))
 AT_WORK = Among(lambda some: sa.select(_r.subject).where(_r.subject.in_(some), _r.state == "running"))
